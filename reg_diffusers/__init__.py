@@ -1,0 +1,42 @@
+"""Train diffusion models with an extra loss on the denoised image.
+
+    L = ||o - target||^2 + sum_k weight_k lambda_k(t) L'_k(x0_hat)
+
+Names are imported on first use, so that `import reg_diffusers` costs next to nothing.
+"""
+
+from importlib import import_module
+
+__version__ = "0.1.0"
+
+_HOME = {
+    "LossOutput": "objective",
+    "NoiseLevel": "prediction",
+    "RegDDPMPipeline": "pipeline",
+    "RegularizedLoss": "objective",
+    "Regularizer": "regularizers",
+    "Term": "objective",
+    "X0Regularization": "objective",
+    "add_noise": "prediction",
+    "load_regularizer": "specs",
+    "load_weighting": "specs",
+    "noise_level": "prediction",
+    "predict_original_sample": "prediction",
+    "prediction_target": "prediction",
+    "scale_model_input": "prediction",
+}
+_SUBMODULES = ("objective", "pipeline", "prediction", "regularizers", "specs", "weighting")
+
+__all__ = [*_HOME, *_SUBMODULES]  # noqa: PLE0604
+
+
+def __getattr__(name: str):
+    if name in _HOME:
+        return getattr(import_module(f".{_HOME[name]}", __name__), name)
+    if name in _SUBMODULES:
+        return import_module(f".{name}", __name__)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__():
+    return sorted({*globals(), *__all__})

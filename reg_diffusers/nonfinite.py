@@ -1,0 +1,70 @@
+"""What happens to images whose extra loss is infinite or not a number."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+__all__ = ["NonFiniteGuard"]
+
+
+class NonFiniteGuard:
+    """Zeroes the non-finite contributions of single images, counts them, stops a run that has nothing else.
+
+    Counting stays on the device. The counters are read after every step on a CPU and after every `check_interval` steps
+    elsewhere, because reading waits for the accelerator.
+
+    Args:
+        max_steps: steps in a row with non-finite values of one term after which `check` raises.
+        check_interval: steps between two readings on an accelerator.
+
+    Attributes:
+        dropped: by term, how many images were dropped so far, a scalar tensor on the device.
+    """
+
+    def __init__(self, max_steps: int, check_interval: int = 100):
+        self.max_steps = max_steps
+        self.check_interval = check_interval
+        self.dropped: dict[str, Tensor] = {}
+        self._in_a_row: dict[str, Tensor] = {}
+        self._last: dict[str, tuple[Tensor, Tensor]] = {}
+        self._steps = 0
+
+    def drop_values(self, name: str, values: Tensor, timesteps: Tensor) -> Tensor:
+        """The (n,) values of L' with 0 for every image where it is not finite; once per step and term.
+
+        Args:
+            name: the term's name.
+            values: (n,) L' of each image.
+            timesteps: (n,) the images' timesteps, for the message.
+        """
+        bad = ~values.detach().isfinite()
+        self.dropped[name] = self.dropped.get(name, 0) + bad.sum()
+        self._in_a_row[name] = (self._in_a_row.get(name, 0) + 1) * bad.any()
+        self._last[name] = (bad, timesteps)
+        return torch.where(bad, 0, values)
+
+    def drop_gradients(self, name: str, gradients: Tensor) -> Tensor:
+        """The (n, C, H, W) gradients of L' with 0 for every image where one of them is not finite.
+
+        A value of 0 is not enough: its gradient is 0 times an infinite derivative. An image that was dropped for its
+        value is not counted again.
+        """
+        bad = ~gradients.isfinite().flatten(1).all(1)
+        self.dropped[name] = self.dropped[name] + (bad & ~self._last[name][0]).sum()
+        return torch.where(bad.reshape(-1, *(1,) * (gradients.ndim - 1)), 0, gradients)
+
+    def check(self) -> None:
+        """Raises `FloatingPointError` if a term was not finite for `max_steps` steps in a row."""
+        self._steps += 1
+        for name, in_a_row in self._in_a_row.items():
+            due = in_a_row.device.type == "cpu" or self._steps % self.check_interval == 0
+            if due and in_a_row >= self.max_steps:
+                bad, timesteps = self._last[name]
+                at = timesteps[bad.to(timesteps.device)]
+                span = f" (last at timesteps {at.min():g} to {at.max():g})" if len(at) else ""
+                raise FloatingPointError(
+                    f"regularizer {name!r} was not finite for {int(in_a_row)} steps in a row{span},"
+                    f" {int(self.dropped[name])} images in all. Look for a division, logarithm or root of values that"
+                    " can be 0, or leave these noise levels out by another weighting"
+                )

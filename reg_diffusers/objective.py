@@ -1,0 +1,304 @@
+r"""The training objective: a denoising loss with extra losses on the image it implies.
+
+    L = mean ||o - target||^2 + sum_k weight_k mean_i [ lambda_k(t_i) L'_k(x0_hat_i) ]
+
+One timestep per image, one network call (Ho et al. 2020, Algorithm 1). Data flow, with the names used everywhere:
+
+    original_samples, noise, timesteps -> noisy_samples -> model_output -> x0_hat -> L'_k (B,) -> terms -> loss
+
+`X0Regularization` is the extra part alone, for a training loop that exists; `RegularizedLoss` is the whole objective.
+The network is an argument of both and a member of neither.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, replace
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from .nonfinite import NonFiniteGuard
+from .prediction import (
+    NoiseLevel,
+    add_noise,
+    noise_level,
+    predict_original_sample,
+    prediction_target,
+    prediction_type,
+    scale_model_input,
+)
+from .regularizers import Regularizer, regularizer_name
+from .weighting import matched
+
+__all__ = ["LossOutput", "RegularizedLoss", "Term", "X0Regularization"]
+
+
+@dataclass(frozen=True)
+class Term:
+    """One extra loss: weight * mean_i [ weighting(t_i) * regularizer(x0_hat_i) ].
+
+    Attributes:
+        regularizer: (B, C, H, W) in [-1, 1] -> (B,), see `regularizers.Regularizer`.
+        weight: factor of the term in the loss, finite and at least 0.
+        weighting: `NoiseLevel -> (B,)`, see `weighting`.
+        name: key in `LossOutput.terms` and in logs; by default the regularizer's own.
+        estimator: `(scheduler, model_output, timesteps, sample) -> x0_hat`.
+    """
+
+    regularizer: Regularizer
+    weight: float
+    weighting: Callable[[NoiseLevel], Tensor] = matched
+    name: str = ""
+    estimator: Callable[..., Tensor] = predict_original_sample
+
+    def __post_init__(self):
+        if not (math.isfinite(self.weight) and self.weight >= 0):
+            raise ValueError(f"weight must be finite and at least 0, not {self.weight}")
+        if not self.name:
+            object.__setattr__(self, "name", regularizer_name(self.regularizer))
+
+
+@dataclass(frozen=True)
+class LossOutput:
+    """A loss with its parts.
+
+    Attributes:
+        loss: scalar, to call `backward` on.
+        terms: scalars by name, each still attached to the graph: "denoising", where there is one, as it enters the
+            loss, and for every `Term` the mean of weighting * L' over the batch, before `weight`.
+    """
+
+    loss: Tensor
+    terms: dict[str, Tensor]
+
+
+class X0Regularization(nn.Module):
+    """Extra losses on x0_hat, to be added to the loss of any existing training loop.
+
+        regularization = X0Regularization(noise_scheduler, [Term(total_variation, weight=0.1)])
+        loss = F.mse_loss(model_output, noise) + regularization(model_output, timesteps, noisy_samples).loss
+
+    L' runs in float32 outside autocast (float64 stays), only on images whose weighting is not 0; the mean is over the
+    whole batch all the same. An image whose L' or whose gradient of L' is not finite contributes nothing, is counted in
+    `nonfinite.dropped`, and after `max_nonfinite_steps` steps with such images in a row the run is stopped.
+
+    A regularizer that is an `nn.Module` becomes a submodule, so that `.to(device)` moves it; it is frozen and kept in
+    evaluation mode. With timesteps on the CPU nothing here waits for an accelerator.
+
+    Args:
+        scheduler: the noise scheduler of the training.
+        terms: the extra losses; their names must differ.
+        snr_gamma: gamma if the denoising loss is weighted by min-SNR (arXiv:2303.09556), so that `matched` follows it.
+        max_nonfinite_steps: steps in a row with non-finite L' after which `FloatingPointError` is raised.
+
+    Raises:
+        ValueError: two terms of one name, or one named "denoising".
+    """
+
+    def __init__(
+        self,
+        scheduler,
+        terms: Iterable[Term],
+        *,
+        snr_gamma: float | None = None,
+        max_nonfinite_steps: int = 10,
+    ):
+        super().__init__()
+        self.scheduler = scheduler
+        self.terms = tuple(terms)
+        self.snr_gamma = snr_gamma
+        names = [term.name for term in self.terms]
+        if len({"denoising", *names}) <= len(names):
+            raise ValueError(f"terms need names that differ and are not 'denoising', got {names}: Term(..., name=...)")
+        self.networks = nn.ModuleList(
+            term.regularizer.requires_grad_(False) for term in self.terms if isinstance(term.regularizer, nn.Module)
+        ).eval()
+        self.nonfinite = NonFiniteGuard(max_nonfinite_steps)
+
+    def train(self, mode: bool = True) -> X0Regularization:
+        """As in `nn.Module`, but networks inside regularizers stay in evaluation mode."""
+        super().train(mode)
+        self.networks.eval()
+        return self
+
+    def forward(self, model_output: Tensor, timesteps: Tensor, sample: Tensor, **context) -> LossOutput:
+        """The weighted sum of the extra losses for one batch.
+
+        Args:
+            model_output: (B, C, ...) what the network returned for `sample`.
+            timesteps: (B,), or a scalar for the whole batch.
+            sample: (B, C, ...) the noisy images x_t, in the coordinates of `scheduler.step`.
+            **context: what the regularizers list in `needs`; tensors with the batch as first dimension.
+
+        Returns:
+            The loss, sum of weight * term, and the terms.
+
+        Raises:
+            ValueError: a regularizer returns something else than an attached (B,), or needs what is not in `context`.
+            FloatingPointError: L' was not finite for `max_nonfinite_steps` steps in a row.
+        """
+        timesteps = torch.as_tensor(timesteps).expand(len(sample))
+        level = self.noise_level(timesteps)
+        terms = {term.name: self._mean(term, level, timesteps, model_output, sample, context) for term in self.terms}
+        loss = sum((term.weight * terms[term.name] for term in self.terms), start=sample.new_zeros(()))
+        self.nonfinite.check()
+        return LossOutput(loss, terms)
+
+    def noise_level(self, timesteps: Tensor) -> NoiseLevel:
+        """The noise level of each timestep, (B,), with the weight that the denoising loss has in this training."""
+        level = noise_level(self.scheduler, timesteps)
+        if self.snr_gamma is None:
+            return level
+        return replace(level, denoising_weight=level.snr.clamp(max=self.snr_gamma))
+
+    def _mean(self, term: Term, level: NoiseLevel, timesteps: Tensor, model_output, sample, context) -> Tensor:
+        weights = term.weighting(level)
+        active = weights.nonzero().flatten()
+        if len(active) == 0:
+            return sample.new_zeros((), dtype=torch.promote_types(sample.dtype, torch.float32))
+        context = self._context(term, context)
+        if len(active) < len(sample):
+            weights, timesteps = weights[active], timesteps[active]
+            here = active.to(sample.device, non_blocking=True)
+            model_output, sample = model_output[here], sample[here]
+            context = {name: _select(value, here, len(level.snr)) for name, value in context.items()}
+        x0_hat = term.estimator(self.scheduler, model_output, timesteps, sample)
+        values = self._evaluate(term, x0_hat, context, timesteps)
+        return (weights.to(values, non_blocking=True) * values).sum() / len(level.snr)
+
+    def _evaluate(self, term: Term, x0_hat: Tensor, context: dict, timesteps: Tensor) -> Tensor:
+        """L' of each image in full precision, (n,), without the images where it or its gradient is not finite."""
+        x0_hat = x0_hat.view_as(x0_hat)  # an alias of this term's own, so that its bad gradients spare the others
+        if x0_hat.requires_grad:
+            x0_hat.register_hook(lambda gradient: self.nonfinite.drop_gradients(term.name, gradient))
+        with torch.autocast(x0_hat.device.type, enabled=False):
+            values = term.regularizer(x0_hat, **context)
+        if not isinstance(values, Tensor) or values.shape != x0_hat.shape[:1]:
+            got = f"a tensor of shape {tuple(values.shape)}" if isinstance(values, Tensor) else type(values).__name__
+            raise ValueError(
+                f"regularizer {term.name!r} must return one value per image, a tensor of shape ({len(x0_hat)},);"
+                f" it returned {got}. A mean over all but the first dimension is value.flatten(1).mean(1)"
+            )
+        if x0_hat.requires_grad and not values.requires_grad:
+            raise ValueError(
+                f"regularizer {term.name!r} returns a tensor that is detached from x0_hat: no gradient can reach the"
+                " model. Look for torch.no_grad, .detach(), .item() or numpy in it"
+            )
+        return self.nonfinite.drop_values(term.name, values, timesteps)
+
+    def _context(self, term: Term, context: dict) -> dict:
+        needs = getattr(term.regularizer, "needs", ())
+        missing = [name for name in needs if name not in context]
+        if missing:
+            raise ValueError(
+                f"regularizer {term.name!r} needs {', '.join(missing)}, but the loss was given"
+                f" {', '.join(context) or 'nothing'}: pass it as a keyword argument"
+            )
+        return {name: context[name] for name in needs}
+
+
+class RegularizedLoss(nn.Module):
+    """The whole objective for one batch: denoising loss plus `Term`s, from clean images to a scalar.
+
+        loss_fn = RegularizedLoss(noise_scheduler, [Term(total_variation, weight=0.1)])
+        loss_fn(model, original_samples).loss.backward()
+
+    Without terms and without `snr_gamma` the loss is `F.mse_loss(model_output, target)`, bit for bit.
+
+    Args:
+        scheduler: a diffusers noise scheduler; its prediction_type says what the network predicts.
+        terms: the extra losses.
+        snr_gamma: weigh the denoising loss by min(SNR, gamma) in x_0 units (Hang et al. 2023, arXiv:2303.09556).
+        max_nonfinite_steps: as in `X0Regularization`.
+    """
+
+    def __init__(
+        self,
+        scheduler,
+        terms: Iterable[Term] = (),
+        *,
+        snr_gamma: float | None = None,
+        max_nonfinite_steps: int = 10,
+    ):
+        super().__init__()
+        self.scheduler = scheduler
+        self.snr_gamma = snr_gamma
+        self.regularization = X0Regularization(
+            scheduler, terms, snr_gamma=snr_gamma, max_nonfinite_steps=max_nonfinite_steps
+        )
+
+    def forward(
+        self,
+        model,
+        original_samples: Tensor,
+        *,
+        noise: Tensor | None = None,
+        timesteps: Tensor | None = None,
+        model_kwargs: dict | None = None,
+        **context,
+    ) -> LossOutput:
+        """The objective at one random noise level per image, with one call of the network.
+
+        Args:
+            model: `(noisy_samples, timesteps, **model_kwargs)` -> a tensor, a tuple or a diffusers output.
+            original_samples: (B, C, H, W) images in [-1, 1].
+            noise: (B, C, H, W); standard normal by default.
+            timesteps: (B,); by default uniform over the training schedule, drawn on the CPU.
+            model_kwargs: further arguments of the network, such as `class_labels`.
+            **context: what the regularizers list in `needs`; `original_samples` is always there.
+
+        Returns:
+            The loss and its parts, "denoising" first.
+        """
+        if noise is None:
+            noise = torch.randn_like(original_samples)
+        if timesteps is None:
+            timesteps = _draw_timesteps(self.scheduler, len(original_samples))
+        noisy_samples = add_noise(self.scheduler, original_samples, noise, timesteps)
+        model_input = scale_model_input(self.scheduler, noisy_samples, timesteps)
+        on_device = timesteps.to(original_samples.device, non_blocking=True)
+        model_output = _tensor_of(model(model_input, on_device, **(model_kwargs or {})))
+        target = prediction_target(self.scheduler, original_samples, noise, timesteps)
+        denoising = self._denoising(model_output, target, timesteps)
+        context["original_samples"] = original_samples
+        extra = self.regularization(model_output, timesteps, noisy_samples, **context)
+        return LossOutput(denoising + extra.loss, {"denoising": denoising, **extra.terms})
+
+    def _denoising(self, model_output: Tensor, target: Tensor, timesteps: Tensor) -> Tensor:
+        model_output = model_output[:, : target.shape[1]].to(torch.promote_types(target.dtype, torch.float32))
+        target = target.to(model_output.dtype)
+        if self.snr_gamma is None:
+            return F.mse_loss(model_output, target)
+        in_x0_units = noise_level(self.scheduler, timesteps).denoising_weight
+        weights = self.regularization.noise_level(timesteps).denoising_weight / in_x0_units
+        squared_error = F.mse_loss(model_output, target, reduction="none").flatten(1).mean(1)
+        return (weights.to(squared_error, non_blocking=True) * squared_error).mean()
+
+
+def _draw_timesteps(scheduler, batch_size: int) -> Tensor:
+    """Uniform over the training schedule, (B,), on the CPU: what depends on them alone never waits for an accelerator.
+
+    Flow matching draws sigma from {1/T, ..., 1}, then shifts it as the scheduler does for its own training schedule.
+    """
+    steps = scheduler.config.num_train_timesteps
+    timesteps = torch.randint(0, steps, (batch_size,))
+    if prediction_type(scheduler) != "flow_prediction":
+        return timesteps
+    sigma = (timesteps + 1) / steps
+    if not scheduler.config.get("use_dynamic_shifting"):
+        shift = scheduler.config.get("shift", 1.0)
+        sigma = shift * sigma / (1 + (shift - 1) * sigma)
+    return sigma * steps
+
+
+def _tensor_of(model_result) -> Tensor:
+    return model_result if isinstance(model_result, Tensor) else model_result[0]
+
+
+def _select(value, index: Tensor, batch_size: int):
+    """The chosen images' part of a context value; what does not have the batch as first dimension is left as it is."""
+    batched = isinstance(value, Tensor) and value.ndim > 0 and len(value) == batch_size
+    return value[index.to(value.device)] if batched else value
