@@ -27,7 +27,7 @@ _HOME = {
 }
 _SUBMODULES = ("objective", "pipeline", "prediction", "regularizers", "specs", "weighting")
 
-__all__ = [*_HOME, *_SUBMODULES]  # noqa: PLE0604
+__all__ = [*_HOME, *_SUBMODULES]
 
 
 def __getattr__(name: str):

@@ -11,8 +11,8 @@ __all__ = ["NonFiniteGuard"]
 class NonFiniteGuard:
     """Zeroes the non-finite contributions of single images, counts them, stops a run that has nothing else.
 
-    Counting stays on the device. The counters are read after every step on a CPU and after every `check_interval` steps
-    elsewhere, because reading waits for the accelerator.
+    Counting stays on the device. The counters are read after every step on a CPU and after every `check_interval`
+    steps elsewhere, because reading waits for the accelerator.
 
     Args:
         max_steps: steps in a row with non-finite values of one term after which `check` raises.

@@ -82,8 +82,8 @@ class X0Regularization(nn.Module):
         loss = F.mse_loss(model_output, noise) + regularization(model_output, timesteps, noisy_samples).loss
 
     L' runs in float32 outside autocast (float64 stays), only on images whose weighting is not 0; the mean is over the
-    whole batch all the same. An image whose L' or whose gradient of L' is not finite contributes nothing, is counted in
-    `nonfinite.dropped`, and after `max_nonfinite_steps` steps with such images in a row the run is stopped.
+    whole batch all the same. An image whose L' or gradient of L' is not finite contributes nothing and is counted in
+    `nonfinite.dropped`; after `max_nonfinite_steps` steps with such images in a row the run is stopped.
 
     A regularizer that is an `nn.Module` becomes a submodule, so that `.to(device)` moves it; it is frozen and kept in
     evaluation mode. With timesteps on the CPU nothing here waits for an accelerator.

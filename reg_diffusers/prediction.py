@@ -199,8 +199,8 @@ def add_noise(scheduler, original_samples: Tensor, noise: Tensor, timesteps) -> 
 def scale_model_input(scheduler, sample: Tensor, timesteps) -> Tensor:
     """What the network is shown of x_t: `scheduler.scale_model_input` with one timestep per image and no state.
 
-    The identity except in Euler's coordinates, where x_t / sqrt(1 + sigma^2) has the scale that networks are trained on
-    (EDM: x_t / sqrt(sigma_data^2 + sigma^2)).
+    The identity except in Euler's coordinates, where x_t / sqrt(1 + sigma^2) has the scale that networks are trained
+    on (EDM: x_t / sqrt(sigma_data^2 + sigma^2)).
 
     Args:
         scheduler: a diffusers scheduler.
@@ -316,11 +316,10 @@ def _without_learned_variance(scheduler, model_output: Tensor, sample: Tensor) -
 
 
 def _refuse_zero_terminal_snr(scheduler) -> None:
-    # Only a schedule that was asked for can reach zero: others skip the look at values, which an accelerator waits for.
-    config = scheduler.config
-    if config.get("rescale_betas_zero_snr") or config.get("trained_betas") is not None:
-        if scheduler.alphas_cumprod[-1] == 0:
-            raise ValueError(
-                "prediction_type='epsilon' cannot give x0_hat with zero terminal SNR (alpha is 0 at the last timestep):"
-                " use prediction_type='v_prediction', or rescale_betas_zero_snr=False"
-            )
+    # Only a schedule that was asked for can reach zero; the others are spared the look, for which a GPU would wait.
+    asked_for = scheduler.config.get("rescale_betas_zero_snr") or scheduler.config.get("trained_betas") is not None
+    if asked_for and scheduler.alphas_cumprod[-1] == 0:
+        raise ValueError(
+            "prediction_type='epsilon' cannot give x0_hat with zero terminal SNR, where alpha is 0 at the last step:"
+            " use prediction_type='v_prediction', or rescale_betas_zero_snr=False"
+        )
