@@ -1,0 +1,1 @@
+"""The parts that train_reg.py puts together around its loop."""

@@ -1,0 +1,329 @@
+"""The command line of train_reg.py.
+
+Names and meanings are those of train_unconditional.py in diffusers, so that its command lines work here; what is new
+concerns the regularizers. A YAML file may come first: its entries are read as if they were flags, and flags win.
+"""
+
+from __future__ import annotations
+
+import argparse
+import difflib
+import math
+import sys
+from pathlib import Path
+
+import yaml
+
+from .errors import UsageError
+
+__all__ = ["build_parser", "parse_args"]
+
+# With no data of the user's own the run is a demonstration that ends within minutes on two cores.
+DEMO_DEFAULTS = {
+    "resolution": 16,
+    "train_batch_size": 32,
+    "max_train_steps": 400,
+    "learning_rate": 1e-3,
+    "lr_warmup_steps": 40,
+    "preview_steps": 100,
+    "compare": True,
+}
+
+
+def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
+    """The settings of a run: defaults, then the YAML file if there is one, then flags.
+
+    Exits with status 2 and one line on a setting that cannot work.
+    """
+    argv = sys.argv[1:] if argv is None else argv
+    parser = build_parser()
+    try:
+        if argv and not argv[0].startswith("-"):
+            argv = _as_flags(argv[0], parser) + argv[1:]
+        args = parser.parse_args(argv)
+        if args.dataset_name is None and args.train_data_dir is None:
+            parser.set_defaults(**DEMO_DEFAULTS)
+            args = parser.parse_args(argv)
+        _check(args)
+    except UsageError as error:
+        parser.error(str(error))
+    return args
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The parser behind `parse_args`, and behind the flags' page of the documentation."""
+    parser = argparse.ArgumentParser(
+        prog="train_reg.py",
+        usage="accelerate launch train_reg.py [config.yaml] [flags]",
+        description="Train a diffusion model with L = ||o - target||^2 + sum_k weight_k lambda_k(t) L'_k(x0_hat), where"
+        " x0_hat is the image that the prediction implies and L' any loss on images. Without flags: a demonstration on"
+        " embedded images, with and without total variation, in a few minutes.",
+        epilog="Most flags are those of diffusers' train_unconditional.py. Flags win over the YAML file.",
+        formatter_class=_HelpFormatter,
+        allow_abbrev=False,
+    )
+    parser.add_argument(
+        "config", nargs="?", help="YAML file with flags as keys, first of all arguments; a run writes its own"
+    )
+    for add_group in (_data, _model, _regularization, _optimization, _output, _hub):
+        add_group(parser)
+    return parser
+
+
+def _data(parser) -> None:
+    add = parser.add_argument_group("data (none given: 5,000 embedded Fashion-MNIST images)").add_argument
+    add(
+        "--dataset_name", help="Hub id of a data set, or a local folder or file that `datasets` reads (parquet, arrow)"
+    )
+    add("--dataset_config_name", help="configuration of that data set, where it has several")
+    add(
+        "--train_data_dir",
+        help="folder of images (subfolders are classes), or an .npy/.npz file of float fields (N, C, H, W)",
+    )
+    add("--cache_dir", help="where downloads and decoded images are kept; default: the Hugging Face cache")
+    add("--image_column", help="column with the images; default: the first column of images")
+    add("--label_column", help="column with the class labels; default: 'label'. Used with --class_conditional")
+    add(
+        "--resolution",
+        type=_positive_int,
+        help="images are resized and cropped to this square; default: 64, a given model's own, 16 for the embedded"
+        " data. Fields keep their size",
+    )
+    add(
+        "--center_crop",
+        action="store_true",
+        help="accepted for compatibility: the crop is always central, because images are decoded only once",
+    )
+    add("--random_flip", action="store_true", help="mirror half of the images, left to right, anew in each epoch")
+    add("--skip_bad_images", action="store_true", help="leave out images that cannot be decoded, and say how many")
+    add("--dataloader_num_workers", type=_natural, default=0, help="processes that fetch data; 0: the main process")
+
+
+def _model(parser) -> None:
+    add = parser.add_argument_group("model").add_argument
+    add(
+        "--model_config_name_or_path",
+        help="config of a UNet2DModel (folder, file or Hub id) to train from scratch; default: one by resolution",
+    )
+    add(
+        "--pretrained_model_name_or_path",
+        help="fine-tune this pipeline or UNet2DModel (folder or Hub id); it keeps its config and prediction type",
+    )
+    add("--class_conditional", action="store_true", help="condition on the class label of each image")
+    add(
+        "--prediction_type",
+        choices=["epsilon", "sample", "v_prediction", "flow_prediction"],
+        type=lambda name: {"flow": "flow_prediction"}.get(name, name),
+        help="what the network predicts: noise (default), image, velocity, or the flow from image to noise"
+        " (FlowMatchEulerDiscreteScheduler)",
+    )
+    add("--ddpm_num_steps", type=_positive_int, default=1000, help="noise levels of the training schedule")
+    add(
+        "--ddpm_beta_schedule",
+        choices=["linear", "scaled_linear", "squaredcos_cap_v2", "sigmoid"],
+        default="linear",
+        help="the schedule's betas",
+    )
+    add(
+        "--rescale_betas_zero_snr",
+        action="store_true",
+        help="end the schedule in pure noise (arXiv:2305.08891); needs --prediction_type v_prediction or sample",
+    )
+
+
+def _regularization(parser) -> None:
+    add = parser.add_argument_group("regularization").add_argument
+    add(
+        "--regularizer",
+        nargs="+",
+        default=["total_variation"],
+        metavar="NAME",
+        help="losses L' on x0_hat: built-in names, or my_module:MyReg from the current folder; 'none' trains a plain"
+        " model",
+    )
+    add(
+        "--reg_weight",
+        nargs="+",
+        type=_nonnegative,
+        default=[0.1],
+        metavar="WEIGHT",
+        help="one for each regularizer, or one for all",
+    )
+    add(
+        "--reg_weighting",
+        nargs="+",
+        default=["matched"],
+        metavar="NAME",
+        help="how much each counts by noise level: matched, constant (the formula to the letter), snr, alpha_bar,"
+        " truncated_snr, low_noise, or my_module:my_weighting; one for each regularizer, or one for all",
+    )
+    add("--snr_gamma", type=_positive, help="min-SNR weighting of the denoising loss, 5 is usual (arXiv:2303.09556)")
+    add(
+        "--compare",
+        action=argparse.BooleanOptionalAction,
+        default=False,
+        help="train a second, plain model on the same batches and noise, and compare the two: doubles the work."
+        " On by default with the embedded data only",
+    )
+
+
+def _optimization(parser) -> None:
+    add = parser.add_argument_group("optimization").add_argument
+    add("--seed", type=_natural, default=0, help="seed of weights, data order and noise")
+    add("--train_batch_size", type=_positive_int, default=16, help="images per process and step")
+    add("--num_epochs", type=_positive_int, default=100, help="passes over the data")
+    add("--max_train_steps", type=_positive_int, help="optimizer steps; overrides --num_epochs")
+    add("--gradient_accumulation_steps", type=_positive_int, default=1, help="batches per optimizer step")
+    add("--learning_rate", type=_positive, default=1e-4, help="of AdamW, after the warmup")
+    add(
+        "--lr_scheduler",
+        choices=["linear", "cosine", "cosine_with_restarts", "polynomial", "constant", "constant_with_warmup"],
+        default="cosine",
+        help="how the learning rate changes",
+    )
+    add("--lr_warmup_steps", type=_natural, default=500, help="steps in which the learning rate rises")
+    add("--adam_beta1", type=_fraction, default=0.95, help="decay of AdamW's first moment")
+    add("--adam_beta2", type=_fraction, default=0.999, help="decay of AdamW's second moment")
+    add("--adam_weight_decay", type=_nonnegative, default=1e-6, help="AdamW's weight decay")
+    add("--adam_epsilon", type=_positive, default=1e-8, help="AdamW's denominator term")
+    add("--max_grad_norm", type=_positive, default=1.0, help="gradients are clipped to this norm")
+    add(
+        "--use_ema",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="sample from and save an exponential moving average of the weights",
+    )
+    add("--ema_inv_gamma", type=_positive, default=1.0, help="inverse gamma of the average's warmup")
+    add("--ema_power", type=_positive, default=0.75, help="power of the average's warmup")
+    add("--ema_max_decay", type=_fraction, default=0.9999, help="largest decay of the average")
+    add(
+        "--mixed_precision",
+        choices=["no", "fp16", "bf16"],
+        help="precision of the network; default: what accelerate is configured for, else bf16 where the processor has"
+        " it in hardware. L' always runs in float32",
+    )
+    add("--num_threads", type=_positive_int, help="CPU threads per process; default: the cores shared evenly")
+    add("--local_rank", type=int, help="accepted for compatibility: accelerate knows")
+    add("--enable_xformers_memory_efficient_attention", action="store_true", help="use xformers' attention on a GPU")
+
+
+def _output(parser) -> None:
+    add = parser.add_argument_group("output").add_argument
+    add("--output_dir", default="reg-ddpm-model", help="folder for the pipeline, samples, checkpoints and logs")
+    add("--overwrite_output_dir", action="store_true", help="start anew in a folder that holds an earlier run")
+    add("--eval_batch_size", type=_positive_int, default=16, help="images in each grid of samples")
+    add("--save_images_epochs", type=_positive_int, default=10, help="epochs between grids of samples")
+    add("--preview_steps", type=_positive_int, help="steps between grids of samples, instead of epochs")
+    add("--ddpm_num_inference_steps", type=_positive_int, default=50, help="network calls per sample in grids (DDIM)")
+    add("--save_model_epochs", type=_positive_int, default=10, help="epochs between savings of the pipeline")
+    add("--checkpointing_steps", type=_positive_int, default=500, help="steps between checkpoints to resume from")
+    add("--checkpoints_total_limit", type=_positive_int, help="number of checkpoints kept; default: all")
+    add("--resume_from_checkpoint", metavar="PATH", help="a checkpoint folder, or 'latest' of --output_dir")
+    add("--logger", choices=["tensorboard", "wandb"], help="also log there; metrics.jsonl is always written")
+    add("--logging_dir", default="logs", help="folder in --output_dir for the logger's files")
+
+
+def _hub(parser) -> None:
+    add = parser.add_argument_group("Hub").add_argument
+    add("--push_to_hub", action="store_true", help="upload the pipeline with its samples at the end")
+    add("--hub_token", help="token for the upload; default: the one `hf auth login` stored")
+    add("--hub_model_id", help="repository to upload to; default: the output folder's name")
+    add("--hub_private_repo", action="store_true", help="create the repository as private")
+
+
+class _HelpFormatter(argparse.HelpFormatter):
+    """Adds each flag's default to its help, unless the text speaks of it or there is none."""
+
+    def _get_help_string(self, action) -> str:
+        silent = action.default in (None, False, argparse.SUPPRESS) or "default" in action.help
+        shown = " ".join(map(str, action.default)) if isinstance(action.default, list) else action.default
+        return action.help if silent else f"{action.help} (default: {shown})"
+
+
+def _as_flags(path: str, parser: argparse.ArgumentParser) -> list[str]:
+    """A YAML file's entries as command-line flags, so that one parser checks both."""
+    try:
+        settings = yaml.safe_load(Path(path).read_text()) or {}
+    except OSError as error:
+        raise UsageError(f"{path!r} is neither a flag nor a YAML file that can be read: {error.strerror}") from None
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise UsageError(f"{path}: not YAML: {' '.join(str(error).split())}") from None
+    if not isinstance(settings, dict):
+        raise UsageError(f"{path}: must hold entries like 'resolution: 32'")
+    known = {action.dest: action for action in parser._actions if action.option_strings}
+    flags = []
+    for name, value in settings.items():
+        if name not in known:
+            close = difflib.get_close_matches(str(name), known, n=1)
+            raise UsageError(f"{path}: unknown entry {name!r}" + (f"; did you mean {close[0]!r}?" if close else ""))
+        flags += _as_flag(known[name], value)
+    return flags
+
+
+def _as_flag(action: argparse.Action, value) -> list[str]:
+    flag = action.option_strings[0]
+    if value is None:
+        return []
+    if isinstance(action, argparse.BooleanOptionalAction):
+        return [flag if value else action.option_strings[1]]
+    if action.nargs == 0:
+        return [flag] if value else []
+    if isinstance(value, list):
+        return [flag, *map(str, value)]
+    return [f"{flag}={value}"]
+
+
+def _check(args: argparse.Namespace) -> None:
+    """What no single flag can tell."""
+    if args.config is not None:
+        raise UsageError(f"unexpected argument {args.config!r}: a YAML file comes before all flags")
+    if args.regularizer == ["none"]:
+        args.regularizer, args.reg_weight, args.reg_weighting, args.compare = [], [], [], False
+    if "none" in args.regularizer:
+        raise UsageError("--regularizer none stands alone: it means no regularizer at all")
+    for flag in ("reg_weight", "reg_weighting"):
+        values = getattr(args, flag)
+        if len(values) == 1:
+            setattr(args, flag, values * len(args.regularizer))
+        elif len(values) != len(args.regularizer):
+            raise UsageError(
+                f"--{flag} has {len(values)} entries for {len(args.regularizer)} regularizers"
+                f" ({' '.join(args.regularizer) or 'none'}): give one for each, or one for all"
+            )
+    if args.pretrained_model_name_or_path and args.model_config_name_or_path:
+        raise UsageError("--pretrained_model_name_or_path and --model_config_name_or_path exclude each other")
+    if args.rescale_betas_zero_snr and args.prediction_type in (None, "epsilon"):
+        raise UsageError(
+            "--rescale_betas_zero_snr needs --prediction_type v_prediction or sample: with zero terminal SNR predicted"
+            " noise says nothing about the image"
+        )
+
+
+def _positive(text: str) -> float:
+    return _number(text, float, lambda value: value > 0, "a number above 0")
+
+
+def _nonnegative(text: str) -> float:
+    return _number(text, float, lambda value: value >= 0, "a number of at least 0")
+
+
+def _fraction(text: str) -> float:
+    return _number(text, float, lambda value: 0 <= value < 1, "a number from 0 to below 1")
+
+
+def _positive_int(text: str) -> int:
+    return _number(text, int, lambda value: value > 0, "a whole number above 0")
+
+
+def _natural(text: str) -> int:
+    return _number(text, int, lambda value: value >= 0, "a whole number of at least 0")
+
+
+def _number(text: str, kind: type, accepts, expected: str):
+    try:
+        value = kind(text)
+    except ValueError:
+        value = math.nan
+    if not (math.isfinite(value) and accepts(value)):
+        raise argparse.ArgumentTypeError(f"{text!r} is not {expected}")
+    return value

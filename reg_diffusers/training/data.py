@@ -1,0 +1,275 @@
+"""Training data: from whatever the user has to batches of (B, C, H, W).
+
+Pictures are decoded, resized and cropped once, to uint8 in a cache that `datasets` memory-maps; the embedded data set
+takes the same path. Arrays of fields are memory-mapped as they are. Both become samples in [-1, 1] by one affine
+`Normalization`, applied to a whole batch on its device.
+"""
+
+from __future__ import annotations
+
+import argparse
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from .errors import UsageError
+
+__all__ = ["FieldData", "Normalization", "PictureData", "load_training_data"]
+
+EMBEDDED = Path(__file__).parents[1] / "data" / "fashion_mnist.parquet"
+_FIELD_SUFFIXES = (".npy", ".npz")
+
+
+@dataclass(frozen=True)
+class Normalization:
+    """The affine map between values as stored and samples in [-1, 1]: value = offset + scale * sample.
+
+    Attributes:
+        offset: one number per channel, or a single one.
+        scale: likewise, above 0.
+    """
+
+    offset: tuple[float, ...]
+    scale: tuple[float, ...]
+
+    def normalize(self, values: Tensor) -> Tensor:
+        """(B, C, H, W) stored values of any type -> float32 samples."""
+        offset, scale = (
+            torch.tensor(numbers, dtype=torch.float32, device=values.device).reshape(1, -1, 1, 1)
+            for numbers in (self.offset, self.scale)
+        )
+        return (values.float() - offset) / scale
+
+
+PICTURES = Normalization(offset=(127.5,), scale=(127.5,))
+
+
+class PictureData(torch.utils.data.Dataset):
+    """Pictures as uint8, with their class labels where they are wanted.
+
+    Attributes:
+        shape: (C, H, W).
+        normalization: from 0..255 to [-1, 1].
+        classes: names of the classes, or None.
+    """
+
+    normalization = PICTURES
+    is_picture = True
+
+    def __init__(self, table, shape: tuple[int, int, int], classes: list[str] | None):
+        self._table = table.with_format("arrow")
+        self.shape = shape
+        self.classes = classes
+
+    def __len__(self) -> int:
+        return len(self._table)
+
+    def __getitems__(self, indices: list[int]) -> dict[str, Tensor]:
+        """The batch of these indices: {"values": (B, C, H, W) uint8, "class_labels": (B,)}, in one look-up."""
+        rows = self._table[indices]
+        pixels = rows["pixels"].combine_chunks().flatten().to_numpy()
+        batch = {"values": torch.from_numpy(pixels.copy()).reshape(len(indices), *self.shape)}
+        if self.classes is not None:
+            batch["class_labels"] = torch.from_numpy(rows["class_label"].to_numpy().copy())
+        return batch
+
+
+class FieldData(torch.utils.data.Dataset):
+    """Arrays of numbers that are no pictures, such as temperatures or velocities, at the size they have.
+
+    Attributes:
+        shape: (C, H, W).
+        normalization: maps each channel's range over the data set to [-1, 1].
+        classes: None.
+    """
+
+    is_picture = False
+    classes = None
+
+    def __init__(self, array: np.ndarray):
+        self._array = array
+        self.shape = tuple(array.shape[1:])
+        low, high = _channel_range(array)
+        scale = np.where(high > low, (high - low) / 2, 1.0)  # a constant channel becomes 0
+        self.normalization = Normalization(tuple(((high + low) / 2).tolist()), tuple(scale.tolist()))
+
+    def __len__(self) -> int:
+        return len(self._array)
+
+    def __getitems__(self, indices: list[int]) -> dict[str, Tensor]:
+        """The batch of these indices: {"values": (B, C, H, W) float32}."""
+        return {"values": torch.from_numpy(np.asarray(self._array[indices], dtype=np.float32))}
+
+
+def load_training_data(
+    args: argparse.Namespace, channels: int | None = None, resolution: int | None = None
+) -> PictureData | FieldData:
+    """The data set that the flags name, ready for a DataLoader whose `collate_fn` leaves batches alone.
+
+    Args:
+        args: the settings of `arguments`.
+        channels: wanted by a given model; default: 1 if the pictures are grey, else 3.
+        resolution: side of the pictures where --resolution does not say.
+
+    Raises:
+        UsageError: nothing to read, no such column, bad images, fields of a wrong shape.
+    """
+    fields = _field_file(args.train_data_dir or args.dataset_name)
+    if fields is not None:
+        data = FieldData(_read_fields(fields))
+        if args.class_conditional:
+            raise UsageError("--class_conditional needs class labels, which .npy/.npz fields do not have")
+        if args.resolution not in (None, *data.shape[1:]):
+            raise UsageError(f"--resolution {args.resolution}: fields keep their size, here {data.shape[1:]}; drop it")
+    else:
+        data = _load_pictures(args, channels, args.resolution or resolution or 64)
+    if channels is not None and data.shape[0] != channels:
+        raise UsageError(f"the data have {data.shape[0]} channels, the given model {channels}")
+    return data
+
+
+def _load_pictures(args: argparse.Namespace, channels: int | None, resolution: int) -> PictureData:
+    from datasets import Image
+
+    from .pictures import decode_table, is_grey
+
+    table = _read_table(args)
+    column = _image_column(table, args.image_column)
+    label_column = _label_column(table, args) if args.class_conditional else None
+    classes = None
+    if label_column is not None:
+        table, classes = _with_class_labels(table, label_column)
+    table = table.select_columns([column] + (["class_label"] if classes else []))
+    table = table.cast_column(column, Image(decode=False))
+    channels = channels or (1 if is_grey(table, column) else 3)
+    table = decode_table(table, column, resolution, channels, skip_bad_images=args.skip_bad_images)
+    return PictureData(table, (channels, resolution, resolution), classes)
+
+
+def _read_table(args: argparse.Namespace):
+    """The rows as `datasets` reads them, not yet decoded."""
+    from datasets import DatasetDict, load_dataset, load_from_disk
+    from datasets.exceptions import DatasetNotFoundError
+
+    name, folder, cache_dir = args.dataset_name, args.train_data_dir, args.cache_dir
+    flag = "--dataset_name" if name else "--train_data_dir"
+    try:
+        if name is None and folder is None:
+            found = load_dataset("parquet", data_files=str(EMBEDDED), cache_dir=cache_dir)
+        elif name is None:
+            if not Path(folder).is_dir():
+                raise UsageError(f"--train_data_dir {folder}: no such folder")
+            found = load_dataset("imagefolder", data_dir=folder, cache_dir=cache_dir)
+        elif any((Path(name) / mark).is_file() for mark in ("dataset_dict.json", "state.json")):
+            found = load_from_disk(name)
+        elif Path(name).is_file():
+            kind = Path(name).suffix.lstrip(".")
+            if kind not in ("parquet", "arrow"):
+                raise UsageError(f"--dataset_name {name}: a file must be .parquet, .arrow, .npy or .npz")
+            found = load_dataset(kind, data_files=name, cache_dir=cache_dir)
+        else:
+            found = load_dataset(name, args.dataset_config_name, cache_dir=cache_dir)
+    except (DatasetNotFoundError, FileNotFoundError, ValueError, ConnectionError, OSError) as error:
+        if isinstance(error, UsageError):
+            raise
+        raise UsageError(f"{flag} {name or folder}: cannot be read: {_first_line(error)}") from error
+    if isinstance(found, DatasetDict):
+        if "train" not in found and len(found) > 1:
+            raise UsageError(f"{flag} {name or folder}: no split 'train' among {', '.join(found)}")
+        found = found.get("train") or next(iter(found.values()))
+    if len(found) == 0:
+        raise UsageError(f"{flag} {name or folder}: holds no images")
+    return found
+
+
+def _image_column(table, wanted: str | None) -> str:
+    from datasets import Image
+
+    images = [name for name, feature in table.features.items() if isinstance(feature, Image)]
+    if wanted is None and images:
+        return images[0]
+    if wanted in images:
+        return wanted
+    columns = ", ".join(f"{name} ({_kind(feature)})" for name, feature in table.features.items())
+    problem = "no column of images" if wanted is None else f"--image_column {wanted!r} is not a column of images"
+    raise UsageError(f"{problem}; the columns are: {columns}")
+
+
+def _label_column(table, args: argparse.Namespace) -> str:
+    column = args.label_column or "label"
+    if column not in table.column_names:
+        raise UsageError(
+            f"--class_conditional: no column {column!r} among {', '.join(table.column_names)}; name it by"
+            " --label_column, or put each class into a subfolder of its own"
+        )
+    return column
+
+
+def _with_class_labels(table, column: str):
+    """The table with an int64 column "class_label" of 0..n-1, and the names of the n classes."""
+    from datasets import ClassLabel
+
+    feature = table.features[column]
+    if not isinstance(feature, ClassLabel):
+        table = table.class_encode_column(column)
+        feature = table.features[column]
+    labels = np.asarray(table.with_format("numpy")[column][:], dtype=np.int64)
+    if labels.min() < 0:
+        raise UsageError(f"--label_column {column}: some images have no label")
+    if "class_label" in table.column_names and column != "class_label":
+        table = table.remove_columns("class_label")
+    if column == "class_label":
+        table = table.remove_columns(column)
+    return table.add_column("class_label", labels), feature.names
+
+
+def _field_file(path: str | None) -> Path | None:
+    """The array file that a path names, itself or as the only one of a folder."""
+    if path is None:
+        return None
+    path = Path(path)
+    if path.suffix in _FIELD_SUFFIXES:
+        if not path.is_file():
+            raise UsageError(f"{path}: no such file")
+        return path
+    inside = sorted(file for suffix in _FIELD_SUFFIXES for file in path.glob(f"*{suffix}")) if path.is_dir() else []
+    if len(inside) > 1:
+        raise UsageError(f"{path} holds {len(inside)} array files: name one of them, such as {inside[0]}")
+    return inside[0] if inside else None
+
+
+def _read_fields(path: Path) -> np.ndarray:
+    try:
+        found = np.load(path, mmap_mode="r", allow_pickle=False)
+        if path.suffix == ".npz":
+            if len(found.files) != 1:
+                raise UsageError(f"{path}: must hold one array, holds {', '.join(found.files)}")
+            found = found[found.files[0]]
+    except (OSError, ValueError, EOFError) as error:
+        if isinstance(error, UsageError):
+            raise
+        raise UsageError(f"{path}: not an array file that can be read: {_first_line(error)}") from error
+    if found.ndim != 4 or found.dtype.kind not in "fiu" or 0 in found.shape:
+        raise UsageError(f"{path}: must hold numbers of shape (N, C, H, W), holds {found.dtype} {found.shape}")
+    return found
+
+
+def _channel_range(array: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Minimum and maximum of each channel, in float64, a thousand fields at a time."""
+    chunks = [array[start : start + 1000] for start in range(0, len(array), 1000)]
+    low = np.min([chunk.min(axis=(0, 2, 3)) for chunk in chunks], axis=0).astype(np.float64)
+    high = np.max([chunk.max(axis=(0, 2, 3)) for chunk in chunks], axis=0).astype(np.float64)
+    if not (np.isfinite(low).all() and np.isfinite(high).all()):
+        raise UsageError("the fields hold infinite or missing (nan) values: replace or leave out these fields")
+    return low, high
+
+
+def _kind(feature) -> str:
+    return getattr(feature, "dtype", None) or type(feature).__name__
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
