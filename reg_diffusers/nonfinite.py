@@ -54,6 +54,10 @@ class NonFiniteGuard:
         self.dropped[name] = self.dropped[name] + (bad & ~self._last[name][0]).sum()
         return torch.where(bad.reshape(-1, *(1,) * (gradients.ndim - 1)), 0, gradients)
 
+    def counts(self) -> dict[str, int]:
+        """Images dropped so far, by "nonfinite/" and the term's name; waits for the accelerator."""
+        return {f"nonfinite/{name}": int(count) for name, count in self.dropped.items()}
+
     def check(self) -> None:
         """Raises `FloatingPointError` if a term was not finite for `max_steps` steps in a row."""
         self._steps += 1

@@ -110,13 +110,17 @@ class X0Regularization(nn.Module):
         self.scheduler = scheduler
         self.terms = tuple(terms)
         self.snr_gamma = snr_gamma
-        names = [term.name for term in self.terms]
-        if len({"denoising", *names}) <= len(names):
-            raise ValueError(f"terms need names that differ and are not 'denoising', got {names}: Term(..., name=...)")
+        if len({"denoising", *self.names}) <= len(self.terms):
+            raise ValueError(f"terms need different names, none 'denoising', got {self.names}: Term(..., name=...)")
         self.networks = nn.ModuleList(
             term.regularizer.requires_grad_(False) for term in self.terms if isinstance(term.regularizer, nn.Module)
         ).eval()
         self.nonfinite = NonFiniteGuard(max_nonfinite_steps)
+
+    @property
+    def names(self) -> list[str]:
+        """The terms' names, in order."""
+        return [term.name for term in self.terms]
 
     def train(self, mode: bool = True) -> X0Regularization:
         """As in `nn.Module`, but networks inside regularizers stay in evaluation mode."""

@@ -91,8 +91,8 @@ class RegDDPMPipeline(DiffusionPipeline):
             eta: DDIM's eta, 0 deterministic to 1 ancestral; other schedulers have no use for it.
 
         Raises:
-            ValueError: class labels missing, not wanted, out of range or of a wrong number; unknown output_type; fields
-                that no picture can show.
+            ValueError: class labels missing, not wanted, out of range or of a wrong number; an unknown output_type, or
+                one that cannot show the samples.
         """
         config = self.unet.config
         if output_type not in ("pil", "np", "numpy", "pt"):

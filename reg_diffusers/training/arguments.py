@@ -26,6 +26,7 @@ DEMO_DEFAULTS = {
     "learning_rate": 1e-3,
     "lr_warmup_steps": 40,
     "preview_steps": 100,
+    "ddpm_num_inference_steps": 25,
     "compare": True,
 }
 
@@ -55,8 +56,8 @@ def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="train_reg.py",
         usage="accelerate launch train_reg.py [config.yaml] [flags]",
-        description="Train a diffusion model with L = ||o - target||^2 + sum_k weight_k lambda_k(t) L'_k(x0_hat), where"
-        " x0_hat is the image that the prediction implies and L' any loss on images. Without flags: a demonstration on"
+        description="Train a diffusion model with L = ||o - target||^2 + sum_k weight_k lambda_k(t) L'_k(x0_hat):"
+        " x0_hat is the image that the prediction implies, L' any loss on images. Without flags: a demonstration on"
         " embedded images, with and without total variation, in a few minutes.",
         epilog="Most flags are those of diffusers' train_unconditional.py. Flags win over the YAML file.",
         formatter_class=_HelpFormatter,

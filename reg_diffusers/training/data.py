@@ -17,7 +17,7 @@ from torch import Tensor
 
 from .errors import UsageError
 
-__all__ = ["FieldData", "Normalization", "PictureData", "load_training_data"]
+__all__ = ["FieldData", "Normalization", "PictureData", "flip_half", "load_training_data", "make_dataloader"]
 
 EMBEDDED = Path(__file__).parents[1] / "data" / "fashion_mnist.parquet"
 _FIELD_SUFFIXES = (".npy", ".npz")
@@ -129,6 +129,30 @@ def load_training_data(
     if channels is not None and data.shape[0] != channels:
         raise UsageError(f"the data have {data.shape[0]} channels, the given model {channels}")
     return data
+
+
+def make_dataloader(args: argparse.Namespace, data: PictureData | FieldData, num_processes: int):
+    """Shuffled batches; the last, short one is left out where there is a full one."""
+    return torch.utils.data.DataLoader(
+        data,
+        batch_size=args.train_batch_size,
+        shuffle=True,
+        num_workers=args.dataloader_num_workers,
+        collate_fn=_as_it_is,
+        drop_last=len(data) >= args.train_batch_size * num_processes,
+        pin_memory=torch.cuda.is_available(),
+        persistent_workers=args.dataloader_num_workers > 0,
+    )
+
+
+def flip_half(samples: Tensor) -> Tensor:
+    """Mirrors each image of (B, C, H, W), left to right, with probability 1/2."""
+    flipped = torch.rand(len(samples), 1, 1, 1, device=samples.device) < 0.5
+    return torch.where(flipped, samples.flip(-1), samples)
+
+
+def _as_it_is(batch: dict[str, Tensor]) -> dict[str, Tensor]:
+    return batch
 
 
 def _load_pictures(args: argparse.Namespace, channels: int | None, resolution: int) -> PictureData:

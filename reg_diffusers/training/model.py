@@ -1,0 +1,184 @@
+"""The network and the noise scheduler of a training run, new or given."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+from diffusers import DDPMScheduler, FlowMatchEulerDiscreteScheduler, UNet2DModel
+
+from ..prediction import prediction_type
+from .data import FieldData, PictureData
+from .errors import UsageError
+
+__all__ = ["GivenModel", "build_noise_scheduler", "build_unet", "load_given_model", "new_unet_config"]
+
+
+@dataclass(frozen=True)
+class GivenModel:
+    """What a run starts from: all None for a new model with the default config.
+
+    Attributes:
+        unet: pretrained network.
+        scheduler: the noise scheduler saved with it.
+        config: config of a network to be trained from scratch.
+    """
+
+    unet: UNet2DModel | None = None
+    scheduler: DDPMScheduler | FlowMatchEulerDiscreteScheduler | None = None
+    config: dict | None = None
+
+    @property
+    def channels(self) -> int | None:
+        """Channels of its images, or None if it has no say."""
+        return self._entry("in_channels")
+
+    @property
+    def resolution(self) -> int | None:
+        """Side of its square images, or None if it has no say."""
+        size = self._entry("sample_size")
+        return size if isinstance(size, int) else None
+
+    def _entry(self, name: str):
+        config = self.unet.config if self.unet is not None else self.config
+        return None if config is None else config.get(name)
+
+
+def load_given_model(args: argparse.Namespace) -> GivenModel:
+    """The model that --pretrained_model_name_or_path or --model_config_name_or_path names.
+
+    Raises:
+        UsageError: nothing of the kind is there.
+    """
+    path, cache_dir = args.pretrained_model_name_or_path, args.cache_dir
+    try:
+        if path is not None:
+            is_pipeline = _is_pipeline(path, cache_dir)
+            subfolder = "unet" if is_pipeline else None
+            unet = UNet2DModel.from_pretrained(path, subfolder=subfolder, cache_dir=cache_dir)
+            return GivenModel(unet=unet, scheduler=_given_scheduler(path, cache_dir) if is_pipeline else None)
+        path = args.model_config_name_or_path
+        if path is not None and Path(path).is_file():
+            return GivenModel(config=json.loads(Path(path).read_text()))
+        if path is not None:
+            return GivenModel(config=dict(UNet2DModel.load_config(path, cache_dir=cache_dir)))
+    except (OSError, ValueError) as error:
+        flag = (
+            "--pretrained_model_name_or_path" if args.pretrained_model_name_or_path else "--model_config_name_or_path"
+        )
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise UsageError(f"{flag} {path}: no UNet2DModel there that can be read: {reason}") from error
+    return GivenModel()
+
+
+def build_noise_scheduler(args: argparse.Namespace, given: GivenModel):
+    """The scheduler of the training: the given pipeline's schedule, else one by flags.
+
+    Raises:
+        UsageError: --prediction_type contradicts the given pipeline.
+    """
+    if given.scheduler is not None:
+        kind = prediction_type(given.scheduler)
+        if args.prediction_type not in (None, kind):
+            raise UsageError(
+                f"--prediction_type {args.prediction_type}: the given pipeline was trained with {kind}; drop the flag"
+            )
+        return given.scheduler
+    if args.prediction_type == "flow_prediction":
+        return FlowMatchEulerDiscreteScheduler(num_train_timesteps=args.ddpm_num_steps)
+    return DDPMScheduler(
+        num_train_timesteps=args.ddpm_num_steps,
+        beta_schedule=args.ddpm_beta_schedule,
+        prediction_type=args.prediction_type or "epsilon",
+        rescale_betas_zero_snr=args.rescale_betas_zero_snr,
+        timestep_spacing="trailing" if args.rescale_betas_zero_snr else "leading",
+    )
+
+
+def build_unet(args: argparse.Namespace, given: GivenModel, data: PictureData | FieldData) -> UNet2DModel:
+    """The network: the given one, or a new one for the shape of the data.
+
+    Raises:
+        UsageError: the data do not fit the network.
+    """
+    channels, height, width = data.shape
+    if given.unet is not None:
+        unet = given.unet
+        _check_classes(unet.config.num_class_embeds, data)
+    else:
+        config = dict(given.config) if given.config is not None else new_unet_config(max(height, width))
+        config.update(in_channels=channels, out_channels=channels)
+        if data.classes is not None:
+            config["num_class_embeds"] = len(data.classes)
+        config["sample_size"] = height if height == width else (height, width)
+        unet = UNet2DModel.from_config(config)
+    _check_halving(unet, height, width)
+    return unet
+
+
+def new_unet_config(resolution: int) -> dict:
+    """A UNet2DModel config for images of a size: attention at the coarsest but one level, heads of 64 channels.
+
+    Up to 16 pixels it is small enough for a CPU; from 64 on the channels are those of diffusers' training script.
+    """
+    if resolution <= 16:
+        channels, layers = (32, 64), 1
+    elif resolution <= 32:
+        channels, layers = (64, 128, 128), 2
+    elif resolution < 64:
+        channels, layers = (128, 128, 256, 256), 2
+    else:
+        channels, layers = (128, 128, 256, 256, 512, 512), 2
+    levels = len(channels)
+    attention = max(levels - 2, 1)
+    return {
+        "layers_per_block": layers,
+        "block_out_channels": channels,
+        "down_block_types": tuple(
+            "AttnDownBlock2D" if level == attention else "DownBlock2D" for level in range(levels)
+        ),
+        "up_block_types": tuple(
+            "AttnUpBlock2D" if level == attention else "UpBlock2D" for level in reversed(range(levels))
+        ),
+        "attention_head_dim": 64,
+    }
+
+
+def _is_pipeline(path: str, cache_dir: str | None) -> bool:
+    if Path(path).is_dir():
+        return (Path(path) / "model_index.json").is_file()
+    from diffusers import DiffusionPipeline
+
+    try:
+        DiffusionPipeline.load_config(path, cache_dir=cache_dir)
+    except OSError:
+        return False
+    return True
+
+
+def _given_scheduler(path: str, cache_dir: str | None):
+    """The saved schedule as one to train with: a pipeline may have been saved with any sampler."""
+    config = DDPMScheduler.load_config(path, subfolder="scheduler", cache_dir=cache_dir)
+    if "prediction_type" not in config and "shift" in config:
+        return FlowMatchEulerDiscreteScheduler.from_config(config)
+    return DDPMScheduler.from_config(config)
+
+
+def _check_classes(classes: int | None, data: PictureData | FieldData) -> None:
+    wanted = None if data.classes is None else len(data.classes)
+    if classes != wanted:
+        fix = "pass --class_conditional with data of as many classes" if classes else "drop --class_conditional"
+        raise UsageError(f"the given model has {classes or 'no'} classes, the data {wanted or 'none'}: {fix}")
+
+
+def _check_halving(unet: UNet2DModel, height: int, width: int) -> None:
+    factor = 2 ** (len(unet.config.block_out_channels) - 1)
+    if height % factor or width % factor:
+        below, above = max(height // factor, 1) * factor, -(-height // factor) * factor
+        near = f"{below} or {above}" if below != above else f"{above}"
+        raise UsageError(
+            f"--resolution {height if height == width else (height, width)}: the network halves its images"
+            f" {factor.bit_length() - 1} times, so the sides must be multiples of {factor}, such as {near}"
+        )

@@ -1,0 +1,79 @@
+"""The folder of a run: whose it is, its settings, files written whole or not at all."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import shutil
+import tempfile
+from pathlib import Path
+
+import yaml
+from accelerate import PartialState
+
+from .errors import UsageError
+
+__all__ = ["SETTINGS_FILE", "prepare_output_dir", "write_settings", "write_whole"]
+
+SETTINGS_FILE = "reg_settings.yaml"
+
+
+def prepare_output_dir(args: argparse.Namespace, state: PartialState) -> Path:
+    """The output folder, made if need be; never one that holds somebody else's files. Called by all processes.
+
+    Raises:
+        UsageError: it holds other files, or an earlier run that neither --overwrite_output_dir nor
+            --resume_from_checkpoint is about; or it cannot be written.
+    """
+    folder = Path(args.output_dir)
+    flag = f"--output_dir {folder}"
+    if folder.exists() and not folder.is_dir():
+        raise UsageError(f"{flag} is a file: name another")
+    holds_files = folder.is_dir() and any(folder.iterdir())
+    if holds_files and not (folder / SETTINGS_FILE).is_file():
+        raise UsageError(f"{flag} exists and is not of an earlier run of this script: name another")
+    if holds_files and not (args.overwrite_output_dir or args.resume_from_checkpoint):
+        raise UsageError(
+            f"{flag} holds an earlier run: name another, or pass --resume_from_checkpoint latest to go on, or"
+            " --overwrite_output_dir to start anew"
+        )
+    state.wait_for_everyone()  # nobody touches the folder before all have looked at it
+    if holds_files and not args.resume_from_checkpoint and state.is_main_process:
+        _remove_earlier_run(folder)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise UsageError(f"{flag} cannot be written: {error.strerror}") from error
+    return folder
+
+
+def _remove_earlier_run(folder: Path) -> None:
+    """Deletes what a run of this script writes, and nothing else."""
+    written = ["plain", "samples", "unet", "scheduler", "metrics.jsonl", "comparison.json", "comparison.png"]
+    for path in [*(folder / name for name in written), *folder.glob("checkpoint-*"), *folder.glob(".checkpoint-*")]:
+        if path.is_dir():
+            shutil.rmtree(path)
+        else:
+            path.unlink(missing_ok=True)
+
+
+def write_settings(args: argparse.Namespace, folder: Path) -> None:
+    """The resolved settings, in the form that train_reg.py takes as its first argument; never a token."""
+    settings = {name: value for name, value in vars(args).items() if name not in ("config", "hub_token", "local_rank")}
+    if not settings["regularizer"]:
+        settings["regularizer"] = ["none"]
+        del settings["reg_weight"], settings["reg_weighting"]
+    write_whole(folder / SETTINGS_FILE, lambda path: path.write_text(yaml.safe_dump(settings, sort_keys=False)))
+
+
+def write_whole(path: Path, write) -> None:
+    """Calls `write(temporary path)` and renames the result to `path`, so that no reader ever sees half a file."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.stem}.{os.getpid()}{path.suffix}")
+    try:
+        write(temporary)
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)

@@ -1,0 +1,83 @@
+"""Pictures of samples while a model learns."""
+
+from __future__ import annotations
+
+import argparse
+import math
+from pathlib import Path
+
+import PIL.Image
+import torch
+from accelerate import Accelerator
+from diffusers import DDIMScheduler, FlowMatchEulerDiscreteScheduler
+from torch import Tensor
+
+from ..pipeline import RegDDPMPipeline
+from .data import FieldData, PictureData
+from .output import write_whole
+
+__all__ = ["draw_samples", "grid", "sampling_pipeline", "save_preview"]
+
+_SMALLEST_SIDE = 64  # pixels at which a sample is shown at least
+
+
+def sampling_pipeline(unet, noise_scheduler, data: PictureData | FieldData) -> RegDDPMPipeline:
+    """The pipeline that is saved: the network with its training scheduler and, for fields, their normalization."""
+    normalization = None
+    if not data.is_picture:
+        normalization = {"offset": list(data.normalization.offset), "scale": list(data.normalization.scale)}
+    pipeline = RegDDPMPipeline(unet, noise_scheduler, normalization=normalization)
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline
+
+
+def draw_samples(pipeline: RegDDPMPipeline, number: int, steps: int, seed: int, batch_size: int = 64) -> Tensor:
+    """Samples (N, C, H, W) in [-1, 1] of a fast deterministic sampler, the same noise for the same seed.
+
+    DDIM (Song et al. 2021, arXiv:2010.02502) with trailing timesteps; Euler's method for flow matching. Class labels
+    go round.
+    """
+    config = pipeline.scheduler.config
+    if isinstance(pipeline.scheduler, FlowMatchEulerDiscreteScheduler):
+        scheduler = FlowMatchEulerDiscreteScheduler.from_config(config)
+    else:
+        scheduler = DDIMScheduler.from_config(config, timestep_spacing="trailing")
+    sampler = RegDDPMPipeline(pipeline.unet, scheduler)
+    sampler.set_progress_bar_config(disable=True)
+    generator = torch.Generator().manual_seed(seed)
+    classes = pipeline.unet.config.num_class_embeds
+    drawn = []
+    for start in range(0, number, batch_size):
+        size = min(batch_size, number - start)
+        labels = torch.arange(start, start + size) % classes if classes else None
+        output = sampler(size, generator, steps, output_type="pt", class_labels=labels)
+        drawn.append(output.images.float() * 2 - 1)
+    return torch.cat(drawn)
+
+
+def save_preview(
+    accelerator: Accelerator, pipeline: RegDDPMPipeline, folder: Path, step: int, args: argparse.Namespace
+) -> None:
+    """One grid of samples from the same noise at every step, folder/step-STEP.png; drawn by the main process."""
+    if not accelerator.is_main_process:
+        return
+    with accelerator.autocast():
+        samples = draw_samples(pipeline, args.eval_batch_size, args.ddpm_num_inference_steps, args.seed)
+    write_whole(folder / f"step-{step:06d}.png", grid(samples).save)
+
+
+def grid(samples: Tensor, gap: int = 1) -> PIL.Image.Image:
+    """Samples (N, C, H, W) in [-1, 1] as one nearly square picture; of other than 3 channels the first is shown."""
+    number, channels, height, width = samples.shape
+    samples = samples if channels == 3 else samples[:, :1].expand(-1, 3, -1, -1)
+    columns = math.ceil(math.sqrt(number))
+    rows = math.ceil(number / columns)
+    canvas = torch.ones(3, rows * (height + gap) - gap, columns * (width + gap) - gap)
+    for place, sample in enumerate(samples.cpu()):
+        top, left = place // columns * (height + gap), place % columns * (width + gap)
+        canvas[:, top : top + height, left : left + width] = sample
+    pixels = ((canvas + 1) * 127.5).round().clamp(0, 255).byte().permute(1, 2, 0).numpy()
+    zoom = max(math.ceil(_SMALLEST_SIDE / max(height, width)), 1)
+    return PIL.Image.fromarray(pixels).resize(
+        (pixels.shape[1] * zoom, pixels.shape[0] * zoom), PIL.Image.Resampling.NEAREST
+    )

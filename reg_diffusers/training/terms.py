@@ -1,0 +1,82 @@
+"""From the regularization flags to the terms of the loss."""
+
+from __future__ import annotations
+
+import argparse
+from collections import Counter
+
+import torch
+
+from ..objective import Term, X0Regularization
+from ..prediction import add_noise, prediction_target
+from ..regularizers import regularizer_name
+from ..specs import load_regularizer, load_weighting
+from ..weighting import constant
+from .data import FieldData, PictureData
+from .errors import UsageError
+
+__all__ = ["build_terms", "check_terms"]
+
+# What train_reg.py hands to regularizers that ask for it by `needs`.
+_CONTEXT = ("original_samples", "class_labels")
+
+
+def build_terms(args: argparse.Namespace) -> tuple[Term, ...]:
+    """One term for each --regularizer; a name that occurs twice is numbered.
+
+    Raises:
+        UsageError: a regularizer or weighting that cannot be found, or one that needs what this script does not have.
+    """
+    terms = []
+    used = Counter()
+    for spec, weight, weighting in zip(args.regularizer, args.reg_weight, args.reg_weighting, strict=True):
+        regularizer = _load(load_regularizer, spec, "--regularizer")
+        name = regularizer_name(regularizer)
+        used[name] += 1
+        name = f"{name}_{used[name]}" if used[name] > 1 else name
+        terms.append(Term(regularizer, weight, _load(load_weighting, weighting, "--reg_weighting"), name))
+        available = _CONTEXT if args.class_conditional else _CONTEXT[:1]
+        if missing := [need for need in getattr(regularizer, "needs", ()) if need not in available]:
+            raise UsageError(
+                f"--regularizer {spec} needs {', '.join(missing)}; this script has {', '.join(available)}. Use"
+                " reg_diffusers.RegularizedLoss in a loop of your own"
+            )
+    return tuple(terms)
+
+
+def check_terms(terms: tuple[Term, ...], noise_scheduler, data: PictureData | FieldData) -> None:
+    """Runs each regularizer once on real images, so that a bad one is found before the first step.
+
+    Raises:
+        UsageError: it raises, or returns anything but an attached tensor of shape (B,).
+    """
+    number = min(2, len(data))
+    batch = data.__getitems__(list(range(number)))
+    original_samples = data.normalization.normalize(batch.pop("values"))
+    timesteps = torch.ones(number, dtype=torch.long)
+    noise = torch.randn(original_samples.shape, generator=torch.Generator().manual_seed(0))
+    model_output = prediction_target(noise_scheduler, original_samples, noise, timesteps).clone().requires_grad_()
+    sample = add_noise(noise_scheduler, original_samples, noise, timesteps)
+    for term in terms:
+        trial = X0Regularization(noise_scheduler, [Term(term.regularizer, 1.0, constant, term.name)])
+        try:
+            trial(model_output, timesteps, sample, original_samples=original_samples, **batch).loss.backward()
+        except ValueError as error:
+            if "regularizer" in str(error):
+                raise UsageError(f"--regularizer {term.name}: {error}") from error
+            raise _own_error(term, error) from error
+        except Exception as error:
+            raise _own_error(term, error) from error
+
+
+def _own_error(term: Term, error: Exception) -> UsageError:
+    usage_error = UsageError(f"--regularizer {term.name} raised {type(error).__name__} on a batch of images: {error}")
+    usage_error.show_cause = True
+    return usage_error
+
+
+def _load(load, spec: str, flag: str):
+    try:
+        return load(spec)
+    except ValueError as error:
+        raise UsageError(f"{flag}: {error}") from error

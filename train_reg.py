@@ -1,0 +1,169 @@
+"""Trains a diffusion model with L = ||o - target||^2 + sum_k weight_k lambda_k(t) L'_k(x0_hat).
+
+accelerate launch train_reg.py                                         # a demonstration, a few minutes
+accelerate launch train_reg.py --train_data_dir photos --regularizer total_variation --reg_weight 0.1
+accelerate launch train_reg.py --train_data_dir photos --regularizer my_module:MyReg --compare
+"""
+
+import math
+
+import torch
+from accelerate import Accelerator, PartialState
+from accelerate.utils import DataLoaderConfiguration, set_seed
+from diffusers.optimization import get_scheduler
+from tqdm.auto import tqdm
+
+from reg_diffusers import RegularizedLoss
+from reg_diffusers.training.arguments import parse_args
+from reg_diffusers.training.checkpoint import Progress, endless_batches, find_checkpoint, save_checkpoint
+from reg_diffusers.training.data import flip_half, load_training_data, make_dataloader
+from reg_diffusers.training.ema import build_ema, ema_weights
+from reg_diffusers.training.errors import exit_on_usage_error
+from reg_diffusers.training.hardware import check_launch, choose_mixed_precision, set_threads
+from reg_diffusers.training.interruption import Interruption
+from reg_diffusers.training.metrics import MetricsLog
+from reg_diffusers.training.model import build_noise_scheduler, build_unet, load_given_model
+from reg_diffusers.training.output import prepare_output_dir, write_settings
+from reg_diffusers.training.preview import sampling_pipeline, save_preview
+from reg_diffusers.training.report import compare, describe, describe_result
+from reg_diffusers.training.terms import build_terms, check_terms
+
+LOG_INTERVAL = 10  # steps between two readings of the metrics; reading waits for an accelerator
+
+
+@exit_on_usage_error
+def main(argv=None):
+    args = parse_args(argv)
+    args.mixed_precision, args.num_threads = choose_mixed_precision(args), set_threads(args)
+    state = PartialState()
+    check_launch(state)
+    with state.main_process_first():
+        given = load_given_model(args)
+        data = load_training_data(args, given.channels, given.resolution)
+    # What cannot work is said here, before anything is written.
+    noise_scheduler = build_noise_scheduler(args, given)
+    terms = build_terms(args)
+    check_terms(terms, noise_scheduler, data)
+    unet = build_unet(args, given, data)
+    output_dir = prepare_output_dir(args, state)
+    if state.is_main_process:
+        write_settings(args, output_dir)
+        print(describe(args, state, data, unet, noise_scheduler, terms), flush=True)
+
+    with Interruption() as interruption:
+        pipeline = train(args, data, terms, output_dir, interruption)
+        if args.compare and not interruption:
+            plain = train(args, data, (), output_dir / "plain", interruption)
+            if state.is_main_process and not interruption:
+                compare(args, data, terms, plain, pipeline, output_dir)
+    if state.is_main_process:
+        print(describe_result(args, output_dir, interruption))
+
+
+def train(args, data, terms, output_dir, interruption):
+    """Trains and saves one model; weights, batches and noise are the same whatever its terms. Returns its pipeline."""
+    accelerator = Accelerator(
+        mixed_precision=args.mixed_precision,
+        gradient_accumulation_steps=args.gradient_accumulation_steps,
+        log_with=args.logger,
+        project_dir=output_dir / args.logging_dir,
+        dataloader_config=DataLoaderConfiguration(use_seedable_sampler=True, data_seed=args.seed),
+    )
+    if args.logger:
+        accelerator.init_trackers("train_reg")
+    set_seed(args.seed)
+    given = load_given_model(args)
+    noise_scheduler = build_noise_scheduler(args, given)
+    unet = build_unet(args, given, data)
+    ema = build_ema(args, unet, accelerator.device)
+    loss_fn = RegularizedLoss(noise_scheduler, terms, snr_gamma=args.snr_gamma).to(accelerator.device)
+    optimizer = torch.optim.AdamW(
+        unet.parameters(),
+        lr=args.learning_rate,
+        betas=(args.adam_beta1, args.adam_beta2),
+        weight_decay=args.adam_weight_decay,
+        eps=args.adam_epsilon,
+        fused=True,
+    )
+    dataloader = make_dataloader(args, data, accelerator.num_processes)
+    unet, optimizer, dataloader = accelerator.prepare(unet, optimizer, dataloader)
+    steps_per_epoch = math.ceil(len(dataloader) / args.gradient_accumulation_steps)
+    max_train_steps = args.max_train_steps or args.num_epochs * steps_per_epoch
+    lr_scheduler = get_scheduler(
+        args.lr_scheduler,
+        optimizer.optimizer,
+        num_warmup_steps=args.lr_warmup_steps,
+        num_training_steps=max_train_steps,
+    )
+
+    progress = Progress()
+    accelerator.register_for_checkpointing(progress, lr_scheduler, *([ema] if ema else []))
+    set_seed(args.seed, device_specific=True)  # other noise on each process
+    if checkpoint := find_checkpoint(args, output_dir):
+        accelerator.load_state(str(checkpoint))
+    preview_steps = args.preview_steps or args.save_images_epochs * steps_per_epoch
+    save_model_steps = args.save_model_epochs * steps_per_epoch
+    pipeline = sampling_pipeline(accelerator.unwrap_model(unet), noise_scheduler, data)
+    metrics = MetricsLog(accelerator, output_dir / "metrics.jsonl")
+    bar = tqdm(
+        desc=" + ".join(["denoising", *loss_fn.regularization.names]),
+        total=max_train_steps,
+        initial=progress.step,
+        disable=not accelerator.is_local_main_process,
+        dynamic_ncols=True,
+    )
+
+    unet.train()
+    batches = endless_batches(accelerator, dataloader, progress)
+    while progress.step < max_train_steps and not interruption.seen_by_any(accelerator, progress.step):
+        batch = next(batches)
+        original_samples = data.normalization.normalize(batch["values"])
+        if args.random_flip:
+            original_samples = flip_half(original_samples)
+        labels = {"class_labels": batch["class_labels"]} if args.class_conditional else {}
+        with accelerator.accumulate(unet):
+            output = loss_fn(unet, original_samples, model_kwargs={"return_dict": False, **labels}, **labels)
+            accelerator.backward(output.loss)
+            if accelerator.sync_gradients:
+                accelerator.clip_grad_norm_(unet.parameters(), args.max_grad_norm)
+            optimizer.step()
+            optimizer.zero_grad()
+        metrics.add({"loss": output.loss, **output.terms})
+        if not accelerator.sync_gradients:
+            continue
+        lr_scheduler.step()
+        if ema:
+            ema.step(unet.parameters())
+        progress.step += 1
+        bar.update()
+
+        if progress.step % LOG_INTERVAL == 0 or progress.step == max_train_steps:
+            means = metrics.write(
+                progress.step, lr=lr_scheduler.get_last_lr()[0], **loss_fn.regularization.nonfinite.counts()
+            )
+            accelerator.log(means, step=progress.step)
+            bar.set_postfix({name: f"{means[name]:.4f}" for name in output.terms})
+        if progress.step % preview_steps == 0 or progress.step == max_train_steps:
+            with ema_weights(ema, unet):
+                save_preview(accelerator, pipeline, output_dir / "samples", progress.step, args)
+        if progress.step % save_model_steps == 0 and accelerator.is_main_process:
+            with ema_weights(ema, unet):
+                pipeline.save_pretrained(str(output_dir))
+        if progress.step % args.checkpointing_steps == 0:
+            save_checkpoint(accelerator, output_dir, progress.step, args.checkpoints_total_limit)
+
+    bar.close()
+    if interruption:
+        save_checkpoint(accelerator, output_dir, progress.step, args.checkpoints_total_limit)
+    if ema:
+        ema.copy_to(unet.parameters())
+    unet.eval()
+    if accelerator.is_main_process:
+        pipeline.save_pretrained(str(output_dir))
+    accelerator.wait_for_everyone()
+    accelerator.end_training()
+    return pipeline
+
+
+if __name__ == "__main__":
+    main()
