@@ -92,13 +92,17 @@ class RegDDPMPipeline(DiffusionPipeline):
 
         Raises:
             ValueError: class labels missing, not wanted, out of range or of a wrong number; an unknown output_type, or
-                one that cannot show the samples.
+                one that cannot show the samples; a regularizer with `needs`.
         """
         config = self.unet.config
         if output_type not in ("pil", "np", "numpy", "pt"):
             raise ValueError(f"output_type must be 'pil', 'np' or 'pt', not {output_type!r}")
         if output_type == "pil" and config.out_channels not in (1, 3, 4):
             raise ValueError(f"a field of {config.out_channels} channels is no picture: use output_type='np' or 'pt'")
+        for regularizer in regularizers:
+            if needs := getattr(regularizer, "needs", ()):
+                name = regularizer_name(regularizer)
+                raise ValueError(f"{name} cannot score samples: it needs {', '.join(needs)}, which a sample has not")
         size = config.sample_size
         size = (size, size) if isinstance(size, int) else tuple(size)
         device = self._execution_device

@@ -141,7 +141,7 @@ def draw_comparison(path: Path, pictures: dict[str, object], rows: dict[str, Mea
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(4 * len(pictures), 4.7), layout="constrained")
+    figure = Figure(figsize=(4 * len(pictures), 5.4), layout="constrained")
     FigureCanvasAgg(figure)
     for axes, (title, picture) in zip(
         figure.subplots(1, len(pictures), squeeze=False)[0], pictures.items(), strict=True

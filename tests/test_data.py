@@ -1,0 +1,267 @@
+"""Training data: every kind of picture, tables, fields, and what cannot be read."""
+
+import io
+
+import numpy as np
+import PIL.Image
+import pytest
+import torch
+from datasets import Dataset, Features, Image, Value
+
+from reg_diffusers.training.arguments import parse_args
+from reg_diffusers.training.data import Normalization, flip_half, load_training_data, make_dataloader
+from reg_diffusers.training.errors import UsageError
+from reg_diffusers.training.pictures import decode
+
+
+@pytest.fixture
+def load(tmp_path):
+    """Loads the data of a command line, with the cache in a folder of the test's own."""
+
+    def load_with(*flags, channels=None, resolution=None):
+        args = parse_args([*map(str, flags), "--cache_dir", str(tmp_path / "cache")])
+        return load_training_data(args, channels, resolution)
+
+    return load_with
+
+
+def samples(data, indices=None):
+    batch = data.__getitems__(list(range(len(data))) if indices is None else indices)
+    return data.normalization.normalize(batch["values"])
+
+
+# Pictures
+
+
+@pytest.mark.parametrize(
+    "image, expected",
+    [
+        (PIL.Image.new("L", (6, 6), 100), [100]),
+        (PIL.Image.new("RGB", (6, 6), (10, 20, 30)), [10, 20, 30]),
+        (PIL.Image.new("1", (6, 6), 1), [255]),
+        (PIL.Image.new("RGB", (6, 6), (10, 20, 30)).convert("P"), None),
+        (PIL.Image.new("RGBA", (6, 6), (10, 20, 30, 255)), [10, 20, 30]),
+        (PIL.Image.new("RGBA", (6, 6), (10, 20, 30, 0)), [255, 255, 255]),
+        (PIL.Image.new("LA", (6, 6), (100, 0)), [255]),
+        (PIL.Image.new("CMYK", (6, 6), (0, 0, 0, 0)), [255, 255, 255]),
+        (PIL.Image.fromarray(np.full((6, 6), 0x6401, np.uint16)), [0x64]),
+        (PIL.Image.fromarray(np.full((6, 6), 0x6401, np.int32)), [0x64]),
+        (PIL.Image.fromarray(np.full((6, 6), 7, np.int32)), [7]),
+    ],
+)
+def test_every_mode_of_picture_becomes_uint8(image, expected):
+    stored = io.BytesIO()
+    if image.mode not in ("CMYK", "I"):  # which PNG does not have
+        image.save(stored, "png")
+        image = PIL.Image.open(stored)
+    for channels in (1, 3):
+        pixels = decode(image, 4, channels)
+        assert pixels.shape == (channels, 4, 4) and pixels.dtype == np.uint8
+        if expected is not None and len(expected) in (1, channels):
+            assert pixels[:, 0, 0].tolist() == (expected * channels)[:channels]
+
+
+def test_a_palette_keeps_its_colours():
+    image = PIL.Image.new("P", (4, 4), 1)
+    image.putpalette([0, 0, 0, 200, 100, 50])
+    assert decode(image, 4, 3)[:, 0, 0].tolist() == [200, 100, 50]
+
+
+def test_pictures_are_cropped_to_the_centre():
+    wide = np.zeros((4, 12), np.uint8)
+    wide[:, 4:8] = 255
+    assert (decode(PIL.Image.fromarray(wide), 4, 1) == 255).all()
+    assert (decode(PIL.Image.fromarray(wide.T.copy()), 4, 1) == 255).all()
+
+
+def test_pictures_are_turned_upright():
+    image = PIL.Image.fromarray(np.arange(16, dtype=np.uint8).reshape(4, 4) * 16)
+    exif = PIL.Image.Exif()
+    exif[0x0112] = 3  # turned by half a circle
+    stored = io.BytesIO()
+    image.save(stored, "png", exif=exif)
+    upright = decode(PIL.Image.open(stored), 4, 1)
+    assert np.array_equal(upright[0], np.asarray(image)[::-1, ::-1])
+
+
+def test_the_embedded_data_are_small_grey_pictures_in_the_unit_range(load):
+    data = load("--resolution", 28)
+    assert len(data) == 5000 and data.shape == (1, 28, 28) and data.is_picture
+    x = samples(data, [0, 4999, 17])
+    assert x.dtype == torch.float32 and x.min() >= -1 and x.max() <= 1 and x.max() > 0.5
+
+
+def test_a_folder_of_images_is_read_in_colour_with_its_classes(load, image_folder):
+    folder = image_folder(number=6)
+    data = load("--train_data_dir", folder, "--resolution", 8, "--class_conditional")
+    assert data.shape == (3, 8, 8) and data.classes == ["cats", "dogs"]
+    batch = data.__getitems__([0, 5])
+    assert batch["values"].dtype == torch.uint8 and batch["class_labels"].tolist() == [0, 1]
+
+
+def test_a_given_model_decides_on_channels_and_resolution(load, image_folder):
+    assert load("--train_data_dir", image_folder(), channels=1, resolution=4).shape == (1, 4, 4)
+
+
+def test_unresized_pixels_arrive_unchanged_in_any_order(load, tmp_path):
+    pixels = np.random.default_rng(0).integers(0, 256, (5, 8, 8, 3), dtype=np.uint8)
+    images = [PIL.Image.fromarray(image) for image in pixels]
+    table = Dataset.from_dict({"id": list(range(5)), "photo": images}, Features(id=Value("int64"), photo=Image()))
+    table.to_parquet(tmp_path / "data.parquet")
+    data = load("--dataset_name", tmp_path / "data.parquet", "--resolution", 8)
+    values = data.__getitems__([3, 0, 3])["values"]
+    assert np.array_equal(values.numpy(), pixels[[3, 0, 3]].transpose(0, 3, 1, 2))
+    torch.testing.assert_close(samples(data, [1])[0], torch.from_numpy(pixels[1] / 127.5 - 1).permute(2, 0, 1).float())
+
+
+def test_tables_on_disk_are_read_in_every_form(load, tmp_path):
+    images = [PIL.Image.new("L", (8, 8), value) for value in (0, 255)]
+    table = Dataset.from_dict({"image": images}, Features(image=Image()))
+    table.save_to_disk(tmp_path / "saved")
+    (tmp_path / "folder").mkdir()
+    table.to_parquet(tmp_path / "folder" / "train.parquet")
+    for name in ("saved", "folder"):
+        x = samples(load("--dataset_name", tmp_path / name, "--resolution", 8))
+        assert x[0].unique().tolist() == [-1] and x[1].unique().tolist() == [1]
+
+
+def test_labels_that_are_words_become_classes(load, tmp_path):
+    images = [PIL.Image.new("L", (8, 8), value) for value in (0, 50, 255)]
+    Dataset.from_dict(
+        {"image": images, "kind": ["b", "a", "b"]}, Features(image=Image(), kind=Value("string"))
+    ).to_parquet(tmp_path / "t.parquet")
+    data = load("--dataset_name", tmp_path / "t.parquet", "--class_conditional", "--label_column", "kind")
+    assert data.classes == ["a", "b"] and data.__getitems__([0, 1, 2])["class_labels"].tolist() == [1, 0, 1]
+
+
+def test_images_are_decoded_only_once(load, image_folder, monkeypatch):
+    flags = ("--train_data_dir", image_folder(), "--resolution", 8)
+    expected = samples(load(*flags))
+    monkeypatch.setattr("PIL.ImageOps.fit", lambda *_: pytest.fail("decoded again"))
+    assert torch.equal(samples(load(*flags)), expected)
+
+
+def test_a_bad_image_is_named_or_left_out(load, image_folder, capsys):
+    folder = image_folder(number=4)
+    (folder / "cats" / "broken.png").write_bytes(b"not a picture")
+    truncated = (folder / "dogs" / "0.png").read_bytes()[:150]
+    (folder / "dogs" / "short.png").write_bytes(truncated)
+    with pytest.raises(UsageError, match=r"(broken|short)\.png.*--skip_bad_images"):
+        load("--train_data_dir", folder, "--resolution", 8)
+    data = load("--train_data_dir", folder, "--resolution", 8, "--skip_bad_images", "--class_conditional")
+    assert len(data) == 4 and data.__getitems__([0, 1, 2, 3])["class_labels"].tolist() == [0, 0, 1, 1]
+    assert "left out 2 of 6" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    "flags, message",
+    [
+        (["--image_column", "photo"], r"--image_column 'photo'.*columns are: image \(.*\), label"),
+        (["--class_conditional", "--label_column", "kind"], "no column 'kind' among image, label"),
+    ],
+)
+def test_a_missing_column_lists_those_there_are(load, image_folder, flags, message):
+    with pytest.raises(UsageError, match=message):
+        load("--train_data_dir", image_folder(), *flags)
+
+
+def test_what_is_no_data_set_is_refused_by_name(load, tmp_path):
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "table.txt").write_text("1")
+    for flags, message in [
+        (("--train_data_dir", tmp_path / "empty"), "--train_data_dir .*empty"),
+        (("--train_data_dir", tmp_path / "nowhere"), "no such folder"),
+        (("--dataset_name", tmp_path / "table.txt"), r"\.parquet, \.arrow"),
+    ]:
+        with pytest.raises(UsageError, match=message):
+            load(*flags)
+
+
+# Fields
+
+
+@pytest.mark.parametrize("suffix", [".npy", ".npz"])
+def test_fields_fill_the_unit_range_channel_by_channel_and_can_be_undone(load, tmp_path, suffix):
+    fields = np.random.default_rng(0).normal([[[[5.0]], [[-300.0]]]], [[[[0.1]], [[40.0]]]], (30, 2, 8, 12))
+    path = tmp_path / f"fields{suffix}"
+    np.save(path, fields) if suffix == ".npy" else np.savez(path, fields)
+    data = load("--train_data_dir", path)
+    x = samples(data)
+    assert data.shape == (2, 8, 12) and not data.is_picture
+    for channel in range(2):
+        assert x[:, channel].min() == pytest.approx(-1, abs=1e-5) and x[:, channel].max() == pytest.approx(1, abs=1e-5)
+    offset, scale = (
+        torch.tensor(numbers).reshape(1, 2, 1, 1) for numbers in (data.normalization.offset, data.normalization.scale)
+    )
+    np.testing.assert_allclose((offset + scale * x).numpy(), fields, rtol=1e-5)
+
+
+def test_a_constant_channel_becomes_zero(load, tmp_path):
+    np.save(tmp_path / "f.npy", np.full((3, 1, 4, 4), 7.0))
+    assert (samples(load("--train_data_dir", tmp_path)) == 0).all()
+
+
+@pytest.mark.parametrize(
+    "array, message",
+    [
+        (np.zeros((4, 8, 8)), r"\(N, C, H, W\), holds float64 \(4, 8, 8\)"),
+        (np.zeros((0, 1, 8, 8)), r"\(N, C, H, W\)"),
+        (np.full((2, 1, 8, 8), np.nan), "nan"),
+        (np.zeros((2, 1, 8, 8), dtype=complex), "complex"),
+    ],
+)
+def test_arrays_that_are_no_fields_are_refused(load, tmp_path, array, message):
+    np.save(tmp_path / "f.npy", array)
+    with pytest.raises(UsageError, match=message):
+        load("--train_data_dir", tmp_path / "f.npy")
+
+
+def test_arrays_that_would_run_code_or_are_damaged_are_refused(load, tmp_path):
+    np.save(tmp_path / "objects.npy", np.array([{}], dtype=object), allow_pickle=True)
+    (tmp_path / "damaged.npy").write_bytes(b"\x93NUMPY")
+    for name in ("objects", "damaged"):
+        with pytest.raises(UsageError, match=name):
+            load("--train_data_dir", tmp_path / f"{name}.npy")
+
+
+def test_flags_for_pictures_are_refused_with_fields(load, tmp_path):
+    np.save(tmp_path / "f.npy", np.zeros((2, 1, 8, 8)))
+    for flags, message in [(["--resolution", 16], "keep their size"), (["--class_conditional"], "class labels")]:
+        with pytest.raises(UsageError, match=message):
+            load("--train_data_dir", tmp_path / "f.npy", *flags)
+    with pytest.raises(UsageError, match="1 channels, the given model 3"):
+        load("--train_data_dir", tmp_path / "f.npy", channels=3)
+
+
+# Batches
+
+
+def test_an_epoch_shows_every_image_once_in_an_order_of_its_own(load, tmp_path):
+    np.save(tmp_path / "f.npy", np.arange(64.0).reshape(64, 1, 1, 1))
+    args = parse_args(["--train_data_dir", str(tmp_path), "--train_batch_size", "16"])
+    loader = make_dataloader(args, load("--train_data_dir", tmp_path), num_processes=1)
+    epochs = [torch.cat([batch["values"].flatten() for batch in loader]) for _ in range(2)]
+    assert not torch.equal(*epochs)
+    for epoch in epochs:
+        assert torch.equal(epoch.sort().values, torch.arange(64.0))
+
+
+def test_a_batch_larger_than_the_data_set_is_the_data_set(load, tmp_path):
+    np.save(tmp_path / "f.npy", np.arange(3.0).reshape(3, 1, 1, 1))
+    args = parse_args(["--train_data_dir", str(tmp_path), "--train_batch_size", "16"])
+    batches = list(make_dataloader(args, load("--train_data_dir", tmp_path), num_processes=1))
+    assert [len(batch["values"]) for batch in batches] == [3]
+
+
+def test_half_of_the_images_are_mirrored_left_to_right():
+    torch.manual_seed(0)
+    x = torch.arange(4.0).expand(1000, 1, 2, 4)
+    flipped = flip_half(x)
+    mirrored = (flipped == x.flip(-1)).flatten(1).all(1)
+    assert ((flipped == x).flatten(1).all(1) ^ mirrored).all()
+    assert 420 < mirrored.sum() < 580  # five standard deviations
+
+
+def test_normalization_is_per_channel():
+    values = torch.tensor([[[[0.0]], [[10.0]]]])
+    assert Normalization((1.0, 5.0), (2.0, 5.0)).normalize(values).flatten().tolist() == [-0.5, 1.0]

@@ -1,0 +1,193 @@
+"""RegDDPMPipeline: equal to diffusers' own where it has one, and loadable by it."""
+
+import warnings
+
+import numpy as np
+import pytest
+import torch
+from diffusers import (
+    DDIMScheduler,
+    DDPMPipeline,
+    DDPMScheduler,
+    DiffusionPipeline,
+    DPMSolverMultistepScheduler,
+    EulerDiscreteScheduler,
+    FlowMatchEulerDiscreteScheduler,
+    UniPCMultistepScheduler,
+)
+from diffusers.utils import logging
+
+from reg_diffusers import RegDDPMPipeline
+from reg_diffusers.regularizers import mean_intensity, total_variation
+
+
+def quiet(pipeline):
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline
+
+
+def sample(pipeline, batch_size=2, steps=6, seed=0, **kwargs):
+    kwargs.setdefault("output_type", "np")
+    generator = torch.Generator().manual_seed(seed)
+    return quiet(pipeline)(batch_size=batch_size, num_inference_steps=steps, generator=generator, **kwargs)
+
+
+@pytest.mark.parametrize("scheduler", [DDPMScheduler(), DDIMScheduler(), FlowMatchEulerDiscreteScheduler()])
+def test_same_images_as_the_pipeline_of_diffusers_bit_for_bit(tiny_unet, scheduler):
+    unet = tiny_unet()
+    ours = sample(RegDDPMPipeline(unet, scheduler)).images
+    theirs = sample(DDPMPipeline(unet, scheduler)).images
+    assert np.array_equal(ours, theirs)
+
+
+@pytest.mark.parametrize("loader", [DDPMPipeline, DiffusionPipeline, RegDDPMPipeline])
+@pytest.mark.parametrize("scheduler", [DDPMScheduler(), FlowMatchEulerDiscreteScheduler()])
+def test_every_pipeline_class_loads_what_is_saved_silently_with_the_same_images(
+    tiny_unet, scheduler, loader, tmp_path, caplog, capfd
+):
+    pipeline = RegDDPMPipeline(tiny_unet(), scheduler)
+    expected = sample(pipeline).images
+    pipeline.save_pretrained(str(tmp_path))
+    assert (tmp_path / "unet" / "diffusion_pytorch_model.safetensors").is_file()
+
+    logging.enable_propagation()
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            loaded = loader.from_pretrained(str(tmp_path))
+    finally:
+        logging.disable_propagation()
+    assert [record for record in caplog.records if record.levelname in ("WARNING", "ERROR")] == []
+    assert "not expected" not in capfd.readouterr().err
+    assert isinstance(loaded, RegDDPMPipeline if loader is RegDDPMPipeline else DDPMPipeline)
+    assert np.array_equal(sample(loaded).images, expected)
+
+
+def test_saving_again_keeps_the_pipeline_loadable(tiny_unet, tmp_path):
+    pipeline = RegDDPMPipeline(tiny_unet(), DDPMScheduler(), normalization={"offset": [1.0], "scale": [2.0]})
+    for name in "abc":
+        pipeline.save_pretrained(str(tmp_path / name))
+        pipeline = RegDDPMPipeline.from_pretrained(str(tmp_path / name))
+    assert pipeline.config.normalization == {"offset": [1.0], "scale": [2.0]}
+
+
+def test_loading_imports_no_code_from_the_folder(tiny_unet, tmp_path):
+    RegDDPMPipeline(tiny_unet(), DDPMScheduler()).save_pretrained(str(tmp_path))
+    (tmp_path / "pipeline.py").write_text("raise SystemExit('imported')")
+    RegDDPMPipeline.from_pretrained(str(tmp_path))
+
+
+@pytest.mark.parametrize(
+    "scheduler_class, steps",
+    [
+        (DDPMScheduler, 1000),
+        (DDIMScheduler, 200),
+        (DPMSolverMultistepScheduler, 200),
+        (UniPCMultistepScheduler, 200),
+        (EulerDiscreteScheduler, 200),
+    ],
+)
+def test_every_scheduler_samples_the_gaussian_that_an_ideal_network_knows(scheduler_class, steps):
+    """For data N(mu, tau^2) the ideal noise prediction is affine in x_t: samples must have mean mu and std tau."""
+    mu, tau = 0.3, 0.2
+    training = DDPMScheduler(clip_sample=False)
+
+    class IdealNetwork(torch.nn.Module):
+        config = type("Config", (), {"sample_size": 16, "in_channels": 1, "out_channels": 1, "num_class_embeds": None})
+        dtype, device = torch.float32, torch.device("cpu")
+
+        def forward(self, x, t, class_labels=None):
+            alpha_bar = torch.exp(torch.lerp(*self.neighbours(t)))
+            a, variance = alpha_bar**0.5, alpha_bar * tau**2 + 1 - alpha_bar
+            return type("Output", (), {"sample": (1 - alpha_bar) ** 0.5 * (x - a * mu) / variance})
+
+        def neighbours(self, t):
+            t = torch.as_tensor(t, dtype=torch.float32)
+            low = t.floor().long()
+            logs = training.alphas_cumprod.log()
+            return logs[low], logs[(low + 1).clamp(max=999)], t - low
+
+    normalization = {"offset": [0.0], "scale": [1.0]}  # as they are, without the clipping of pictures
+    pipeline = RegDDPMPipeline(IdealNetwork(), scheduler_class.from_config(training.config), normalization)
+    images = sample(pipeline, batch_size=16, steps=steps, output_type="pt").images
+    # 4096 independent pixels and enough steps: the standard error of the mean is tau / 64, of the standard deviation tau / 90.
+    assert images.mean() == pytest.approx(mu, abs=5 * tau / 64)
+    assert images.std() == pytest.approx(tau, abs=5 * tau / 90)
+
+
+@pytest.mark.parametrize("channels, mode", [(1, "L"), (3, "RGB")])
+def test_pictures_have_the_mode_of_their_channels(tiny_unet, channels, mode):
+    images = sample(RegDDPMPipeline(tiny_unet(channels), DDPMScheduler()), output_type="pil").images
+    assert [image.mode for image in images] == [mode, mode]
+
+
+def test_output_types_agree(tiny_unet):
+    pipeline = RegDDPMPipeline(tiny_unet(3), DDIMScheduler())
+    as_array, as_tensor = (sample(pipeline, output_type=kind).images for kind in ("np", "pt"))
+    assert np.array_equal(as_array, as_tensor.permute(0, 2, 3, 1).numpy())
+    assert as_array.min() >= 0 and as_array.max() <= 1
+
+
+def test_scores_are_the_regularizers_of_the_samples(tiny_unet):
+    pipeline = RegDDPMPipeline(tiny_unet(), DDPMScheduler())  # clips to [-1, 1] at the last step
+    output = sample(pipeline, output_type="pt", regularizers=[total_variation, mean_intensity])
+    images = output.images * 2 - 1
+    assert set(output.scores) == {"total_variation", "mean_intensity"}
+    torch.testing.assert_close(output.scores["total_variation"], total_variation(images))
+    torch.testing.assert_close(output.scores["mean_intensity"], mean_intensity(images))
+
+
+def test_return_dict_false_gives_a_tuple(tiny_unet):
+    images, scores = sample(RegDDPMPipeline(tiny_unet(), DDPMScheduler()), return_dict=False)
+    assert images.shape == (2, 8, 8, 1) and scores == {}
+
+
+def test_eta_makes_ddim_random_and_is_ignored_elsewhere(tiny_unet):
+    unet = tiny_unet()
+    still = sample(RegDDPMPipeline(unet, DDIMScheduler()), eta=0.0).images
+    moved = sample(RegDDPMPipeline(unet, DDIMScheduler()), eta=1.0).images
+    assert not np.array_equal(still, moved)
+    sample(RegDDPMPipeline(unet, UniPCMultistepScheduler()), eta=1.0)
+
+
+def test_one_generator_per_image_makes_it_independent_of_the_batch(tiny_unet):
+    pipeline = quiet(RegDDPMPipeline(tiny_unet(), DDPMScheduler()))
+
+    def draw(seeds):
+        generators = [torch.Generator().manual_seed(seed) for seed in seeds]
+        return pipeline(len(seeds), generators, 4, output_type="pt").images
+
+    together = draw([1, 2, 3])
+    for index, seed in enumerate([1, 2, 3]):
+        torch.testing.assert_close(together[index], draw([seed])[0], atol=1e-5, rtol=0)
+
+
+def test_fields_come_back_in_their_own_units(tiny_unet):
+    unet = tiny_unet(2)
+    normalization = {"offset": [10.0, -5.0], "scale": [2.0, 0.5]}
+    plain = sample(RegDDPMPipeline(unet, DDPMScheduler()), output_type="pt").images * 2 - 1
+    fields = sample(RegDDPMPipeline(unet, DDPMScheduler(), normalization), output_type="pt").images
+    torch.testing.assert_close(fields[:, 0], 10 + 2 * plain[:, 0])
+    torch.testing.assert_close(fields[:, 1], -5 + 0.5 * plain[:, 1])
+
+
+def test_class_labels_matter_and_are_checked(tiny_unet):
+    pipeline = RegDDPMPipeline(tiny_unet(num_class_embeds=3), DDPMScheduler())
+    zero, one = (sample(pipeline, class_labels=label).images for label in (0, 1))
+    assert not np.array_equal(zero, one)
+    for labels, message in [(None, "0 to 2"), (3, "0 to 2"), ([0, 1, 2], "batch_size=2")]:
+        with pytest.raises(ValueError, match=message):
+            sample(pipeline, class_labels=labels)
+    with pytest.raises(ValueError, match="not class-conditional"):
+        sample(RegDDPMPipeline(tiny_unet(), DDPMScheduler()), class_labels=0)
+
+
+def test_what_cannot_be_shown_is_refused_before_sampling(tiny_unet):
+    with pytest.raises(ValueError, match="output_type='np'"):
+        sample(RegDDPMPipeline(tiny_unet(2), DDPMScheduler()), output_type="pil")
+    with pytest.raises(ValueError, match="'pil', 'np' or 'pt'"):
+        sample(RegDDPMPipeline(tiny_unet(), DDPMScheduler()), output_type="jpeg")
+    masked = lambda x0_hat, mask: x0_hat  # noqa: E731
+    masked.needs = ("mask",)
+    with pytest.raises(ValueError, match="needs mask"):
+        sample(RegDDPMPipeline(tiny_unet(), DDPMScheduler()), regularizers=[masked])
