@@ -8,7 +8,7 @@ accelerate launch train_reg.py --train_data_dir photos --regularizer my_module:M
 import math
 
 import torch
-from accelerate import Accelerator, PartialState
+from accelerate import Accelerator
 from accelerate.utils import DataLoaderConfiguration, set_seed
 from diffusers.optimization import get_scheduler
 from tqdm.auto import tqdm
@@ -19,7 +19,7 @@ from reg_diffusers.training.checkpoint import Progress, endless_batches, find_ch
 from reg_diffusers.training.data import flip_half, load_training_data, make_dataloader
 from reg_diffusers.training.ema import build_ema, ema_weights
 from reg_diffusers.training.errors import exit_on_usage_error
-from reg_diffusers.training.hardware import check_launch, choose_mixed_precision, set_threads
+from reg_diffusers.training.hardware import choose_mixed_precision, join_processes, set_threads
 from reg_diffusers.training.interruption import Interruption
 from reg_diffusers.training.metrics import MetricsLog
 from reg_diffusers.training.model import build_noise_scheduler, build_unet, load_given_model
@@ -35,8 +35,7 @@ LOG_INTERVAL = 10  # steps between two readings of the metrics; reading waits fo
 def main(argv=None):
     args = parse_args(argv)
     args.mixed_precision, args.num_threads = choose_mixed_precision(args), set_threads(args)
-    state = PartialState()
-    check_launch(state)
+    state = join_processes()
     with state.main_process_first():
         given = load_given_model(args)
         data = load_training_data(args, given.channels, given.resolution)

@@ -15,12 +15,13 @@ exclude_patterns = ["_build", "data", "figures"]
 default_role = "code"
 autodoc_member_order = "bysource"
 autodoc_typehints = "none"
+napoleon_use_ivar = True
 html_theme = "furo"
 html_title = f"reg_diffusers {release}"
 
 
 def _plain_text_to_rst(app, what, name, obj, options, lines) -> None:
-    """Docstrings are plain text: indented formulas and tables become literal blocks, bars and stars stay as they are."""
+    """Docstrings are plain text: formulas and tables become literal blocks, bars and stars stay as they are."""
     result, formula = [], None
     for line in lines:
         indent = len(line) - len(line.lstrip())
@@ -33,9 +34,10 @@ def _plain_text_to_rst(app, what, name, obj, options, lines) -> None:
         elif formula is not None and line.strip() and indent <= formula and not table:
             formula = None
         if formula is not None:
-            result.append("    " + line if table and line.strip() else line)
+            result.append("    " + line.replace(r"\|", "|") if table else line)
         else:
-            result.append(re.sub(r"(?<=\s)\*\*?(?=\w)|\|", lambda found: re.sub(r"(.)", r"\\\1", found[0]), line))
+            line = re.sub(r"(?<=\s)\*\*?(?=\w)|\|", lambda found: re.sub("(.)", r"\\\1", found[0]), line)
+            result.append(re.sub(r"(`[^`]+`)(?=\w)", r"\1\\ ", line))  # `Term`s
     lines[:] = result
 
 

@@ -15,7 +15,7 @@ class NonFiniteGuard:
     steps elsewhere, because reading waits for the accelerator.
 
     Args:
-        max_steps: steps in a row with non-finite values of one term after which `check` raises.
+        max_steps: steps in a row with non-finite values or gradients of one term after which `check` raises.
         check_interval: steps between two readings on an accelerator.
 
     Attributes:
@@ -27,6 +27,7 @@ class NonFiniteGuard:
         self.check_interval = check_interval
         self.dropped: dict[str, Tensor] = {}
         self._in_a_row: dict[str, Tensor] = {}
+        self._before: dict[str, Tensor | int] = {}  # what _in_a_row was before this step
         self._last: dict[str, tuple[Tensor, Tensor]] = {}
         self._steps = 0
 
@@ -40,7 +41,8 @@ class NonFiniteGuard:
         """
         bad = ~values.detach().isfinite()
         self.dropped[name] = self.dropped.get(name, 0) + bad.sum()
-        self._in_a_row[name] = (self._in_a_row.get(name, 0) + 1) * bad.any()
+        self._before[name] = self._in_a_row.get(name, 0)
+        self._in_a_row[name] = (self._before[name] + 1) * bad.any()
         self._last[name] = (bad, timesteps)
         return torch.where(bad, 0, values)
 
@@ -51,7 +53,10 @@ class NonFiniteGuard:
         value is not counted again.
         """
         bad = ~gradients.isfinite().flatten(1).all(1)
-        self.dropped[name] = self.dropped[name] + (bad & ~self._last[name][0]).sum()
+        already, timesteps = self._last[name]
+        self.dropped[name] = self.dropped[name] + (bad & ~already).sum()
+        self._in_a_row[name] = (self._before[name] + 1) * (bad | already).any()
+        self._last[name] = (bad | already, timesteps)
         return torch.where(bad.reshape(-1, *(1,) * (gradients.ndim - 1)), 0, gradients)
 
     def counts(self) -> dict[str, int]:
@@ -63,12 +68,13 @@ class NonFiniteGuard:
         self._steps += 1
         for name, in_a_row in self._in_a_row.items():
             due = in_a_row.device.type == "cpu" or self._steps % self.check_interval == 0
-            if due and in_a_row >= self.max_steps:
+            # Whether a step's gradients were bad is known only in the step after it.
+            if due and max(int(in_a_row), int(self._before[name])) >= self.max_steps:
                 bad, timesteps = self._last[name]
                 at = timesteps[bad.to(timesteps.device)]
                 span = f" (last at timesteps {at.min():g} to {at.max():g})" if len(at) else ""
                 raise FloatingPointError(
-                    f"regularizer {name!r} was not finite for {int(in_a_row)} steps in a row{span},"
+                    f"regularizer {name!r} was not finite for {self.max_steps} steps in a row{span},"
                     f" {int(self.dropped[name])} images in all. Look for a division, logarithm or root of values that"
                     " can be 0, or leave these noise levels out by another weighting"
                 )

@@ -287,9 +287,13 @@ def _draw_timesteps(scheduler, batch_size: int) -> Tensor:
 
     Flow matching draws sigma from {1/T, ..., 1}, then shifts it as the scheduler does for its own training schedule.
     """
-    steps = scheduler.config.num_train_timesteps
+    kind, steps = prediction_type(scheduler), scheduler.config.num_train_timesteps
+    if kind == "trigflow" or hasattr(scheduler, "precondition_outputs"):
+        raise ValueError(
+            f"{type(scheduler).__name__} counts time by its noise, with no training schedule: pass timesteps"
+        )
     timesteps = torch.randint(0, steps, (batch_size,))
-    if prediction_type(scheduler) != "flow_prediction":
+    if kind != "flow_prediction":
         return timesteps
     sigma = (timesteps + 1) / steps
     if not scheduler.config.get("use_dynamic_shifting"):

@@ -8,15 +8,15 @@ every network output o is an affine image of (x_0, x_t), and the estimate of the
 
     x0_hat = skip_t x_t + out_t o.
 
-| prediction_type | o predicts                | x0_hat                  | weight of \|\|o - target\|\|^2 in x_0 units |
-|-----------------|---------------------------|-------------------------|---------------------------------------------|
-| epsilon         | eps                       | (x_t - sigma o) / alpha | SNR                                         |
-| sample          | x_0                       | o                       | 1                                           |
-| v_prediction    | alpha eps - sigma x_0     | alpha x_t - sigma o     | SNR + 1                                     |
-| flow_prediction | eps - x_0                 | x_t - sigma o           | 1 / sigma^2                                 |
+| prediction_type | o predicts                | x0_hat                  | weight w_d in x_0 units |
+|-----------------|---------------------------|-------------------------|-------------------------|
+| epsilon         | eps                       | (x_t - sigma o) / alpha | SNR                     |
+| sample          | x_0                       | o                       | 1                       |
+| v_prediction    | alpha eps - sigma x_0     | alpha x_t - sigma o     | SNR + 1                 |
+| flow_prediction | eps - x_0                 | x_t - sigma o           | 1 / sigma^2             |
 
-The weight is 1 / out_t^2 because o - target = (x0_hat - x_0) / out_t. It is what an extra loss on x0_hat competes
-with, so weightings (see `weighting`) are built on it.
+The weight of the loss |o - target|^2 is w_d = 1 / out_t^2 because o - target = (x0_hat - x_0) / out_t. It is what an
+extra loss on x0_hat competes with, so weightings (see `weighting`) are built on it.
 
 Coordinates are those of the scheduler's own `step`: (alpha, sigma) = (sqrt(abar_t), sqrt(1 - abar_t)) for DDPM, DDIM,
 DPM-Solver++, UniPC and their kind, (1, sigma) for the Euler, Heun, LMS and K-diffusion family, (1 - sigma, sigma) for
@@ -267,6 +267,8 @@ def _alpha_bar(scheduler, timesteps: Tensor) -> Tensor:
 
 def _trained_sigma(scheduler, timesteps: Tensor) -> Tensor:
     """sigma / alpha of the training schedule, log-linear between its integer timesteps."""
+    if scheduler.config.get("timestep_type") == "continuous" and prediction_type(scheduler) == "v_prediction":
+        return (4 * timesteps.float()).exp()  # Euler then counts as EDM does
     alpha_bar = scheduler.alphas_cumprod.to(timesteps.device, torch.float32)
     sigma = ((1 - alpha_bar) / alpha_bar) ** 0.5
     low = timesteps.float().floor().clamp(0, len(sigma) - 1)

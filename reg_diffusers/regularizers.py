@@ -1,9 +1,9 @@
 """Losses L' on the denoised image.
 
 A regularizer is any callable `(B, C, H, W) in [-1, 1] -> (B,)`: one number per image, so that each image can be
-weighted by its noise level. The ones below are means over channels and pixels (so their size does not depend on the
-resolution of the tensor, only on the picture), treat every image of the batch alone, accept any number of channels
-and are differentiable wherever their formula is.
+weighted by its noise level. The ones below are means over channels and pixels, treat every image of the batch alone,
+accept any number of channels and are differentiable wherever their formula is. Differences are taken per pixel: the
+same smooth picture at twice the resolution has half the total variation, a quarter of the gradient energy.
 
 A loss that needs more than x0_hat lists it in `needs`, and receives it as keyword arguments:
 
@@ -214,9 +214,8 @@ def sparsity(x0_hat: Tensor, /, *, background: float = 0.0) -> Tensor:
 
 
 def _difference(image: Tensor, dim: int) -> Tensor:
-    """Each pixel's right (or lower) neighbour minus itself; slices, because a convolution is four times as slow."""
-    length = image.shape[dim]
-    return image.narrow(dim, 1, max(length - 1, 0)) - image.narrow(dim, 0, max(length - 1, 0))
+    """Each pixel's right (or lower) neighbour minus itself, one fewer than there are pixels."""
+    return image.diff(dim=dim) if image.shape[dim] else image
 
 
 def _mean(image: Tensor) -> Tensor:

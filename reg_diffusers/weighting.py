@@ -1,13 +1,14 @@
 r"""How much a loss on x0_hat counts at each noise level.
 
-A weighting is any callable `NoiseLevel -> (B,)`. With the denoising loss weighted by w_d(t) in x_0 units (see
-`prediction`) and the extra loss by lambda(t), the best network is, to first order,
+A weighting is any callable `NoiseLevel -> (B,)`. With squared errors summed over the image, a denoising loss weighted
+by w_d(t) in x_0 units (see `prediction`) and an extra loss by lambda(t), the best network is, to first order,
 
     x0_hat = D(x_t) - lambda(t) / (2 w_d(t)) grad L'(D(x_t)),        D(x_t) = E[x_0 | x_t],
 
-so that what acts on the image is the *ratio* lambda(t) / w_d(t). For noise prediction and constant lambda this is
-lambda / SNR, which is 2.5e4 lambda at the last step of the linear DDPM schedule: there the network learns L' and not
-the data. `matched` ties lambda to w_d and switches it off where x0_hat is a blur rather than an image.
+so that what acts on the image is the *ratio* lambda(t) / w_d(t). (Training takes the mean over the N values of an
+image instead of the sum, which puts N grad L' in the place of grad L'.) For noise prediction and constant lambda the
+ratio is lambda / SNR, 2.5e4 lambda at the last step of the linear DDPM schedule: there it learns L', not data.
+`matched` ties lambda to w_d and switches it off where x0_hat is a blur rather than an image.
 
 Where a weighting is exactly 0 the image is left out before L' runs.
 """
@@ -41,8 +42,8 @@ def snr(level: NoiseLevel) -> Tensor:
 def matched(level: NoiseLevel, *, snr0: float = 10.0, cap: float = 100.0, threshold: float = 0.02) -> Tensor:
     """lambda(t) = min(w_d, cap) g with the gate g = 1 / (1 + (snr0 / SNR)^2), exactly 0 where g < threshold.
 
-    Tied to the denoising loss, so that the displacement of x0_hat is at most weight / 2 grad L' at every noise level
-    and for every parameterization; gated, because L' of a blurred conditional mean is not L' of an image (Jensen's
+    Tied to the denoising loss, so that the displacement of x0_hat is the same at every noise level, up to the gate,
+    and whatever the network predicts; gated, because L' of a blurred conditional mean is not L' of an image (Jensen's
     gap); capped, because a weight that is large at low noise starves the other noise levels through the shared
     parameters.
 

@@ -9,7 +9,13 @@ from torch import nn
 
 from reg_diffusers import weighting
 from reg_diffusers.objective import RegularizedLoss, Term, X0Regularization
-from reg_diffusers.prediction import add_noise, noise_level, predict_original_sample, prediction_target
+from reg_diffusers.prediction import (
+    add_noise,
+    noise_level,
+    predict_original_sample,
+    prediction_target,
+    scale_model_input,
+)
 from reg_diffusers.regularizers import total_variation
 
 TIMESTEPS = (0, 60, 300, 999)
@@ -147,9 +153,18 @@ def test_a_huge_gamma_leaves_noise_prediction_as_it_is():
 
 
 @pytest.mark.parametrize("snr_gamma", [None, 5.0])
-@pytest.mark.parametrize("kind", ["epsilon", "v_prediction", "flow_prediction"])
-def test_the_additive_part_in_a_hand_written_loop_equals_the_whole_objective(kind, snr_gamma):
-    scheduler, timesteps = scheduler_of(kind), torch.tensor(TIMESTEPS)
+@pytest.mark.parametrize(
+    "scheduler",
+    [
+        scheduler_of("epsilon"),
+        scheduler_of("v_prediction"),
+        scheduler_of("flow_prediction"),
+        diffusers.EulerDiscreteScheduler(),  # the one whose network is shown something else than x_t
+    ],
+    ids=["epsilon", "v_prediction", "flow_prediction", "euler"],
+)
+def test_the_additive_part_in_a_hand_written_loop_equals_the_whole_objective(scheduler, snr_gamma):
+    timesteps = torch.tensor((30, 60, 300, 999))
     terms = [Term(total_variation, 0.1), Term(reconstruction, 0.5, weighting.alpha_bar)]
     original, noise = images(2, 4, 2, 5, 5)
     torch.manual_seed(0)
@@ -158,7 +173,7 @@ def test_the_additive_part_in_a_hand_written_loop_equals_the_whole_objective(kin
     expected = whole(lambda sample, t: model(sample), original, noise=noise, timesteps=timesteps)
 
     noisy_samples = add_noise(scheduler, original, noise, timesteps)
-    model_output = model(noisy_samples)
+    model_output = model(scale_model_input(scheduler, noisy_samples, timesteps))
     additive = X0Regularization(scheduler, terms, snr_gamma=snr_gamma)
     extra = additive(model_output, timesteps, noisy_samples, original_samples=original)
     assert extra.terms == {name: value for name, value in expected.terms.items() if name != "denoising"}
@@ -279,15 +294,10 @@ def test_default_timesteps_of_flow_matching_are_those_of_its_training_schedule(s
 @pytest.mark.parametrize(
     "scheduler", [diffusers.EDMEulerScheduler(), diffusers.SCMScheduler()], ids=["EDM", "TrigFlow"]
 )
-def test_default_timesteps_are_noise_levels_of_the_scheduler(scheduler):
-    """EDM counts timesteps as log(sigma) / 4, TrigFlow as the angle from 0 to pi / 2."""
-    timesteps = drawn_timesteps(scheduler, 1000)
-    if isinstance(scheduler, diffusers.SCMScheduler):
-        low, high = 0, torch.pi / 2
-    else:
-        low, high = (torch.tensor([scheduler.config.sigma_min, scheduler.config.sigma_max]).log() / 4).tolist()
-    assert timesteps.min() >= low - 1e-4
-    assert timesteps.max() <= high + 1e-4
+def test_schedulers_that_count_time_by_noise_ask_for_timesteps(scheduler):
+    """EDM counts timesteps as log(sigma) / 4, TrigFlow as an angle: there is no training schedule to draw from."""
+    with pytest.raises(ValueError, match="pass timesteps"):
+        drawn_timesteps(scheduler, 10)
 
 
 def test_default_noise_is_standard_normal_and_fresh():
@@ -474,6 +484,21 @@ def test_an_image_whose_gradient_is_not_finite_loses_its_extra_gradient_only():
     assert torch.equal(gradients[[0, 2]], undisturbed[[0, 2]])
     assert (gradients[0] - plain_gradients[0]).norm().item() == pytest.approx(1 / 4)  # a unit vector over the batch
     assert nonfinite.dropped["distance"] == 2
+
+
+def test_one_bad_pixel_drops_the_whole_images_extra_gradient():
+    def root_of_distance(x0_hat, *, original_samples):
+        return (x0_hat - original_samples).abs().sqrt().flatten(1).mean(1)
+
+    root_of_distance.needs = ("original_samples",)
+    term = Term(root_of_distance, 1.0, weighting.constant)
+    pixel = (2, 0, 1, 1)
+    _, gradients, nonfinite = loss_and_gradients_at_the_original([term], pixel)
+    _, plain_gradients, _ = loss_and_gradients_at_the_original([], pixel)
+    changed = (gradients != plain_gradients).flatten(1).all(1)
+    assert changed.tolist() == [True, True, False, True]
+    assert torch.equal(gradients[2], plain_gradients[2])
+    assert nonfinite.dropped["root_of_distance"] == 1
 
 
 def test_a_bad_gradient_of_one_term_spares_the_others():

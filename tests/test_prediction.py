@@ -318,6 +318,7 @@ def test_add_noise_equals_the_schedulers_bit_for_bit_where_its_table_is_exact(na
         ("KDPM2AncestralDiscreteScheduler", SHORT),
         ("EDMEulerScheduler", {}),
     ],
+    ids=str,
 )
 def test_add_noise_equals_the_schedulers_on_sigma_schedules(name, options, steps):
     scheduler = make(name, options)

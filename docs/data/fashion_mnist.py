@@ -26,10 +26,13 @@ def png(pixels: np.ndarray) -> bytes:
     return buffer.getvalue()
 
 
+def unzipped(path: Path) -> bytes:
+    return gzip.decompress(path.read_bytes())
+
+
 def main(folder: Path) -> None:
-    images = np.frombuffer(gzip.open(folder / "train-images-idx3-ubyte.gz").read(), np.uint8, offset=16)
-    images = images.reshape(-1, 28, 28)
-    labels = np.frombuffer(gzip.open(folder / "train-labels-idx1-ubyte.gz").read(), np.uint8, offset=8)
+    images = np.frombuffer(unzipped(folder / "train-images-idx3-ubyte.gz"), np.uint8, offset=16).reshape(-1, 28, 28)
+    labels = np.frombuffer(unzipped(folder / "train-labels-idx1-ubyte.gz"), np.uint8, offset=8)
     first = [np.flatnonzero(labels == label)[:IMAGES_PER_CLASS] for label in range(len(CLASSES))]
     chosen = np.sort(np.concatenate(first))
     columns = {

@@ -141,6 +141,7 @@ def make_dataloader(args: argparse.Namespace, data: PictureData | FieldData, num
         collate_fn=_as_it_is,
         drop_last=len(data) >= args.train_batch_size * num_processes,
         pin_memory=torch.cuda.is_available(),
+        generator=torch.Generator().manual_seed(args.seed),  # else each new epoch or resumed run takes from the noise
         persistent_workers=args.dataloader_num_workers > 0,
     )
 

@@ -7,24 +7,27 @@ import os
 
 import torch
 from accelerate import PartialState
+from accelerate.utils import parse_flag_from_env
 
 from .errors import UsageError
 
-__all__ = ["check_launch", "choose_mixed_precision", "set_threads"]
+__all__ = ["choose_mixed_precision", "join_processes", "set_threads"]
 
 
-def check_launch(state: PartialState) -> None:
-    """Refuses several processes that do not know of each other, and would train side by side into one folder.
+def join_processes() -> PartialState:
+    """Joins the processes of one launch.
 
     Raises:
-        UsageError: WORLD_SIZE says more processes than accelerate has joined.
+        UsageError: they do not know of each other, and would train side by side into one folder.
     """
+    state = PartialState(cpu=_cpu_is_wanted())
     launched = int(os.environ.get("WORLD_SIZE", "1"))
     if launched != state.num_processes:
         raise UsageError(
-            f"{launched} processes were launched, but accelerate joined {state.num_processes}: without GPUs,"
-            " launch with ACCELERATE_USE_CPU=true in the environment"
+            f"{launched} processes were launched, but accelerate joined {state.num_processes}: without GPUs, launch"
+            " with ACCELERATE_USE_CPU=true in the environment"
         )
+    return state
 
 
 def set_threads(args: argparse.Namespace) -> int:
@@ -49,7 +52,7 @@ def choose_mixed_precision(args: argparse.Namespace) -> str:
     Raises:
         UsageError: fp16 without a GPU.
     """
-    on_cpu = not torch.cuda.is_available() or os.environ.get("ACCELERATE_USE_CPU", "").lower() in ("true", "1", "yes")
+    on_cpu = _cpu_is_wanted() or not torch.cuda.is_available()
     chosen = args.mixed_precision
     if chosen is None:
         configured = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
@@ -57,6 +60,10 @@ def choose_mixed_precision(args: argparse.Namespace) -> str:
     if chosen == "fp16" and on_cpu and not torch.backends.mps.is_available():
         raise UsageError("--mixed_precision fp16 needs a GPU: use bf16, or no")
     return chosen
+
+
+def _cpu_is_wanted() -> bool:
+    return parse_flag_from_env("ACCELERATE_USE_CPU")
 
 
 def _has_bf16(on_cpu: bool) -> bool:

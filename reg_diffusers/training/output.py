@@ -11,6 +11,7 @@ from pathlib import Path
 import yaml
 from accelerate import PartialState
 
+from .checkpoint import find_checkpoint
 from .errors import UsageError
 
 __all__ = ["SETTINGS_FILE", "prepare_output_dir", "write_settings", "write_whole"]
@@ -23,7 +24,7 @@ def prepare_output_dir(args: argparse.Namespace, state: PartialState) -> Path:
 
     Raises:
         UsageError: it holds other files, or an earlier run that neither --overwrite_output_dir nor
-            --resume_from_checkpoint is about; or it cannot be written.
+            --resume_from_checkpoint is about; there is no such checkpoint; or it cannot be written.
     """
     folder = Path(args.output_dir)
     flag = f"--output_dir {folder}"
@@ -37,6 +38,7 @@ def prepare_output_dir(args: argparse.Namespace, state: PartialState) -> Path:
             f"{flag} holds an earlier run: name another, or pass --resume_from_checkpoint latest to go on, or"
             " --overwrite_output_dir to start anew"
         )
+    find_checkpoint(args, folder)
     state.wait_for_everyone()  # nobody touches the folder before all have looked at it
     if holds_files and not args.resume_from_checkpoint and state.is_main_process:
         _remove_earlier_run(folder)

@@ -1,0 +1,142 @@
+"""The documentation: its code runs, its images exist, its tables agree with the package, Sphinx has no complaints."""
+
+import re
+import runpy
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from reg_diffusers import RegularizedLoss, Term, X0Regularization, load_regularizer, regularizers
+from reg_diffusers.regularizers import mean_intensity
+
+ROOT = Path(__file__).parents[1]
+PAGES = [page for page in (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))) if page.exists()]
+NOT_RUN = re.compile(r"<!-- not run: .+ -->")
+
+
+def python_blocks(page: Path) -> list[tuple[int, str]]:
+    """(line number, code) of each ```python block that is not marked `<!-- not run: reason -->` on the line before."""
+    lines = page.read_text(encoding="utf-8").splitlines()
+    blocks, start = [], None
+    for number, line in enumerate(lines):
+        if start is None and line.strip() == "```python":
+            start = number
+        elif start is not None and line.strip() == "```":
+            if not NOT_RUN.fullmatch(lines[start - 1].strip()):
+                blocks.append((start + 1, "\n".join(lines[start + 1 : number])))
+            start = None
+    assert start is None, f"{page.name}: the block of line {start} has no end"
+    return blocks
+
+
+@pytest.mark.parametrize("page", [page for page in PAGES if python_blocks(page)], ids=lambda page: page.stem)
+def test_code_runs(page, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    modules = set(sys.modules)
+    namespace = {"__name__": f"docs_{page.stem}"}
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        for line, code in python_blocks(page):
+            exec(compile("\n" * line + code, page, "exec"), namespace)
+    for name in set(sys.modules) - modules:  # what the page wrote and imported
+        if str(tmp_path) in str(getattr(sys.modules[name], "__file__", None)):
+            del sys.modules[name]
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
+def test_images_exist(page):
+    text = page.read_text(encoding="utf-8")
+    found = re.findall(r"!\[[^\]]*\]\(([^)\s]+)|```\{(?:image|figure)\} (\S+)|<img[^>]+src=\"([^\"]+)", text)
+    local = [path for match in found for path in match if path and "://" not in path]
+    assert [path for path in local if not (page.parent / path).is_file()] == []
+
+
+def test_every_image_is_shown_and_small():
+    text = "".join(page.read_text(encoding="utf-8") for page in PAGES)
+    images = sorted((ROOT / "docs" / "images").glob("*.png"))
+    assert images
+    assert [image.name for image in images if image.name not in text] == []
+    assert [image.name for image in images if image.stat().st_size > 150_000] == []
+
+
+def test_every_regularizer_is_in_the_table():
+    table = (ROOT / "docs" / "regularizers.md").read_text(encoding="utf-8")
+    rows = re.findall(r"^\| `(\w+)` \| \$", table, re.MULTILINE)
+    assert sorted(rows) == sorted(regularizers.__all__)
+
+
+def forgot_the_image(x0_hat, /):
+    return x0_hat.mean()
+
+
+def detached(x0_hat, /):
+    return x0_hat.detach().flatten(1).mean(1)
+
+
+def root_of_negative(x0_hat, /):
+    return (-1 - x0_hat**2).sqrt().flatten(1).mean(1)
+
+
+def with_mask(x0_hat, /, *, mask):
+    return (x0_hat * mask).flatten(1).mean(1)
+
+
+with_mask.needs = ("mask",)
+
+
+def evaluate(scheduler, regularizer, steps=1):
+    output, sample = torch.zeros(2, 1, 4, 4, requires_grad=True), torch.ones(2, 1, 4, 4)
+    loss_fn = X0Regularization(scheduler, [Term(regularizer, weight=1.0)])
+    for _ in range(steps):
+        loss_fn(output, torch.tensor([5, 50]), sample)
+
+
+MISTAKES = {
+    "must return one value per image": lambda scheduler: evaluate(scheduler, forgot_the_image),
+    "is detached from x0_hat: no gradient can reach the": lambda scheduler: evaluate(scheduler, detached),
+    "needs mask, but the loss was given nothing": lambda scheduler: evaluate(scheduler, with_mask),
+    "was not finite for 10 steps in a row": lambda scheduler: evaluate(scheduler, root_of_negative, steps=10),
+    "terms need different names": lambda scheduler: RegularizedLoss(scheduler, [Term(mean_intensity, 1.0)] * 2),
+    "weight must be finite and at least 0": lambda scheduler: Term(mean_intensity, weight=-1.0),
+    "unknown regularizer": lambda scheduler: load_regularizer("no_such_regularizer"),
+    "no module": lambda scheduler: load_regularizer("no_such_module:attribute"),
+    "has no": lambda scheduler: load_regularizer("math:no_such_function"),
+    "which cannot be called": lambda scheduler: load_regularizer("math:pi"),
+}
+
+
+@pytest.mark.parametrize("message", MISTAKES)
+def test_error_messages_are_those_of_the_table(message):
+    from diffusers import DDPMScheduler
+
+    table = (ROOT / "docs" / "own_regularizer.md").read_text(encoding="utf-8")
+    assert f"`{message}" in table
+    with pytest.raises((ValueError, FloatingPointError), match=message):
+        MISTAKES[message](DDPMScheduler())
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("script", ["mathematics", "regularizers"])
+def test_figures_can_be_made(script, tmp_path, monkeypatch):
+    folder = ROOT / "docs" / "figures"
+    monkeypatch.syspath_prepend(str(folder))
+    monkeypatch.delitem(sys.modules, "shared", raising=False)
+    import shared
+
+    monkeypatch.setattr(shared, "IMAGES", tmp_path)
+    runpy.run_path(str(folder / f"{script}.py"), run_name="__main__")
+    made = {path.name for path in tmp_path.glob("*.png")}
+    assert made and made <= {path.name for path in (ROOT / "docs" / "images").glob("*.png")}
+    del sys.modules["shared"]
+
+
+@pytest.mark.slow
+def test_strict_build(tmp_path):
+    for name in ("sphinx", "myst_parser", "furo"):
+        pytest.importorskip(name)
+    build = [sys.executable, "-m", "sphinx", "-W", "--keep-going", "-q", "-b", "html", "docs", str(tmp_path)]
+    result = subprocess.run(build, cwd=ROOT, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr

@@ -1,0 +1,384 @@
+"""train_reg.py, by its command line: what it leaves, what it refuses, what it goes on from."""
+
+import importlib.util
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import PIL.Image
+import pytest
+import torch
+import yaml
+from accelerate.state import AcceleratorState, GradientState, PartialState
+from diffusers import (
+    DDPMPipeline,
+    DDPMScheduler,
+    DiffusionPipeline,
+    EulerDiscreteScheduler,
+    FlowMatchEulerDiscreteScheduler,
+    UNet2DModel,
+)
+from safetensors.torch import load_file
+
+from reg_diffusers import RegDDPMPipeline
+
+ROOT = Path(__file__).parents[1]
+QUICK = (
+    "--resolution 8 --train_batch_size 8 --ddpm_num_inference_steps 2 --eval_batch_size 4 --lr_warmup_steps 0".split()
+)
+ACCELERATE = (sys.executable, "-m", "accelerate.commands.accelerate_cli", "launch")
+
+
+@pytest.fixture
+def train(tmp_path, monkeypatch, tiny_unet):
+    """Runs the script's main in this process with a tiny network, in an empty folder; returns the output folder."""
+    spec = importlib.util.spec_from_file_location("train_reg", ROOT / "train_reg.py")
+    script = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(script)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["train_reg.py"])
+    tiny_unet().save_config("tiny")
+    threads = torch.get_num_threads()
+
+    def run(*flags, output="out", model=("--model_config_name_or_path", "tiny")):
+        for state in (AcceleratorState, PartialState, GradientState):
+            state._reset_state()
+        arguments = [*QUICK, *model, "--mixed_precision", "no", "--output_dir", output, *map(str, flags)]
+        if "--compare" not in arguments:
+            arguments.append("--no-compare")
+        script.main(arguments)
+        return tmp_path / output
+
+    yield run
+    torch.set_num_threads(threads)
+
+
+def weights(folder):
+    return load_file(folder / "unet" / "diffusion_pytorch_model.safetensors")
+
+
+def metrics(folder):
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+def differ(one, other):
+    return any(not torch.equal(one[name], other[name]) for name in one)
+
+
+# The main job
+
+
+def test_the_main_command_leaves_what_the_readme_promises(command_line, tmp_path):
+    flags = "--resolution 8 --max_train_steps 10 --preview_steps 5 --ddpm_num_inference_steps 2".split()
+    done = command_line(*flags, launcher=ACCELERATE)
+    out = tmp_path / "reg-ddpm-model"
+    assert sorted(path.name for path in (out / "samples").iterdir()) == ["step-000005.png", "step-000010.png"]
+    assert PIL.Image.open(out / "comparison.png").size[0] > 900
+    comparison = json.loads((out / "comparison.json").read_text())
+    assert list(comparison["rows"]) == ["data", "without", "with total_variation"]
+    for title, row in comparison["rows"].items():
+        assert row["terms"]["total_variation"] > 0 and row["distance"] > 0
+        assert (row["denoising_loss"] is None) == (title == "data")
+        assert f"{row['terms']['total_variation']:.4f}" in done.stdout
+    assert 'RegDDPMPipeline.from_pretrained("reg-ddpm-model")' in done.stdout
+    cores = len(os.sched_getaffinity(0))
+    assert f"{cores} threads each" in done.stdout  # although the launcher sets OMP_NUM_THREADS=1
+    progress = done.stderr.replace("\r", "\n")
+    assert re.search(r"10/10 .*it.*denoising=\d.*total_variation=\d", progress)
+    for loader in (RegDDPMPipeline, DDPMPipeline, DiffusionPipeline):
+        images = loader.from_pretrained(str(out))(batch_size=1, num_inference_steps=2).images
+        assert images[0].mode == "L" and images[0].size == (8, 8)
+    assert differ(weights(out), weights(out / "plain"))
+    assert metrics(out)[-1]["step"] == 10 and {"loss", "denoising", "total_variation", "lr"} <= set(metrics(out)[-1])
+
+
+def test_the_plain_model_of_a_comparison_is_the_one_that_none_trains(train):
+    out = train("--compare", "--max_train_steps", 5)
+    none = train("--regularizer", "none", "--max_train_steps", 5, output="none")
+    assert not differ(weights(out / "plain"), weights(none))
+    assert differ(weights(out), weights(none))
+
+
+def test_weight_zero_is_the_plain_model(train):
+    zero = train("--reg_weight", 0, "--max_train_steps", 5, output="zero")
+    none = train("--regularizer", "none", "--max_train_steps", 5, output="none")
+    assert not differ(weights(zero), weights(none))
+    assert metrics(zero)[-1]["total_variation"] > 0
+
+
+def test_the_same_seed_gives_the_same_weights_and_another_seed_others(train):
+    first, second, other = (
+        train("--max_train_steps", 3, "--seed", seed, output=name) for name, seed in (("a", 1), ("b", 1), ("c", 2))
+    )
+    assert not differ(weights(first), weights(second)) and differ(weights(first), weights(other))
+
+
+def test_a_large_weight_makes_samples_smooth(train):
+    """The sign and the path of the gradient, end to end: x0_hat loses variation when variation is all that counts."""
+    variation = {}
+    flags = "--prediction_type sample --reg_weighting constant --max_train_steps 60 --learning_rate 3e-3".split()
+    for weight in (0, 100):
+        out = train(*flags, "--reg_weight", weight, output=f"w{weight}")
+        variation[weight] = metrics(out)[-1]["total_variation"]
+    assert variation[100] < 0.7 * variation[0]
+
+
+# Users' own data, models and losses
+
+
+def test_a_command_line_of_diffusers_script_runs(train, image_folder):
+    out = train(
+        *f"--train_data_dir {image_folder()} --center_crop --random_flip --num_epochs 2 --use_ema"
+        " --gradient_accumulation_steps 2 --learning_rate 1e-4 --save_images_epochs 1 --save_model_epochs 1"
+        " --checkpointing_steps 500 --regularizer total_variation --reg_weight 0.1 --train_batch_size 2"
+        " --dataloader_num_workers 1".split(),
+        model=(),
+    )
+    assert len(list((out / "samples").iterdir())) == 2  # 8 images, batches of 2, accumulated by 2: 2 steps per epoch
+    pipeline = RegDDPMPipeline.from_pretrained(str(out))
+    assert pipeline.unet.config.in_channels == 3 and pipeline.unet.config.attention_head_dim == 64
+
+
+@pytest.mark.parametrize("prediction_type", ["epsilon", "sample", "v_prediction", "flow_prediction"])
+def test_every_prediction_type_learns(train, prediction_type):
+    out = train("--prediction_type", prediction_type, "--max_train_steps", 60, "--learning_rate", 3e-3)
+    losses = [line["denoising"] for line in metrics(out)]
+    assert losses[-1] < 0.8 * losses[0]
+    pipeline = RegDDPMPipeline.from_pretrained(str(out))
+    assert isinstance(pipeline.scheduler, FlowMatchEulerDiscreteScheduler) == (prediction_type == "flow_prediction")
+    pipeline(batch_size=2, num_inference_steps=3, output_type="np")
+
+
+def test_zero_terminal_snr_trains_with_v_prediction(train):
+    out = train("--rescale_betas_zero_snr", "--prediction_type", "v_prediction", "--max_train_steps", 2)
+    assert RegDDPMPipeline.from_pretrained(str(out)).scheduler.alphas_cumprod[-1] == 0
+
+
+def test_several_terms_with_their_own_weights_and_weightings(train, tmp_path):
+    (tmp_path / "my_losses.py").write_text(
+        "class Contrast:\n"
+        "    needs = ('original_samples',)\n"
+        "    def __call__(self, x0_hat, /, original_samples):\n"
+        "        return (x0_hat.flatten(1).std(1) - original_samples.flatten(1).std(1)) ** 2\n"
+        "def half(level):\n"
+        "    return 0.5 * level.alpha\n"
+    )
+    out = train(
+        *"--regularizer my_losses:Contrast sparsity sparsity --reg_weight 1 2 3 --reg_weighting my_losses:half snr"
+        " constant --snr_gamma 5 --max_train_steps 2".split()
+    )
+    assert {"Contrast", "sparsity", "sparsity_2"} <= set(metrics(out)[-1])
+
+
+def test_fields_come_back_in_their_units_from_the_saved_model(train, tmp_path, tiny_unet):
+    tiny_unet(channels=2).save_config("two")
+    np.save("fields.npy", np.random.default_rng(0).normal(300.0, 5.0, (16, 2, 8, 8)))
+    QUICK_WITHOUT_RESOLUTION = ["--train_data_dir", "fields.npy", "--max_train_steps", 2, "--resolution", 8]
+    out = train(*QUICK_WITHOUT_RESOLUTION, model=("--model_config_name_or_path", "two"))
+    fields = RegDDPMPipeline.from_pretrained(str(out))(batch_size=2, num_inference_steps=2, output_type="pt").images
+    assert fields.shape == (2, 2, 8, 8) and fields.min() > 270 and fields.max() < 330
+    assert (out / "samples" / "step-000002.png").is_file()
+
+
+def test_class_conditional_training(train, image_folder):
+    out = train("--train_data_dir", image_folder(), "--class_conditional", "--max_train_steps", 2)
+    pipeline = RegDDPMPipeline.from_pretrained(str(out))
+    assert pipeline.unet.config.num_class_embeds == 2
+    pipeline(batch_size=2, num_inference_steps=2, class_labels=[0, 1])
+
+
+def test_fine_tuning_starts_from_the_given_weights_and_keeps_its_prediction_type(train, tmp_path):
+    first = train("--prediction_type", "v_prediction", "--max_train_steps", 3)
+    given = RegDDPMPipeline.from_pretrained(str(first))
+    given.scheduler = EulerDiscreteScheduler.from_config(given.scheduler.config)
+    given.save_pretrained("euler")
+    tuned = train(
+        "--pretrained_model_name_or_path", "euler", "--max_train_steps", 1, "--learning_rate", 1e-12, "--no-use_ema",
+        model=(), output="tuned",
+    )  # fmt: skip
+    assert DDPMScheduler.from_pretrained(tuned, subfolder="scheduler").config.prediction_type == "v_prediction"
+    for name, value in weights(first).items():
+        torch.testing.assert_close(weights(tuned)[name], value, atol=1e-6, rtol=0)
+    UNet2DModel.from_pretrained(first, subfolder="unet").save_pretrained("bare")
+    train("--pretrained_model_name_or_path", "bare", "--max_train_steps", 1, model=(), output="from_bare")
+
+
+def test_a_yaml_file_reproduces_a_run(train, tmp_path):
+    first = train("--max_train_steps", 3)
+    settings = yaml.safe_load((first / "reg_settings.yaml").read_text())
+    Path("again.yaml").write_text(yaml.safe_dump({**settings, "output_dir": "again"}))
+    spec = importlib.util.spec_from_file_location("train_reg", ROOT / "train_reg.py")
+    script = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(script)
+    script.main(["again.yaml"])
+    assert not differ(weights(first), weights(tmp_path / "again"))
+
+
+def test_bfloat16_learns_and_saves_full_precision(train):
+    QUICK_BF16 = ("--mixed_precision", "bf16", "--max_train_steps", 20, "--learning_rate", 3e-3)
+    out = train(*QUICK_BF16)
+    assert metrics(out)[-1]["denoising"] < metrics(out)[0]["denoising"]
+    assert {value.dtype for value in weights(out).values()} == {torch.float32}
+
+
+# Going on
+
+
+def test_a_resumed_run_ends_in_the_same_weights(train):
+    whole = train("--max_train_steps", 9, output="whole")
+    part = train("--max_train_steps", 9, "--checkpointing_steps", 4, "--checkpoints_total_limit", 1, output="part")
+    assert [path.name for path in part.glob("checkpoint-*")] == ["checkpoint-8"]
+    shutil.rmtree(part / "unet")
+    resumed = train("--max_train_steps", 9, "--resume_from_checkpoint", "latest", output="part")
+    assert not differ(weights(whole), weights(resumed))
+
+
+def test_a_signal_saves_and_the_printed_command_goes_on(command_line, tmp_path):
+    flags = [*QUICK, "--no-compare", "--max_train_steps", "100000", "--output_dir", "out", "--preview_steps", "100000"]
+    process = subprocess.Popen(
+        [sys.executable, str(ROOT / "train_reg.py"), *flags],
+        cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+    )  # fmt: skip
+    deadline = time.time() + 120
+    while not (tmp_path / "out" / "metrics.jsonl").is_file() and time.time() < deadline:
+        time.sleep(0.2)
+    process.send_signal(signal.SIGTERM)
+    output, _ = process.communicate(timeout=120)
+    assert process.returncode == 0, output
+    command = re.search(r"stopped by SIGTERM; go on with: accelerate launch train_reg.py (.*)", output).group(1)
+    (checkpoint,) = (tmp_path / "out").glob("checkpoint-*")
+    step = int(checkpoint.name.split("-")[1])
+    assert (tmp_path / "out" / "model_index.json").is_file()
+    command_line(*command.split(), "--max_train_steps", step + 2)
+    assert metrics(tmp_path / "out")[-1]["step"] == step + 2
+
+
+# What cannot work
+
+
+def refusal(train, capsys, *flags, **kwargs):
+    with pytest.raises(SystemExit) as stopped:
+        train(*flags, **kwargs)
+    assert stopped.value.code == 2
+    error = capsys.readouterr().err.strip().splitlines()[-1]
+    assert error.startswith("train_reg.py: error: ")
+    return error
+
+
+@pytest.mark.parametrize(
+    "flags, message",
+    [
+        ("--regularizer smoothness", "unknown regularizer 'smoothness'; known: gradient_energy, "),
+        ("--regularizer my:Nothing", "--regularizer: 'my:Nothing': no module 'my'"),
+        ("--reg_weighting heavy", "unknown weighting 'heavy'; known: alpha_bar, "),
+        ("--mixed_precision fp16", "--mixed_precision fp16 needs a GPU"),
+        ("--train_data_dir nowhere", "--train_data_dir nowhere: no such folder"),
+        ("--image_column photo", "--image_column 'photo' is not a column of images; the columns are: image"),
+        ("--resolution 9", "--resolution 9: the network halves its images 1 times, so the sides must be multiples"),
+        ("--pretrained_model_name_or_path tiny_nothing", "exclude each other"),
+        ("--model_config_name_or_path .", "no UNet2DModel there that can be read"),
+        ("--resume_from_checkpoint latest", "no checkpoint in out"),
+    ],
+)  # fmt: skip
+def test_a_wrong_setting_is_one_line_and_writes_nothing(train, capsys, tmp_path, flags, message):
+    assert message in refusal(train, capsys, *flags.split())
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    "body, message",
+    [
+        ("return x.mean()", r"must return one value per image.*returned a tensor of shape \(\)"),
+        ("return x", r"returned a tensor of shape \(2, 1, 8, 8\)"),
+        ("return 0.0", "returned float"),
+        ("return x.detach().flatten(1).mean(1)", "detached from x0_hat"),
+        ("return 1 / 0", "raised ZeroDivisionError on a batch of images"),
+    ],
+)
+def test_a_bad_regularizer_is_found_before_the_first_step(train, capsys, tmp_path, body, message):
+    (tmp_path / "bad_losses.py").write_text(f"def loss(x):\n    {body}\n")
+    sys.modules.pop("bad_losses", None)
+    error = refusal(train, capsys, "--regularizer", "bad_losses:loss")
+    assert re.search(f"--regularizer loss.*{message}", error)
+    assert not (tmp_path / "out").exists()
+
+
+def test_an_error_in_the_users_regularizer_is_shown_with_its_line(train, capsys, tmp_path):
+    (tmp_path / "failing_losses.py").write_text("def loss(x):\n    return undefined_name\n")
+    with pytest.raises(SystemExit):
+        train("--regularizer", "failing_losses:loss")
+    assert 'failing_losses.py", line 2, in loss' in capsys.readouterr().err
+
+
+def test_a_folder_that_is_not_ours_is_left_alone(train, capsys, tmp_path):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "thesis.tex").write_text("years of work")
+    for more in ((), ("--overwrite_output_dir",), ("--resume_from_checkpoint", "latest")):
+        assert "not of an earlier run" in refusal(train, capsys, *more)
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["thesis.tex"]
+
+
+def test_an_earlier_run_is_overwritten_only_when_asked(train, capsys, tmp_path):
+    out = train("--max_train_steps", 2, "--checkpointing_steps", 1)
+    before = weights(out)
+    (out / "notes.txt").write_text("mine")
+    assert "holds an earlier run" in refusal(train, capsys, "--max_train_steps", 1, "--seed", 1)
+    assert not differ(weights(out), before)
+    train("--max_train_steps", 1, "--seed", 1, "--overwrite_output_dir")
+    assert differ(weights(out), before) and len(metrics(out)) == 1
+    assert not list(out.glob("checkpoint-*")) and (out / "notes.txt").read_text() == "mine"
+
+
+def test_a_folder_that_cannot_be_written_is_named(train, capsys, tmp_path):
+    (tmp_path / "file").write_text("")
+    assert "cannot be written" in refusal(train, capsys, output="file/out")
+    assert "is a file" in refusal(train, capsys, output="file")
+
+
+def test_a_given_model_that_does_not_fit_is_refused(train, capsys, tmp_path):
+    first = train("--max_train_steps", 1)
+    given = ("--pretrained_model_name_or_path", str(first))
+    assert "trained with epsilon" in refusal(
+        train, capsys, *given, "--prediction_type", "sample", model=(), output="a"
+    )
+    np.save("f.npy", np.zeros((4, 2, 8, 8)))
+    assert "2 channels, the given model 1" in refusal(
+        train, capsys, *given, "--train_data_dir", "f.npy", model=(), output="a"
+    )
+    assert "has no classes" in refusal(train, capsys, *given, "--class_conditional", model=(), output="a")
+
+
+def test_a_usage_error_ends_the_process_with_status_2(command_line, tmp_path):
+    done = command_line("--regularizer", "smoothness", check=False)
+    assert done.returncode == 2 and "Traceback" not in done.stderr
+    assert done.stderr.strip().splitlines()[-1].startswith("train_reg.py: error: --regularizer: unknown")
+
+
+TORCHRUN = (sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2")
+
+
+@pytest.mark.slow
+def test_processes_that_do_not_know_of_each_other_are_refused(command_line, tmp_path):
+    env = {name: value for name, value in os.environ.items() if name != "ACCELERATE_USE_CPU"}
+    done = command_line(*QUICK, "--output_dir", "two", launcher=TORCHRUN, check=False, env=env)
+    assert "launch with ACCELERATE_USE_CPU=true" in done.stderr
+    assert not (tmp_path / "two").exists()
+
+
+@pytest.mark.slow
+def test_two_processes_train_one_model(command_line, tmp_path):
+    """With half the batch each: the same number of steps, one set of files, losses close to one process's."""
+    flags = [*QUICK, "--no-compare", "--max_train_steps", "4", "--output_dir", "two"]
+    env = {**os.environ, "ACCELERATE_USE_CPU": "true"}
+    launcher = (*ACCELERATE, "--multi_gpu", "--num_processes", "2")
+    done = command_line(*flags, launcher=launcher, env=env, check=False)  # gloo may abort at exit, when all is written
+    assert "2 x cpu" in done.stdout and 'from_pretrained("two")' in done.stdout
+    assert metrics(tmp_path / "two")[-1]["step"] == 4
+    RegDDPMPipeline.from_pretrained(str(tmp_path / "two"))
