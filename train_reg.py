@@ -14,6 +14,7 @@ from diffusers.optimization import get_scheduler
 from tqdm.auto import tqdm
 
 from reg_diffusers import RegularizedLoss
+from reg_diffusers.hub import check_upload, upload_run
 from reg_diffusers.training.arguments import parse_args
 from reg_diffusers.training.checkpoint import Progress, endless_batches, find_checkpoint, save_checkpoint
 from reg_diffusers.training.data import flip_half, load_training_data, make_dataloader
@@ -44,6 +45,7 @@ def main(argv=None):
     terms = build_terms(args)
     check_terms(terms, noise_scheduler, data)
     unet = build_unet(args, given, data)
+    check_upload(args)
     output_dir = prepare_output_dir(args, state)
     if state.is_main_process:
         write_settings(args, output_dir)
@@ -57,6 +59,8 @@ def main(argv=None):
                 compare(args, data, terms, plain, pipeline, output_dir)
     if state.is_main_process:
         print(describe_result(args, output_dir, interruption))
+        if args.push_to_hub and not interruption:
+            print(upload_run(args, output_dir))
 
 
 def train(args, data, terms, output_dir, interruption):

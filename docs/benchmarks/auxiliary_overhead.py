@@ -2,8 +2,8 @@
 
     python docs/benchmarks/auxiliary_overhead.py [--pairs 15]
 
-Steps with and without the term alternate, so that a drift of the machine's speed meets both; the figure is the median of
-the pairwise ratios. The result is printed and kept in auxiliary_overhead.txt beside this file.
+Steps with and without the term alternate, so that a drift of the machine's speed meets both; the figure is the median
+of the pairwise ratios. The result is printed and kept in auxiliary_overhead.txt beside this file.
 """
 
 import argparse

@@ -115,6 +115,11 @@ def build_unet(args: argparse.Namespace, given: GivenModel, data: PictureData | 
         config["sample_size"] = height if height == width else (height, width)
         unet = UNet2DModel.from_config(config)
     _check_halving(unet, height, width)
+    if args.enable_xformers_memory_efficient_attention:
+        try:
+            unet.enable_xformers_memory_efficient_attention()
+        except (ImportError, ValueError) as error:
+            raise UsageError(f"--enable_xformers_memory_efficient_attention: {error}") from error
     return unet
 
 

@@ -112,7 +112,9 @@ def describe_result(args: argparse.Namespace, output_dir: Path, interruption: In
         "settings": output_dir / "reg_settings.yaml",
     }
     lines += [f"{name:<12}{path}" for name, path in shown.items() if path.exists()]
-    lines.append(f'load it     RegDDPMPipeline.from_pretrained("{output_dir}")   # from reg_diffusers')
+    lines.append(
+        f'load it     from reg_diffusers import RegDDPMPipeline; pipeline = RegDDPMPipeline.from_pretrained("{output_dir}")'
+    )
     return "\n".join(lines)
 
 
