@@ -113,7 +113,8 @@ def describe_result(args: argparse.Namespace, output_dir: Path, interruption: In
     }
     lines += [f"{name:<12}{path}" for name, path in shown.items() if path.exists()]
     lines.append(
-        f'load it     from reg_diffusers import RegDDPMPipeline; pipeline = RegDDPMPipeline.from_pretrained("{output_dir}")'
+        f"load it     from reg_diffusers import RegDDPMPipeline; "
+        f'pipeline = RegDDPMPipeline.from_pretrained("{output_dir}")'
     )
     return "\n".join(lines)
 
