@@ -20,9 +20,9 @@ from reg_diffusers.training.checkpoint import Progress, endless_batches, find_ch
 from reg_diffusers.training.data import flip_half, load_training_data, make_dataloader
 from reg_diffusers.training.ema import build_ema, ema_weights
 from reg_diffusers.training.errors import exit_on_usage_error
-from reg_diffusers.training.hardware import choose_mixed_precision, join_processes, set_threads
+from reg_diffusers.training.hardware import choose_mixed_precision, join_processes, leave_processes, set_threads
 from reg_diffusers.training.interruption import Interruption
-from reg_diffusers.training.metrics import MetricsLog
+from reg_diffusers.training.metrics import MetricsLog, check_finite, check_logger
 from reg_diffusers.training.model import build_noise_scheduler, build_unet, load_given_model
 from reg_diffusers.training.output import prepare_output_dir, write_settings
 from reg_diffusers.training.preview import sampling_pipeline, save_preview
@@ -35,22 +35,24 @@ LOG_INTERVAL = 10  # steps between two readings of the metrics; reading waits fo
 @exit_on_usage_error
 def main(argv=None):
     args = parse_args(argv)
-    args.mixed_precision, args.num_threads = choose_mixed_precision(args), set_threads(args)
+    mixed_precision, threads = choose_mixed_precision(args), set_threads(args)
     state = join_processes()
+    terms = build_terms(args)
     with state.main_process_first():
         given = load_given_model(args)
         data = load_training_data(args, given.channels, given.resolution)
     # What cannot work is said here, before anything is written.
     noise_scheduler = build_noise_scheduler(args, given)
-    terms = build_terms(args)
     check_terms(terms, noise_scheduler, data)
     unet = build_unet(args, given, data)
+    check_logger(args)
     check_upload(args)
     output_dir = prepare_output_dir(args, state)
     if state.is_main_process:
         write_settings(args, output_dir)
-        print(describe(args, state, data, unet, noise_scheduler, terms), flush=True)
+        print(describe(args, state, data, unet, noise_scheduler, terms, mixed_precision, threads), flush=True)
 
+    del given, unet
     with Interruption() as interruption:
         pipeline = train(args, data, terms, output_dir, interruption)
         if args.compare and not interruption:
@@ -61,16 +63,17 @@ def main(argv=None):
         print(describe_result(args, output_dir, interruption))
         if args.push_to_hub and not interruption:
             print(upload_run(args, output_dir))
+    leave_processes(state)
 
 
 def train(args, data, terms, output_dir, interruption):
     """Trains and saves one model; weights, batches and noise are the same whatever its terms. Returns its pipeline."""
     accelerator = Accelerator(
-        mixed_precision=args.mixed_precision,
+        mixed_precision=choose_mixed_precision(args),
         gradient_accumulation_steps=args.gradient_accumulation_steps,
         log_with=args.logger,
         project_dir=output_dir / args.logging_dir,
-        dataloader_config=DataLoaderConfiguration(use_seedable_sampler=True, data_seed=args.seed),
+        dataloader_config=DataLoaderConfiguration(use_seedable_sampler=True, data_seed=args.seed, non_blocking=True),
     )
     if args.logger:
         accelerator.init_trackers("train_reg")
@@ -107,7 +110,7 @@ def train(args, data, terms, output_dir, interruption):
     preview_steps = args.preview_steps or args.save_images_epochs * steps_per_epoch
     save_model_steps = args.save_model_epochs * steps_per_epoch
     pipeline = sampling_pipeline(accelerator.unwrap_model(unet), noise_scheduler, data)
-    metrics = MetricsLog(accelerator, output_dir / "metrics.jsonl")
+    metrics = MetricsLog(accelerator, output_dir / "metrics.jsonl", progress.step)
     bar = tqdm(
         desc=" + ".join(["denoising", *loss_fn.regularization.names]),
         total=max_train_steps,
@@ -118,7 +121,9 @@ def train(args, data, terms, output_dir, interruption):
 
     unet.train()
     batches = endless_batches(accelerator, dataloader, progress)
-    while progress.step < max_train_steps and not interruption.seen_by_any(accelerator, progress.step):
+    while progress.step < max_train_steps:
+        if accelerator.sync_gradients and interruption.seen_by_any(accelerator, progress.step):
+            break
         batch = next(batches)
         original_samples = data.normalization.normalize(batch["values"])
         if args.random_flip:
@@ -144,6 +149,7 @@ def train(args, data, terms, output_dir, interruption):
             means = metrics.write(
                 progress.step, lr=lr_scheduler.get_last_lr()[0], **loss_fn.regularization.nonfinite.counts()
             )
+            check_finite(means, progress.step, bar)
             accelerator.log(means, step=progress.step)
             bar.set_postfix({name: f"{means[name]:.4f}" for name in output.terms})
         if progress.step % preview_steps == 0 or progress.step == max_train_steps:
@@ -156,7 +162,7 @@ def train(args, data, terms, output_dir, interruption):
             save_checkpoint(accelerator, output_dir, progress.step, args.checkpoints_total_limit)
 
     bar.close()
-    if interruption:
+    if interruption or (args.compare and terms):  # the plain model may be interrupted after this one is done
         save_checkpoint(accelerator, output_dir, progress.step, args.checkpoints_total_limit)
     if ema:
         ema.copy_to(unet.parameters())
@@ -164,7 +170,8 @@ def train(args, data, terms, output_dir, interruption):
     if accelerator.is_main_process:
         pipeline.save_pretrained(str(output_dir))
     accelerator.wait_for_everyone()
-    accelerator.end_training()
+    for tracker in accelerator.trackers:
+        tracker.finish()
     return pipeline
 
 

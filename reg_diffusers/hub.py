@@ -7,13 +7,14 @@ import json
 from pathlib import Path
 
 from huggingface_hub import HfApi, ModelCard, ModelCardData
-from huggingface_hub.errors import HfHubHTTPError, LocalTokenNotFoundError
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalTokenNotFoundError
+from huggingface_hub.utils import validate_repo_id
 
 from .training.errors import UsageError
 
 __all__ = ["check_upload", "upload_run"]
 
-_NOT_UPLOADED = ["checkpoint-*", ".checkpoint-*", "logs/**", "plain/**", ".*"]
+_NOT_UPLOADED = ("checkpoint-*", "plain/*", ".*")
 
 
 def check_upload(args: argparse.Namespace) -> None:
@@ -25,7 +26,10 @@ def check_upload(args: argparse.Namespace) -> None:
     if not args.push_to_hub:
         return
     try:
+        validate_repo_id(_repo_name(args))
         HfApi(token=args.hub_token).whoami()
+    except HFValidationError as error:
+        raise UsageError(f"--hub_model_id: {error}") from None
     except LocalTokenNotFoundError:
         raise UsageError("--push_to_hub: no token: run `hf auth login`, or set HF_TOKEN") from None
     except HfHubHTTPError as error:
@@ -41,19 +45,26 @@ def upload_run(args: argparse.Namespace, output_dir: Path) -> str:
     A failure is told with the command that uploads later: the run itself is on disk.
     """
     api = HfApi(token=args.hub_token)
-    name = args.hub_model_id or output_dir.resolve().name
+    name = _repo_name(args)
+    ignored = [*_NOT_UPLOADED, f"{args.logging_dir}/*"]
     try:
         repo_id = api.create_repo(name, private=args.hub_private_repo or None, exist_ok=True).repo_id
         model_card(args, output_dir, repo_id).save(output_dir / "README.md")
         api.upload_folder(
             repo_id=repo_id,
             folder_path=output_dir,
-            ignore_patterns=_NOT_UPLOADED,
+            ignore_patterns=ignored,
             commit_message="Upload a training run",
         )
     except (HfHubHTTPError, OSError) as error:
-        return f"upload      failed ({type(error).__name__}); upload it later with: hf upload {name} {output_dir}"
+        excluded = " ".join(f"--exclude '{pattern}'" for pattern in ignored)
+        command = f"hf upload {name} {output_dir} {excluded}"
+        return f"upload      failed ({type(error).__name__}); upload it later with: {command}"
     return f"uploaded    {api.endpoint}/{repo_id}"
+
+
+def _repo_name(args: argparse.Namespace) -> str:
+    return args.hub_model_id or Path(args.output_dir).resolve().name
 
 
 def model_card(args: argparse.Namespace, output_dir: Path, repo_id: str) -> ModelCard:

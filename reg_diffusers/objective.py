@@ -28,12 +28,14 @@ from .prediction import (
     predict_original_sample,
     prediction_target,
     prediction_type,
+    refuse_zero_terminal_snr,
     scale_model_input,
+    without_learned_variance,
 )
 from .regularizers import Regularizer, regularizer_name
 from .weighting import matched
 
-__all__ = ["LossOutput", "RegularizedLoss", "Term", "X0Regularization"]
+__all__ = ["LossOutput", "RegularizedLoss", "Term", "TermError", "X0Regularization"]
 
 
 @dataclass(frozen=True)
@@ -55,10 +57,16 @@ class Term:
     estimator: Callable[..., Tensor] = predict_original_sample
 
     def __post_init__(self):
+        if not callable(self.regularizer):
+            raise TypeError(f"{self.regularizer!r} cannot be called; load_regularizer turns a name into a regularizer")
         if not (math.isfinite(self.weight) and self.weight >= 0):
             raise ValueError(f"weight must be finite and at least 0, not {self.weight}")
         if not self.name:
             object.__setattr__(self, "name", regularizer_name(self.regularizer))
+
+
+class TermError(ValueError):
+    """A regularizer or weighting that breaks its contract; the message names the term."""
 
 
 @dataclass(frozen=True)
@@ -85,8 +93,8 @@ class X0Regularization(nn.Module):
     whole batch all the same. An image whose L' or gradient of L' is not finite contributes nothing and is counted in
     `nonfinite.dropped`; after `max_nonfinite_steps` steps with such images in a row the run is stopped.
 
-    A regularizer that is an `nn.Module` becomes a submodule, so that `.to(device)` moves it; it is frozen and kept in
-    evaluation mode. With timesteps on the CPU nothing here waits for an accelerator.
+    A regularizer that is an `nn.Module` becomes a submodule, so that `.to(device)` moves it; that very object is
+    frozen and kept in evaluation mode. With timesteps on the CPU nothing here waits for an accelerator.
 
     Args:
         scheduler: the noise scheduler of the training.
@@ -107,6 +115,8 @@ class X0Regularization(nn.Module):
         max_nonfinite_steps: int = 10,
     ):
         super().__init__()
+        if isinstance(terms, Term):
+            raise TypeError("terms must be a sequence of Term: [Term(...)]")
         self.scheduler = scheduler
         self.terms = tuple(terms)
         self.snr_gamma = snr_gamma
@@ -141,7 +151,8 @@ class X0Regularization(nn.Module):
             The loss, sum of weight * term, and the terms.
 
         Raises:
-            ValueError: a regularizer returns something else than an attached (B,), or needs what is not in `context`.
+            TermError: a regularizer returns something else than an attached (B,), or needs what is not in `context`; a
+                weighting returns something else than a finite (B,).
             FloatingPointError: L' was not finite for `max_nonfinite_steps` steps in a row.
         """
         timesteps = torch.as_tensor(timesteps).expand(len(sample))
@@ -159,7 +170,7 @@ class X0Regularization(nn.Module):
         return replace(level, denoising_weight=level.snr.clamp(max=self.snr_gamma))
 
     def _mean(self, term: Term, level: NoiseLevel, timesteps: Tensor, model_output, sample, context) -> Tensor:
-        weights = term.weighting(level)
+        weights = checked_weights(term, level)
         active = weights.nonzero().flatten()
         if len(active) == 0:
             return sample.new_zeros((), dtype=torch.promote_types(sample.dtype, torch.float32))
@@ -179,15 +190,16 @@ class X0Regularization(nn.Module):
         if x0_hat.requires_grad:
             x0_hat.register_hook(lambda gradient: self.nonfinite.drop_gradients(term.name, gradient))
         with torch.autocast(x0_hat.device.type, enabled=False):
-            values = term.regularizer(x0_hat, **context)
+            # A second alias: a regularizer may itself take gradients with respect to its argument.
+            values = term.regularizer(x0_hat.view_as(x0_hat), **context)
         if not isinstance(values, Tensor) or values.shape != x0_hat.shape[:1]:
             got = f"a tensor of shape {tuple(values.shape)}" if isinstance(values, Tensor) else type(values).__name__
-            raise ValueError(
+            raise TermError(
                 f"regularizer {term.name!r} must return one value per image, a tensor of shape ({len(x0_hat)},);"
                 f" it returned {got}. A mean over all but the first dimension is value.flatten(1).mean(1)"
             )
         if x0_hat.requires_grad and not values.requires_grad:
-            raise ValueError(
+            raise TermError(
                 f"regularizer {term.name!r} returns a tensor that is detached from x0_hat: no gradient can reach the"
                 " model. Look for torch.no_grad, .detach(), .item() or numpy in it"
             )
@@ -197,7 +209,7 @@ class X0Regularization(nn.Module):
         needs = getattr(term.regularizer, "needs", ())
         missing = [name for name in needs if name not in context]
         if missing:
-            raise ValueError(
+            raise TermError(
                 f"regularizer {term.name!r} needs {', '.join(missing)}, but the loss was given"
                 f" {', '.join(context) or 'nothing'}: pass it as a keyword argument"
             )
@@ -228,6 +240,8 @@ class RegularizedLoss(nn.Module):
         max_nonfinite_steps: int = 10,
     ):
         super().__init__()
+        if snr_gamma is not None and prediction_type(scheduler) == "epsilon":
+            refuse_zero_terminal_snr(scheduler)
         self.scheduler = scheduler
         self.snr_gamma = snr_gamma
         self.regularization = X0Regularization(
@@ -261,6 +275,7 @@ class RegularizedLoss(nn.Module):
             noise = torch.randn_like(original_samples)
         if timesteps is None:
             timesteps = _draw_timesteps(self.scheduler, len(original_samples))
+        timesteps = torch.as_tensor(timesteps).expand(len(original_samples))
         noisy_samples = add_noise(self.scheduler, original_samples, noise, timesteps)
         model_input = scale_model_input(self.scheduler, noisy_samples, timesteps)
         on_device = timesteps.to(original_samples.device, non_blocking=True)
@@ -272,7 +287,8 @@ class RegularizedLoss(nn.Module):
         return LossOutput(denoising + extra.loss, {"denoising": denoising, **extra.terms})
 
     def _denoising(self, model_output: Tensor, target: Tensor, timesteps: Tensor) -> Tensor:
-        model_output = model_output[:, : target.shape[1]].to(torch.promote_types(target.dtype, torch.float32))
+        model_output = without_learned_variance(self.scheduler, model_output, target)
+        model_output = model_output.to(torch.promote_types(target.dtype, torch.float32))
         target = target.to(model_output.dtype)
         if self.snr_gamma is None:
             return F.mse_loss(model_output, target)
@@ -280,6 +296,24 @@ class RegularizedLoss(nn.Module):
         weights = self.regularization.noise_level(timesteps).denoising_weight / in_x0_units
         squared_error = F.mse_loss(model_output, target, reduction="none").flatten(1).mean(1)
         return (weights.to(squared_error, non_blocking=True) * squared_error).mean()
+
+
+def checked_weights(term: Term, level: NoiseLevel) -> Tensor:
+    """The term's weighting of each noise level, (B,).
+
+    Raises:
+        TermError: it is anything but a finite (B,).
+    """
+    weights = term.weighting(level)
+    if not isinstance(weights, Tensor) or weights.shape != level.snr.shape:
+        got = tuple(weights.shape) if isinstance(weights, Tensor) else type(weights).__name__
+        raise TermError(
+            f"the weighting of {term.name!r} must return one value per image, ({len(level.snr)},), not {got}"
+        )
+    if weights.device.type == "cpu" and not weights.isfinite().all():  # elsewhere the look would wait for the device
+        at = level.timesteps[~weights.isfinite()]
+        raise TermError(f"the weighting of {term.name!r} is not finite at timesteps {at.min():g} to {at.max():g}")
+    return weights
 
 
 def _draw_timesteps(scheduler, batch_size: int) -> Tensor:

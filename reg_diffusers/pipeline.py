@@ -20,7 +20,7 @@ from diffusers.utils import BaseOutput
 from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor
 
-from .regularizers import Regularizer, regularizer_name
+from .regularizers import Regularizer, regularizer_name, score
 
 __all__ = ["RegDDPMPipeline", "RegDDPMPipelineOutput"]
 
@@ -92,13 +92,16 @@ class RegDDPMPipeline(DiffusionPipeline):
 
         Raises:
             ValueError: class labels missing, not wanted, out of range or of a wrong number; an unknown output_type, or
-                one that cannot show the samples; a regularizer with `needs`.
+                one that cannot show the samples; a regularizer with `needs`, or two of one name.
         """
         config = self.unet.config
         if output_type not in ("pil", "np", "numpy", "pt"):
             raise ValueError(f"output_type must be 'pil', 'np' or 'pt', not {output_type!r}")
         if output_type == "pil" and config.out_channels not in (1, 3, 4):
             raise ValueError(f"a field of {config.out_channels} channels is no picture: use output_type='np' or 'pt'")
+        names = [regularizer_name(regularizer) for regularizer in regularizers]
+        if len(set(names)) < len(names):
+            raise ValueError(f"regularizers need different names, got {names}: wrap one in a function of its own")
         for regularizer in regularizers:
             if needs := getattr(regularizer, "needs", ()):
                 name = regularizer_name(regularizer)
@@ -117,7 +120,7 @@ class RegDDPMPipeline(DiffusionPipeline):
             model_input = sample if scale is None else scale(sample, t)
             model_output = self.unet(model_input, t, class_labels=class_labels).sample
             sample = self.scheduler.step(model_output, t, sample, **step_kwargs).prev_sample
-        scores = {regularizer_name(regularizer): regularizer(sample.float()) for regularizer in regularizers}
+        scores = {name: score(regularizer, sample) for name, regularizer in zip(names, regularizers, strict=True)}
         images = self._images(sample, output_type)
         self.maybe_free_model_hooks()
         return RegDDPMPipelineOutput(images=images, scores=scores) if return_dict else (images, scores)

@@ -42,7 +42,9 @@ __all__ = [
     "predict_original_sample",
     "prediction_target",
     "prediction_type",
+    "refuse_zero_terminal_snr",
     "scale_model_input",
+    "without_learned_variance",
 ]
 
 _PREDICTION_TYPES = ("epsilon", "sample", "v_prediction", "flow_prediction", "trigflow")
@@ -71,7 +73,7 @@ def prediction_type(scheduler) -> str:
     """What the network predicts, in diffusers' words: epsilon, sample, v_prediction, flow_prediction (or trigflow).
 
     Raises:
-        ValueError: the scheduler's `prediction_type` is none of these.
+        ValueError: the scheduler's `prediction_type` is none of these, or it has no schedule for it.
     """
     declared = scheduler.config.get("prediction_type")
     if declared is None and hasattr(scheduler, "alphas_cumprod"):  # RePaint, for one, predicts nothing but noise
@@ -79,11 +81,17 @@ def prediction_type(scheduler) -> str:
     if declared is None and "shift" in scheduler.config:  # flow-matching schedulers have no such entry
         return "flow_prediction"
     declared = {"original_sample": "sample"}.get(declared, declared)
+    name = type(scheduler).__name__
     if declared not in _PREDICTION_TYPES:
         known = ", ".join(_PREDICTION_TYPES)
+        raise ValueError(f"prediction_type={declared!r} of {name} is not supported; known: {known}")
+    if declared == "flow_prediction" and not ("shift" in scheduler.config or scheduler.config.get("use_flow_sigmas")):
         raise ValueError(
-            f"prediction_type={declared!r} of {type(scheduler).__name__} is not supported; known: {known}"
+            f"{name} has no flow-matching schedule: use FlowMatchEulerDiscreteScheduler, or use_flow_sigmas=True"
         )
+    has_schedule = hasattr(scheduler, "alphas_cumprod") or _is_edm(scheduler)
+    if declared not in ("flow_prediction", "trigflow") and not has_schedule:
+        raise ValueError(f"{name} is not supported: it has no alphas_cumprod")
     return declared
 
 
@@ -134,8 +142,8 @@ def predict_original_sample(scheduler, model_output: Tensor, timesteps, sample: 
     """
     kind = prediction_type(scheduler)
     if kind == "epsilon":
-        _refuse_zero_terminal_snr(scheduler)
-    model_output = _without_learned_variance(scheduler, model_output, sample)
+        refuse_zero_terminal_snr(scheduler)
+    model_output = without_learned_variance(scheduler, model_output, sample)
     dtype = torch.promote_types(torch.promote_types(model_output.dtype, sample.dtype), torch.float32)
     model_output, sample = model_output.to(dtype), sample.to(dtype)
     alpha, sigma = _alpha_sigma_like(scheduler, timesteps, sample)
@@ -308,7 +316,12 @@ def _edm_preconditioning(scheduler, sigma: Tensor) -> tuple[Tensor, Tensor]:
     return sigma_data**2 / variance, -out if prediction_type(scheduler) == "v_prediction" else out
 
 
-def _without_learned_variance(scheduler, model_output: Tensor, sample: Tensor) -> Tensor:
+def without_learned_variance(scheduler, model_output: Tensor, sample: Tensor) -> Tensor:
+    """The part of a model output that stands for the image, in the shape of `sample`.
+
+    Raises:
+        ValueError: the shapes do not fit.
+    """
     learned = str(scheduler.config.get("variance_type")).startswith("learned")
     if learned and model_output.ndim > 1 and model_output.shape[1] == 2 * sample.shape[1]:
         model_output = model_output[:, : sample.shape[1]]
@@ -317,7 +330,8 @@ def _without_learned_variance(scheduler, model_output: Tensor, sample: Tensor) -
     return model_output
 
 
-def _refuse_zero_terminal_snr(scheduler) -> None:
+def refuse_zero_terminal_snr(scheduler) -> None:
+    """Raises ValueError where the schedule ends in pure noise, of which predicted noise says nothing."""
     # Only a schedule that was asked for can reach zero; the others are spared the look, for which a GPU would wait.
     asked_for = scheduler.config.get("rescale_betas_zero_snr") or scheduler.config.get("trained_betas") is not None
     if asked_for and scheduler.alphas_cumprod[-1] == 0:

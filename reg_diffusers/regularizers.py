@@ -55,6 +55,15 @@ def regularizer_name(regularizer: Regularizer) -> str:
     return getattr(regularizer, "__name__", type(regularizer).__name__)
 
 
+def score(regularizer: Regularizer, samples: Tensor) -> Tensor:
+    """L' of each finished sample (B, C, H, W), (B,) float32 without a graph.
+
+    Gradients are enabled inside, because a regularizer may take them with respect to its argument.
+    """
+    with torch.enable_grad():
+        return regularizer(samples.detach().float().requires_grad_()).detach()
+
+
 def total_variation(x0_hat: Tensor, /, *, isotropic: bool = False, smoothing: float = 1e-3) -> Tensor:
     r"""Total variation: how much neighbouring pixels differ.
 

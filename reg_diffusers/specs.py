@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import inspect
 import os
 import sys
 from collections.abc import Callable
@@ -43,10 +44,26 @@ def _load(spec: str, builtin, kind: str):
         if not hasattr(found, name):
             raise ValueError(f"{kind} {spec!r}: {module_name} has no {attribute!r}")
         found = getattr(found, name)
-    found = found() if isinstance(found, type) else found
+    if isinstance(found, type):
+        found = _instance(found, kind, spec)
     if not callable(found):
         raise ValueError(f"{kind} {spec!r} is a {type(found).__name__}, which cannot be called")
     return found
+
+
+def _instance(found: type, kind: str, spec: str):
+    required = [
+        parameter.name
+        for parameter in inspect.signature(found).parameters.values()
+        if parameter.default is parameter.empty
+        and parameter.kind not in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD)
+    ]
+    if required:
+        raise ValueError(
+            f"{kind} {spec!r} needs {', '.join(required)} to be made: name an instance, such as my_{kind} ="
+            f" {found.__name__}(...) in the same module"
+        )
+    return found()
 
 
 def _module(name: str, spec: str):

@@ -109,7 +109,10 @@ def test_one_weight_serves_all_and_none_means_none():
         ("--regularizer none total_variation", "--regularizer none stands alone"),
         ("--resolution 0", "--resolution: '0' is not a whole number above 0"),
         ("--adam_beta1 1", "--adam_beta1: '1' is not a number from 0 to below 1"),
-        ("--rescale_betas_zero_snr", "--rescale_betas_zero_snr needs --prediction_type v_prediction"),
+        (
+            "--train_data_dir x --rescale_betas_zero_snr",
+            "--rescale_betas_zero_snr needs --prediction_type v_prediction",
+        ),
         ("--prediction_type velocity", "--prediction_type: invalid choice"),
         ("--resolutoin 3", "unrecognized arguments: --resolutoin"),
         ("nowhere.yaml", "'nowhere.yaml' is neither a flag nor a YAML file"),

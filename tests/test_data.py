@@ -4,6 +4,7 @@ import io
 
 import numpy as np
 import PIL.Image
+import pyarrow.parquet
 import pytest
 import torch
 from datasets import Dataset, Features, Image, Value
@@ -132,6 +133,43 @@ def test_labels_that_are_words_become_classes(load, tmp_path):
     ).to_parquet(tmp_path / "t.parquet")
     data = load("--dataset_name", tmp_path / "t.parquet", "--class_conditional", "--label_column", "kind")
     assert data.classes == ["a", "b"] and data.__getitems__([0, 1, 2])["class_labels"].tolist() == [1, 0, 1]
+
+
+def test_labels_that_are_numbers_keep_their_order(load, tmp_path):
+    images = [PIL.Image.new("L", (8, 8), value) for value in (0, 50, 255)]
+    features = Features(image=Image(), label=Value("int64"))
+    Dataset.from_dict({"image": images, "label": [10, 2, 7]}, features).to_parquet(tmp_path / "t.parquet")
+    data = load("--dataset_name", tmp_path / "t.parquet", "--class_conditional")
+    assert data.classes == ["2", "7", "10"]
+    assert data.__getitems__([0, 1, 2])["class_labels"].tolist() == [2, 0, 1]
+
+
+def test_a_table_written_without_metadata_is_read(load, tmp_path):
+    stored = io.BytesIO()
+    PIL.Image.new("L", (8, 8), 255).save(stored, "png")
+    rows = {"image": [{"bytes": stored.getvalue(), "path": None}]}
+    pyarrow.parquet.write_table(pyarrow.table(rows), tmp_path / "plain.parquet")
+    assert (samples(load("--dataset_name", tmp_path / "plain.parquet", "--resolution", 8)) == 1).all()
+
+
+def test_colour_anywhere_in_the_data_makes_them_colour(load, tmp_path):
+    images = [PIL.Image.new("L", (4, 4))] * 1500 + [PIL.Image.new("RGB", (4, 4))] * 5
+    Dataset.from_dict({"image": images}, Features(image=Image())).to_parquet(tmp_path / "t.parquet")
+    assert load("--dataset_name", tmp_path / "t.parquet", "--resolution", 4).shape[0] == 3
+
+
+def test_the_folder_of_the_data_is_only_read(load, tmp_path):
+    images = [PIL.Image.new("L", (8, 8), value) for value in (0, 255)]
+    Dataset.from_dict({"image": images}, Features(image=Image())).save_to_disk(tmp_path / "saved")
+    before = sorted(tmp_path.joinpath("saved").iterdir())
+    load("--dataset_name", tmp_path / "saved", "--resolution", 4)
+    assert sorted(tmp_path.joinpath("saved").iterdir()) == before
+
+
+def test_an_array_among_pictures_does_not_take_their_place(load, image_folder):
+    folder = image_folder()
+    np.save(folder / "embedding.npy", np.zeros((2, 1, 8, 8)))
+    assert load("--train_data_dir", folder, "--resolution", 8).is_picture
 
 
 def test_images_are_decoded_only_once(load, image_folder, monkeypatch):

@@ -87,9 +87,9 @@ def with_mask(x0_hat, /, *, mask):
 with_mask.needs = ("mask",)
 
 
-def evaluate(scheduler, regularizer, steps=1):
+def evaluate(scheduler, regularizer, steps=1, **term):
     output, sample = torch.zeros(2, 1, 4, 4, requires_grad=True), torch.ones(2, 1, 4, 4)
-    loss_fn = X0Regularization(scheduler, [Term(regularizer, weight=1.0)])
+    loss_fn = X0Regularization(scheduler, [Term(regularizer, weight=1.0, **term)])
     for _ in range(steps):
         loss_fn(output, torch.tensor([5, 50]), sample)
 
@@ -99,11 +99,21 @@ MISTAKES = {
     "is detached from x0_hat: no gradient can reach the": lambda scheduler: evaluate(scheduler, detached),
     "needs mask, but the loss was given nothing": lambda scheduler: evaluate(scheduler, with_mask),
     "was not finite for 10 steps in a row": lambda scheduler: evaluate(scheduler, root_of_negative, steps=10),
+    "the weighting of 'mean_intensity' must return one value per image": lambda scheduler: evaluate(
+        scheduler, mean_intensity, weighting=lambda level: 0.5
+    ),
+    "the weighting of 'mean_intensity' is not finite": lambda scheduler: evaluate(
+        scheduler, mean_intensity, weighting=lambda level: level.snr / 0
+    ),
+    "cannot be called; load_regularizer turns a name into a regularizer": lambda scheduler: Term("symmetry", 1.0),
     "terms need different names": lambda scheduler: RegularizedLoss(scheduler, [Term(mean_intensity, 1.0)] * 2),
     "weight must be finite and at least 0": lambda scheduler: Term(mean_intensity, weight=-1.0),
     "unknown regularizer": lambda scheduler: load_regularizer("no_such_regularizer"),
     "no module": lambda scheduler: load_regularizer("no_such_module:attribute"),
     "has no": lambda scheduler: load_regularizer("math:no_such_function"),
+    "needs in_features, out_features to be made: name an instance": lambda scheduler: load_regularizer(
+        "torch.nn:Linear"
+    ),
     "which cannot be called": lambda scheduler: load_regularizer("math:pi"),
 }
 
@@ -114,7 +124,7 @@ def test_error_messages_are_those_of_the_table(message):
 
     table = (ROOT / "docs" / "own_regularizer.md").read_text(encoding="utf-8")
     assert f"`{message}" in table
-    with pytest.raises((ValueError, FloatingPointError), match=message):
+    with pytest.raises((ValueError, TypeError, FloatingPointError), match=re.escape(message)):
         MISTAKES[message](DDPMScheduler())
 
 

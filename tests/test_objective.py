@@ -608,3 +608,64 @@ def test_the_model_is_never_a_member_of_the_loss():
     loss_fn = RegularizedLoss(scheduler_of(), [Term(total_variation, 1.0)])
     loss_fn(lambda sample, t: model(sample), images(4, 1, 3, 3, dtype=torch.float32))
     assert not list(loss_fn.parameters())
+
+
+# Terms that break their contract
+
+
+@pytest.mark.parametrize(
+    "returned, message",
+    [
+        (torch.tensor(1.0), r"one value per image, \(4,\), not \(\)"),
+        (torch.ones(4, 1), r"not \(4, 1\)"),
+        (1.0, "not float"),
+        (torch.full((4,), float("nan")), "not finite at timesteps"),
+        (torch.full((4,), float("inf")), "not finite at timesteps"),
+    ],
+)
+def test_a_weighting_of_another_form_is_refused_by_name(returned, message):
+    loss_fn = RegularizedLoss(scheduler_of(), [Term(mean_square, 1.0, lambda level: returned)])
+    with pytest.raises(ValueError, match=f"'mean_square'.*{message}"):
+        loss_fn(lambda sample, t: sample, images(4, 1, 3, 3))
+
+
+def test_a_regularizer_may_take_gradients_of_its_own():
+    """L' = |grad of mean u^2|^2 = |2 u / n|^2 has a closed form."""
+
+    def slope(x0_hat):
+        (gradient,) = torch.autograd.grad(x0_hat.square().flatten(1).mean(1).sum(), x0_hat, create_graph=True)
+        return gradient.square().flatten(1).sum(1)
+
+    output = images(4, 1, 3, 3).requires_grad_()
+    loss_fn = RegularizedLoss(scheduler_of("sample"), [Term(slope, 1.0, weighting.constant)])
+    result = loss_fn(lambda sample, t: output, torch.zeros(4, 1, 3, 3, dtype=output.dtype))
+    (gradient,) = torch.autograd.grad(result.terms["slope"], output)
+    torch.testing.assert_close(result.terms["slope"], 4 / 81 * output.square().flatten(1).sum(1).mean())
+    torch.testing.assert_close(gradient, 8 / 81 * output / 4)
+
+
+@pytest.mark.parametrize("channels", [1, 6])
+def test_a_model_of_other_channels_is_refused(channels):
+    with pytest.raises(ValueError, match="model_output has shape"):
+        RegularizedLoss(scheduler_of())(
+            lambda sample, t: sample[:, :1].expand(-1, channels, -1, -1), images(2, 3, 4, 4)
+        )
+
+
+def test_flow_prediction_needs_a_flow_schedule():
+    with pytest.raises(ValueError, match="FlowMatchEulerDiscreteScheduler"):
+        RegularizedLoss(diffusers.DDPMScheduler(prediction_type="flow_prediction"))(
+            lambda sample, t: sample, images(2, 1, 4, 4)
+        )
+
+
+def test_min_snr_with_zero_terminal_snr_and_predicted_noise_is_refused():
+    with pytest.raises(ValueError, match="v_prediction"):
+        RegularizedLoss(diffusers.DDPMScheduler(rescale_betas_zero_snr=True), snr_gamma=5.0)
+
+
+def test_strings_and_single_terms_are_refused():
+    with pytest.raises(TypeError, match="load_regularizer"):
+        Term("total_variation", 0.1)
+    with pytest.raises(TypeError, match=r"\[Term"):
+        RegularizedLoss(scheduler_of(), Term(mean_square, 0.1))

@@ -1,6 +1,7 @@
 """RegDDPMPipeline: equal to diffusers' own where it has one, and loadable by it."""
 
 import warnings
+from functools import partial
 
 import numpy as np
 import pytest
@@ -135,6 +136,12 @@ def test_scores_are_the_regularizers_of_the_samples(tiny_unet):
     assert set(output.scores) == {"total_variation", "mean_intensity"}
     torch.testing.assert_close(output.scores["total_variation"], total_variation(images))
     torch.testing.assert_close(output.scores["mean_intensity"], mean_intensity(images))
+
+
+def test_two_scores_of_one_name_are_refused(tiny_unet):
+    twice = [partial(mean_intensity, target=0.1), partial(mean_intensity, target=0.2)]
+    with pytest.raises(ValueError, match="different names"):
+        sample(RegDDPMPipeline(tiny_unet(), DDPMScheduler()), regularizers=twice)
 
 
 def test_return_dict_false_gives_a_tuple(tiny_unet):

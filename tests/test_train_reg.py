@@ -210,6 +210,22 @@ def test_fine_tuning_starts_from_the_given_weights_and_keeps_its_prediction_type
     train("--pretrained_model_name_or_path", "bare", "--max_train_steps", 1, model=(), output="from_bare")
 
 
+def readme_commands():
+    """The README's commands for users' own data, without the virtual environment of its first two."""
+    text = (ROOT / "README.md").read_text()
+    return re.findall(r"^accelerate launch train_reg.py (.*)$", text, re.MULTILINE)
+
+
+@pytest.mark.parametrize("flags", readme_commands())
+def test_the_readmes_commands_run(train, image_folder, tmp_path, flags):
+    image_folder(name="photos")
+    (tmp_path / "my_module.py").write_text(
+        "class MyReg:\n    def __call__(self, x):\n        return x.flatten(1).var(1)\n"
+    )
+    out = train(*flags.split(), "--max_train_steps", 2, model=())
+    assert (out / "comparison.png").is_file() and "MyReg" in metrics(out)[-1]
+
+
 def test_a_yaml_file_reproduces_a_run(train, tmp_path):
     first = train("--max_train_steps", 3)
     settings = yaml.safe_load((first / "reg_settings.yaml").read_text())
@@ -228,7 +244,42 @@ def test_bfloat16_learns_and_saves_full_precision(train):
     assert {value.dtype for value in weights(out).values()} == {torch.float32}
 
 
+def test_fine_tuning_at_another_resolution_samples_at_that_resolution(train):
+    first = train("--max_train_steps", 1)
+    given = ("--pretrained_model_name_or_path", str(first), "--resolution", 16)
+    tuned = train(*given, "--max_train_steps", 1, "--compare", model=(), output="tuned")
+    assert RegDDPMPipeline.from_pretrained(str(tuned))(num_inference_steps=1).images[0].size == (16, 16)
+    assert (tuned / "comparison.png").is_file()
+
+
+def test_samples_are_measured_before_they_are_clipped(train):
+    out = train("--regularizer", "out_of_range", "--max_train_steps", 1, "--compare", "--prediction_type", "flow")
+    rows = json.loads((out / "comparison.json").read_text())["rows"]
+    assert rows["data"]["terms"]["out_of_range"] == 0 < rows["without"]["terms"]["out_of_range"]
+
+
 # Going on
+
+
+def test_latest_before_the_first_checkpoint_starts_anew(train):
+    out = train("--max_train_steps", 1, "--resume_from_checkpoint", "latest")
+    assert metrics(out)[-1]["step"] == 1
+
+
+def test_a_comparison_whose_second_half_was_lost_is_finished_by_resuming(train):
+    out = train("--max_train_steps", 3, "--compare")
+    before, plain = weights(out), weights(out / "plain")
+    shutil.rmtree(out / "plain")
+    (out / "comparison.json").unlink()
+    train("--max_train_steps", 3, "--compare", "--resume_from_checkpoint", "latest")
+    assert not differ(weights(out), before) and not differ(weights(out / "plain"), plain)
+    assert (out / "comparison.json").is_file() and len(metrics(out)) == 1
+
+
+def test_a_run_that_is_no_number_any_more_stops_and_saves_no_pipeline(train, capsys, tmp_path):
+    error = refusal(train, capsys, "--max_train_steps", 20, "--learning_rate", 1e30)
+    assert "denoising loss is nan at step 10" in error and "--learning_rate" in error
+    assert not (tmp_path / "out" / "model_index.json").exists()
 
 
 def test_a_resumed_run_ends_in_the_same_weights(train):
@@ -284,7 +335,9 @@ def refusal(train, capsys, *flags, **kwargs):
         ("--resolution 9", "--resolution 9: the network halves its images 1 times, so the sides must be multiples"),
         ("--pretrained_model_name_or_path tiny_nothing", "exclude each other"),
         ("--model_config_name_or_path .", "no UNet2DModel there that can be read"),
-        ("--resume_from_checkpoint latest", "no checkpoint in out"),
+        ("--resume_from_checkpoint checkpoint-7", "--resume_from_checkpoint checkpoint-7: no such folder"),
+        ("--logger wandb", "--logger wandb is not installed"),
+        ("--prediction_type flow --ddpm_beta_schedule linear", "which flow matching does not have"),
     ],
 )  # fmt: skip
 def test_a_wrong_setting_is_one_line_and_writes_nothing(train, capsys, tmp_path, flags, message):
@@ -345,7 +398,7 @@ def test_a_folder_that_cannot_be_written_is_named(train, capsys, tmp_path):
 def test_a_given_model_that_does_not_fit_is_refused(train, capsys, tmp_path):
     first = train("--max_train_steps", 1)
     given = ("--pretrained_model_name_or_path", str(first))
-    assert "trained with epsilon" in refusal(
+    assert "trained with v_prediction" in refusal(
         train, capsys, *given, "--prediction_type", "sample", model=(), output="a"
     )
     np.save("f.npy", np.zeros((4, 2, 8, 8)))
@@ -375,10 +428,11 @@ def test_processes_that_do_not_know_of_each_other_are_refused(command_line, tmp_
 @pytest.mark.slow
 def test_two_processes_train_one_model(command_line, tmp_path):
     """With half the batch each: the same number of steps, one set of files, losses close to one process's."""
-    flags = [*QUICK, "--no-compare", "--max_train_steps", "4", "--output_dir", "two"]
+    flags = [*QUICK, "--compare", "--max_train_steps", "4", "--output_dir", "two"]
     env = {**os.environ, "ACCELERATE_USE_CPU": "true"}
     launcher = (*ACCELERATE, "--multi_gpu", "--num_processes", "2")
     done = command_line(*flags, launcher=launcher, env=env, check=False)  # gloo may abort at exit, when all is written
     assert "2 x cpu" in done.stdout and 'from_pretrained("two")' in done.stdout
-    assert metrics(tmp_path / "two")[-1]["step"] == 4
+    assert metrics(tmp_path / "two")[-1]["step"] == metrics(tmp_path / "two" / "plain")[-1]["step"] == 4
+    assert (tmp_path / "two" / "comparison.png").is_file()
     RegDDPMPipeline.from_pretrained(str(tmp_path / "two"))

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from ..objective import RegularizedLoss, Term
+from ..regularizers import score
 from .metrics import sliced_wasserstein
 
 __all__ = ["Measurement", "denoising_loss", "draw_comparison", "measure", "table", "write_comparison"]
@@ -42,7 +43,6 @@ class Measurement:
     denoising_loss: float | None = None
 
 
-@torch.no_grad()
 def measure(
     samples: Tensor, reference: Tensor, terms: Sequence[Term], denoising_loss: float | None = None
 ) -> Measurement:
@@ -54,7 +54,7 @@ def measure(
     for term in terms:
         if getattr(term.regularizer, "needs", ()):
             continue
-        values = term.regularizer(samples.float())
+        values = score(term.regularizer, samples)
         means[term.name] = values.mean().item()
         errors[term.name] = values.std().item() / math.sqrt(len(values)) if len(values) > 1 else math.nan
     return Measurement(len(samples), means, errors, sliced_wasserstein(samples, reference), denoising_loss)
@@ -119,6 +119,8 @@ def verdict(plain: Measurement, regularized: Measurement) -> str:
     effects = ", ".join(
         f"{name} {regularized.terms[name] / plain.terms[name] - 1:+.1%}" for name in plain.terms if plain.terms[name]
     )
+    if not effects:
+        effects = "cannot be said, because the losses need more than a sample"
     return (
         f"With the loss, samples change by: {effects}. Its cost: denoising loss {cost:+.1%}, distance to the data"
         f" {away:+.1%}."

@@ -20,15 +20,16 @@ __all__ = ["build_parser", "parse_args"]
 
 # With no data of the user's own the run is a demonstration that ends within minutes on two cores.
 DEMO_DEFAULTS = {
-    "resolution": 16,
+    "reg_weight": [0.05],
     "train_batch_size": 32,
     "max_train_steps": 400,
-    "learning_rate": 1e-3,
+    "learning_rate": 2e-3,
     "lr_warmup_steps": 40,
     "preview_steps": 100,
     "ddpm_num_inference_steps": 25,
     "compare": True,
 }
+DEMO_MODEL_DEFAULTS = {"resolution": 16, "prediction_type": "v_prediction"}
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
@@ -44,6 +45,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         args = parser.parse_args(argv)
         if args.dataset_name is None and args.train_data_dir is None:
             parser.set_defaults(**DEMO_DEFAULTS)
+            if args.pretrained_model_name_or_path is None:
+                parser.set_defaults(**DEMO_MODEL_DEFAULTS)
             args = parser.parse_args(argv)
         _check(args)
     except UsageError as error:
@@ -115,15 +118,14 @@ def _model(parser) -> None:
         "--prediction_type",
         choices=["epsilon", "sample", "v_prediction", "flow_prediction"],
         type=lambda name: {"flow": "flow_prediction"}.get(name, name),
-        help="what the network predicts: noise (default), image, velocity, or the flow from image to noise"
-        " (FlowMatchEulerDiscreteScheduler)",
+        help="what the network predicts: noise (epsilon, the default), image, velocity (in the demonstration), or"
+        " the flow from image to noise (FlowMatchEulerDiscreteScheduler)",
     )
-    add("--ddpm_num_steps", type=_positive_int, default=1000, help="noise levels of the training schedule")
+    add("--ddpm_num_steps", type=_positive_int, help="noise levels of the training schedule; default: 1000")
     add(
         "--ddpm_beta_schedule",
         choices=["linear", "scaled_linear", "squaredcos_cap_v2", "sigmoid"],
-        default="linear",
-        help="the schedule's betas",
+        help="the schedule's betas; default: linear",
     )
     add(
         "--rescale_betas_zero_snr",
@@ -293,6 +295,9 @@ def _check(args: argparse.Namespace) -> None:
             )
     if args.pretrained_model_name_or_path and args.model_config_name_or_path:
         raise UsageError("--pretrained_model_name_or_path and --model_config_name_or_path exclude each other")
+    for flag in ("ddpm_beta_schedule", "rescale_betas_zero_snr"):
+        if args.prediction_type == "flow_prediction" and getattr(args, flag):
+            raise UsageError(f"--{flag} is about the betas of a schedule, which flow matching does not have; drop it")
     if args.rescale_betas_zero_snr and args.prediction_type in (None, "epsilon"):
         raise UsageError(
             "--rescale_betas_zero_snr needs --prediction_type v_prediction or sample: with zero terminal SNR predicted"

@@ -8,6 +8,7 @@ takes the same path. Arrays of fields are memory-mapped as they are. Both become
 from __future__ import annotations
 
 import argparse
+import functools
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -37,11 +38,13 @@ class Normalization:
 
     def normalize(self, values: Tensor) -> Tensor:
         """(B, C, H, W) stored values of any type -> float32 samples."""
-        offset, scale = (
-            torch.tensor(numbers, dtype=torch.float32, device=values.device).reshape(1, -1, 1, 1)
-            for numbers in (self.offset, self.scale)
-        )
+        offset, scale = (_per_channel(numbers, values.device) for numbers in (self.offset, self.scale))
         return (values.float() - offset) / scale
+
+
+@functools.cache  # copying to an accelerator at every batch would wait for it
+def _per_channel(numbers: tuple[float, ...], device: torch.device) -> Tensor:
+    return torch.tensor(numbers, dtype=torch.float32, device=device).reshape(1, -1, 1, 1)
 
 
 PICTURES = Normalization(offset=(127.5,), scale=(127.5,))
@@ -117,7 +120,7 @@ def load_training_data(
     Raises:
         UsageError: nothing to read, no such column, bad images, fields of a wrong shape.
     """
-    fields = _field_file(args.train_data_dir or args.dataset_name)
+    fields = _field_file(args.dataset_name or args.train_data_dir)
     if fields is not None:
         data = FieldData(_read_fields(fields))
         if args.class_conditional:
@@ -158,6 +161,7 @@ def _as_it_is(batch: dict[str, Tensor]) -> dict[str, Tensor]:
 
 def _load_pictures(args: argparse.Namespace, channels: int | None, resolution: int) -> PictureData:
     from datasets import Image
+    from datasets.config import HF_DATASETS_CACHE
 
     from .pictures import decode_table, is_grey
 
@@ -170,7 +174,12 @@ def _load_pictures(args: argparse.Namespace, channels: int | None, resolution: i
     table = table.select_columns([column] + (["class_label"] if classes else []))
     table = table.cast_column(column, Image(decode=False))
     channels = channels or (1 if is_grey(table, column) else 3)
-    table = decode_table(table, column, resolution, channels, skip_bad_images=args.skip_bad_images)
+    if channels not in (1, 3):
+        raise UsageError(
+            f"the given model has {channels} channels, pictures have 1 or 3: use .npy fields (N, C, H, W)"
+        )
+    cache_dir = Path(args.cache_dir or HF_DATASETS_CACHE) / "reg_diffusers"
+    table = decode_table(table, column, resolution, channels, cache_dir, skip_bad_images=args.skip_bad_images)
     return PictureData(table, (channels, resolution, resolution), classes)
 
 
@@ -213,7 +222,7 @@ def _read_table(args: argparse.Namespace):
 def _image_column(table, wanted: str | None) -> str:
     from datasets import Image
 
-    images = [name for name, feature in table.features.items() if isinstance(feature, Image)]
+    images = [name for name, feature in table.features.items() if isinstance(feature, Image) or _holds_bytes(feature)]
     if wanted is None and images:
         return images[0]
     if wanted in images:
@@ -221,6 +230,11 @@ def _image_column(table, wanted: str | None) -> str:
     columns = ", ".join(f"{name} ({_kind(feature)})" for name, feature in table.features.items())
     problem = "no column of images" if wanted is None else f"--image_column {wanted!r} is not a column of images"
     raise UsageError(f"{problem}; the columns are: {columns}")
+
+
+def _holds_bytes(feature) -> bool:
+    """Whether a column without the metadata of `datasets` can hold encoded images, as pandas writes them."""
+    return isinstance(feature, dict) and set(feature) == {"bytes", "path"}
 
 
 def _label_column(table, args: argparse.Namespace) -> str:
@@ -234,21 +248,24 @@ def _label_column(table, args: argparse.Namespace) -> str:
 
 
 def _with_class_labels(table, column: str):
-    """The table with an int64 column "class_label" of 0..n-1, and the names of the n classes."""
+    """The table with an int64 column "class_label" of 0..n-1, and the names of the n classes.
+
+    Labels without names are numbered in their order: 2 before 10, "ant" before "bee".
+    """
     from datasets import ClassLabel
 
-    feature = table.features[column]
-    if not isinstance(feature, ClassLabel):
-        table = table.class_encode_column(column)
-        feature = table.features[column]
-    labels = np.asarray(table.with_format("numpy")[column][:], dtype=np.int64)
-    if labels.min() < 0:
-        raise UsageError(f"--label_column {column}: some images have no label")
-    if "class_label" in table.column_names and column != "class_label":
-        table = table.remove_columns("class_label")
-    if column == "class_label":
-        table = table.remove_columns(column)
-    return table.add_column("class_label", labels), feature.names
+    feature, values = table.features[column], table.select_columns(column)[column][:]
+    if any(value is None or isinstance(value, float) for value in values):
+        raise UsageError(f"--label_column {column}: every image needs a whole number or a word, some have none")
+    if isinstance(feature, ClassLabel):
+        names, labels = feature.names, np.asarray(values, dtype=np.int64)
+        if labels.min() < 0:
+            raise UsageError(f"--label_column {column}: some images have no label")
+    else:
+        found, labels = np.unique(values, return_inverse=True)
+        names = [str(name) for name in found]
+    table = table.remove_columns([name for name in ("class_label",) if name in table.column_names])
+    return table.add_column("class_label", labels.astype(np.int64)), names
 
 
 def _field_file(path: str | None) -> Path | None:
@@ -260,7 +277,9 @@ def _field_file(path: str | None) -> Path | None:
         if not path.is_file():
             raise UsageError(f"{path}: no such file")
         return path
-    inside = sorted(file for suffix in _FIELD_SUFFIXES for file in path.glob(f"*{suffix}")) if path.is_dir() else []
+    inside = sorted(file for file in path.iterdir() if not file.name.startswith(".")) if path.is_dir() else []
+    if any(file.suffix not in _FIELD_SUFFIXES for file in inside):
+        return None  # a folder of pictures, whatever else lies there
     if len(inside) > 1:
         raise UsageError(f"{path} holds {len(inside)} array files: name one of them, such as {inside[0]}")
     return inside[0] if inside else None

@@ -11,7 +11,7 @@ from accelerate.utils import parse_flag_from_env
 
 from .errors import UsageError
 
-__all__ = ["choose_mixed_precision", "join_processes", "set_threads"]
+__all__ = ["choose_mixed_precision", "join_processes", "leave_processes", "set_threads"]
 
 
 def join_processes() -> PartialState:
@@ -28,6 +28,12 @@ def join_processes() -> PartialState:
             " with ACCELERATE_USE_CPU=true in the environment"
         )
     return state
+
+
+def leave_processes(state: PartialState) -> None:
+    """Ends what `join_processes` began; processes that just exit may abort while others still talk to them."""
+    state.wait_for_everyone()
+    state.destroy_process_group()
 
 
 def set_threads(args: argparse.Namespace) -> int:

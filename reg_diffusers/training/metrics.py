@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+import argparse
 import json
+import math
+from importlib.util import find_spec
 from pathlib import Path
 
 import torch
 from accelerate import Accelerator
 from torch import Tensor
 
-__all__ = ["MetricsLog"]
+from .errors import UsageError
+from .output import write_whole
+
+__all__ = ["MetricsLog", "check_finite", "check_logger"]
 
 
 class MetricsLog:
@@ -20,11 +26,20 @@ class MetricsLog:
     Args:
         accelerator: joins the means of all processes.
         path: a file to which the main process appends one JSON object per writing.
+        step: where the run begins; what the file says of later steps was lost with an interrupted run.
     """
 
-    def __init__(self, accelerator: Accelerator, path: Path):
+    def __init__(self, accelerator: Accelerator, path: Path, step: int):
         self._accelerator = accelerator
         self._path = path
+        if path.is_file() and accelerator.is_main_process:
+            # A line that was cut off by a kill is later than the checkpoint, too.
+            kept = [
+                line
+                for line in path.read_text().splitlines()
+                if line.endswith("}") and json.loads(line)["step"] <= step
+            ]
+            write_whole(path, lambda temporary: temporary.write_text("".join(f"{line}\n" for line in kept)))
         path.parent.mkdir(parents=True, exist_ok=True)
         self._sums: dict[str, Tensor] = {}
         self._steps = 0
@@ -45,3 +60,23 @@ class MetricsLog:
             with self._path.open("a") as file:
                 file.write(json.dumps({"step": step, **means}) + "\n")
         return means
+
+
+def check_finite(means: dict[str, float], step: int, bar) -> None:
+    """Stops a run whose denoising loss is no longer a number, before it overwrites what was good.
+
+    Raises:
+        UsageError: with what to try.
+    """
+    if not math.isfinite(means["denoising"]):
+        bar.close()  # so that the message has a line of its own
+        raise UsageError(
+            f"the denoising loss is {means['denoising']} at step {step}: try a smaller --learning_rate or"
+            " --max_grad_norm, or a longer --lr_warmup_steps; checkpoints and pipeline are those from before"
+        )
+
+
+def check_logger(args: argparse.Namespace) -> None:
+    """Raises `UsageError` if the package of --logger is not installed; accelerate would go on without it."""
+    if args.logger is not None and find_spec(args.logger) is None:
+        raise UsageError(f"--logger {args.logger} is not installed: pip install {args.logger}")

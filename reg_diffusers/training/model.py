@@ -9,7 +9,7 @@ from pathlib import Path
 
 from diffusers import DDPMScheduler, FlowMatchEulerDiscreteScheduler, UNet2DModel
 
-from ..prediction import prediction_type
+from ..prediction import prediction_type, refuse_zero_terminal_snr
 from .data import FieldData, PictureData
 from .errors import UsageError
 
@@ -61,7 +61,10 @@ def load_given_model(args: argparse.Namespace) -> GivenModel:
             return GivenModel(unet=unet, scheduler=_given_scheduler(path, cache_dir) if is_pipeline else None)
         path = args.model_config_name_or_path
         if path is not None and Path(path).is_file():
-            return GivenModel(config=json.loads(Path(path).read_text()))
+            config = json.loads(Path(path).read_text())
+            if not isinstance(config, dict):
+                raise ValueError("it holds no settings")
+            return GivenModel(config=config)
         if path is not None:
             return GivenModel(config=dict(UNet2DModel.load_config(path, cache_dir=cache_dir)))
     except (OSError, ValueError) as error:
@@ -85,12 +88,21 @@ def build_noise_scheduler(args: argparse.Namespace, given: GivenModel):
             raise UsageError(
                 f"--prediction_type {args.prediction_type}: the given pipeline was trained with {kind}; drop the flag"
             )
+        for flag in ("ddpm_num_steps", "ddpm_beta_schedule", "rescale_betas_zero_snr"):
+            if getattr(args, flag):
+                raise UsageError(f"--{flag}: the given pipeline keeps its own noise schedule; drop the flag")
+        if kind == "epsilon":
+            try:
+                refuse_zero_terminal_snr(given.scheduler)
+            except ValueError as error:
+                raise UsageError(f"--pretrained_model_name_or_path: {error}") from None
         return given.scheduler
+    steps = args.ddpm_num_steps or 1000
     if args.prediction_type == "flow_prediction":
-        return FlowMatchEulerDiscreteScheduler(num_train_timesteps=args.ddpm_num_steps)
+        return FlowMatchEulerDiscreteScheduler(num_train_timesteps=steps)
     return DDPMScheduler(
-        num_train_timesteps=args.ddpm_num_steps,
-        beta_schedule=args.ddpm_beta_schedule,
+        num_train_timesteps=steps,
+        beta_schedule=args.ddpm_beta_schedule or "linear",
         prediction_type=args.prediction_type or "epsilon",
         rescale_betas_zero_snr=args.rescale_betas_zero_snr,
         timestep_spacing="trailing" if args.rescale_betas_zero_snr else "leading",
@@ -104,16 +116,19 @@ def build_unet(args: argparse.Namespace, given: GivenModel, data: PictureData | 
         UsageError: the data do not fit the network.
     """
     channels, height, width = data.shape
+    size = height if height == width else (height, width)
     if given.unet is not None:
         unet = given.unet
         _check_classes(unet.config.num_class_embeds, data)
+        unet.register_to_config(sample_size=size)  # it samples at the size it was last trained at
     else:
-        config = dict(given.config) if given.config is not None else new_unet_config(max(height, width))
-        config.update(in_channels=channels, out_channels=channels)
-        if data.classes is not None:
-            config["num_class_embeds"] = len(data.classes)
-        config["sample_size"] = height if height == width else (height, width)
-        unet = UNet2DModel.from_config(config)
+        config = dict(given.config) if given.config is not None else new_unet_config(min(height, width))
+        config.update(in_channels=channels, out_channels=channels, sample_size=size)
+        config["num_class_embeds"] = None if data.classes is None else len(data.classes)
+        try:
+            unet = UNet2DModel.from_config(config)
+        except (ValueError, TypeError, AttributeError) as error:
+            raise UsageError(f"--model_config_name_or_path: not a config of UNet2DModel: {error}") from error
     _check_halving(unet, height, width)
     if args.enable_xformers_memory_efficient_attention:
         try:
@@ -183,7 +198,8 @@ def _check_halving(unet: UNet2DModel, height: int, width: int) -> None:
     if height % factor or width % factor:
         below, above = max(height // factor, 1) * factor, -(-height // factor) * factor
         near = f"{below} or {above}" if below != above else f"{above}"
+        size = f"--resolution {height}" if height == width else f"fields of {height} x {width}"
         raise UsageError(
-            f"--resolution {height if height == width else (height, width)}: the network halves its images"
-            f" {factor.bit_length() - 1} times, so the sides must be multiples of {factor}, such as {near}"
+            f"{size}: the network halves its images {factor.bit_length() - 1} times, so the sides must be multiples of"
+            f" {factor}, such as {near}; or give a shallower network by --model_config_name_or_path"
         )

@@ -41,7 +41,7 @@ def prepare_output_dir(args: argparse.Namespace, state: PartialState) -> Path:
     find_checkpoint(args, folder)
     state.wait_for_everyone()  # nobody touches the folder before all have looked at it
     if holds_files and not args.resume_from_checkpoint and state.is_main_process:
-        _remove_earlier_run(folder)
+        _remove_earlier_run(args, folder)
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=folder):
@@ -51,9 +51,10 @@ def prepare_output_dir(args: argparse.Namespace, state: PartialState) -> Path:
     return folder
 
 
-def _remove_earlier_run(folder: Path) -> None:
+def _remove_earlier_run(args: argparse.Namespace, folder: Path) -> None:
     """Deletes what a run of this script writes, and nothing else."""
-    written = ["plain", "samples", "unet", "scheduler", "metrics.jsonl", "comparison.json", "comparison.png"]
+    written = ["plain", "samples", "unet", "scheduler", "model_index.json", "metrics.jsonl"]
+    written += ["comparison.json", "comparison.png", args.logging_dir]
     for path in [*(folder / name for name in written), *folder.glob("checkpoint-*"), *folder.glob(".checkpoint-*")]:
         if path.is_dir():
             shutil.rmtree(path)
@@ -62,8 +63,12 @@ def _remove_earlier_run(folder: Path) -> None:
 
 
 def write_settings(args: argparse.Namespace, folder: Path) -> None:
-    """The resolved settings, in the form that train_reg.py takes as its first argument; never a token."""
-    settings = {name: value for name, value in vars(args).items() if name not in ("config", "hub_token", "local_rank")}
+    """The resolved settings, in the form that train_reg.py takes as its first argument.
+
+    Without tokens, and without what was said for this start only.
+    """
+    left_out = ("config", "hub_token", "local_rank", "resume_from_checkpoint", "overwrite_output_dir", "push_to_hub")
+    settings = {name: value for name, value in vars(args).items() if name not in left_out}
     if not settings["regularizer"]:
         settings["regularizer"] = ["none"]
         del settings["reg_weight"], settings["reg_weighting"]

@@ -10,6 +10,7 @@ import numpy as np
 import PIL.Image
 import PIL.ImageOps
 
+from .. import __version__
 from .errors import UsageError
 
 __all__ = ["decode", "decode_table", "is_grey"]
@@ -48,14 +49,15 @@ def decode(image: PIL.Image.Image, resolution: int, channels: int) -> np.ndarray
     return pixels[None] if channels == 1 else pixels.transpose(2, 0, 1)
 
 
-def decode_table(table, column: str, resolution: int, channels: int, *, skip_bad_images: bool):
-    """The table with a column "pixels" of flattened (C, H, W) uint8 in place of the images; cached by `datasets`.
+def decode_table(table, column: str, resolution: int, channels: int, cache_dir: Path, *, skip_bad_images: bool):
+    """The table with a column "pixels" of flattened (C, H, W) uint8 in place of the images, mapped into memory.
 
     Args:
         table: a `datasets.Dataset` whose image column is not decoded ({"bytes", "path"}).
         column: the image column.
         resolution: side of the square.
         channels: 1 or 3.
+        cache_dir: keeps the result for the next run; never the folder that the data came from.
         skip_bad_images: leave out images that cannot be decoded, and print how many, instead of stopping.
 
     Raises:
@@ -66,6 +68,9 @@ def decode_table(table, column: str, resolution: int, channels: int, *, skip_bad
     features = {name: feature for name, feature in table.features.items() if name != column}
     features["pixels"] = List(Value("uint8"), length=channels * resolution * resolution)
     features["readable"] = Value("bool")
+    # The fingerprint stands for the rows, the rest for what is done to them.
+    settings = (table._fingerprint, column, resolution, channels, skip_bad_images, __version__)
+    cache_dir.mkdir(parents=True, exist_ok=True)
     processes = min(os.cpu_count() or 1, len(table) // _IMAGES_PER_PROCESS)
     decoded = table.map(
         _decode_row,
@@ -78,6 +83,7 @@ def decode_table(table, column: str, resolution: int, channels: int, *, skip_bad
         },
         remove_columns=[column],
         features=Features(features),
+        cache_file_name=str(cache_dir / f"{'-'.join(map(str, settings))}.arrow"),
         num_proc=processes if processes > 1 else None,
         desc="decoding images, once",
     )
@@ -92,11 +98,14 @@ def decode_table(table, column: str, resolution: int, channels: int, *, skip_bad
 
 
 def is_grey(table, column: str) -> bool:
-    """Whether the first images, by their headers, are all without colour; unreadable ones do not count."""
+    """Whether a thousand images spread over the table, by their headers, are all without colour.
+
+    Unreadable ones do not count.
+    """
     modes = set()
-    for row in range(min(len(table), _IMAGES_LOOKED_AT)):
+    for row in np.linspace(0, len(table) - 1, min(len(table), _IMAGES_LOOKED_AT)).astype(int):
         try:
-            with _open(table[row][column]) as image:
+            with _open(table[int(row)][column]) as image:
                 modes.add(image.mode)
         except Exception:
             continue  # named, or counted, when it is decoded

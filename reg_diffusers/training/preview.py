@@ -32,7 +32,7 @@ def sampling_pipeline(unet, noise_scheduler, data: PictureData | FieldData) -> R
 
 
 def draw_samples(pipeline: RegDDPMPipeline, number: int, steps: int, seed: int, batch_size: int = 64) -> Tensor:
-    """Samples (N, C, H, W) in [-1, 1] of a fast deterministic sampler, the same noise for the same seed.
+    """Samples (N, C, H, W) of a fast deterministic sampler, unclipped, from the same noise for the same seed.
 
     DDIM (Song et al. 2021, arXiv:2010.02502) with trailing timesteps; Euler's method for flow matching. Class labels
     go round.
@@ -42,7 +42,9 @@ def draw_samples(pipeline: RegDDPMPipeline, number: int, steps: int, seed: int, 
         scheduler = FlowMatchEulerDiscreteScheduler.from_config(config)
     else:
         scheduler = DDIMScheduler.from_config(config, timestep_spacing="trailing")
-    sampler = RegDDPMPipeline(pipeline.unet, scheduler)
+    # The identity in place of the picture's or field's own units: samples come as they are, not clipped.
+    channels = pipeline.unet.config.out_channels
+    sampler = RegDDPMPipeline(pipeline.unet, scheduler, {"offset": [0.0] * channels, "scale": [1.0] * channels})
     sampler.set_progress_bar_config(disable=True)
     generator = torch.Generator().manual_seed(seed)
     classes = pipeline.unet.config.num_class_embeds
@@ -51,7 +53,7 @@ def draw_samples(pipeline: RegDDPMPipeline, number: int, steps: int, seed: int, 
         size = min(batch_size, number - start)
         labels = torch.arange(start, start + size) % classes if classes else None
         output = sampler(size, generator, steps, output_type="pt", class_labels=labels)
-        drawn.append(output.images.float() * 2 - 1)
+        drawn.append(output.images.float())
     return torch.cat(drawn)
 
 

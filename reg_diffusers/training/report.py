@@ -40,6 +40,8 @@ def describe(
     unet,
     noise_scheduler,
     terms: tuple[Term, ...],
+    mixed_precision: str,
+    threads: int,
 ) -> str:
     """The run in a few lines: data, model, objective, machine."""
     channels, height, width = data.shape
@@ -55,8 +57,8 @@ def describe(
             f"model      UNet2DModel, {parameters:.2f}M parameters, {type(noise_scheduler).__name__},"
             f" {prediction_type(noise_scheduler)}",
             f"objective  {' + '.join(['denoising loss', *extra])}",
-            f"machine    {state.num_processes} x {state.device}, {args.num_threads} threads each, mixed precision"
-            f" {args.mixed_precision}",
+            f"machine    {state.num_processes} x {state.device}, {threads} threads each, mixed precision"
+            f" {mixed_precision}",
             f"output     {args.output_dir}",
         ]
     )

@@ -7,8 +7,8 @@ from collections import Counter
 
 import torch
 
-from ..objective import Term, X0Regularization
-from ..prediction import add_noise, prediction_target
+from ..objective import Term, TermError, X0Regularization, checked_weights
+from ..prediction import add_noise, noise_level, prediction_target
 from ..regularizers import regularizer_name
 from ..specs import load_regularizer, load_weighting
 from ..weighting import constant
@@ -45,10 +45,11 @@ def build_terms(args: argparse.Namespace) -> tuple[Term, ...]:
 
 
 def check_terms(terms: tuple[Term, ...], noise_scheduler, data: PictureData | FieldData) -> None:
-    """Runs each regularizer once on real images, so that a bad one is found before the first step.
+    """Runs each regularizer on real images and its weighting on the whole schedule, before the first step.
 
     Raises:
-        UsageError: it raises, or returns anything but an attached tensor of shape (B,).
+        UsageError: one raises; a regularizer returns anything but an attached tensor of shape (B,), a weighting
+            anything but a finite one.
     """
     number = min(2, len(data))
     batch = data.__getitems__(list(range(number)))
@@ -57,14 +58,15 @@ def check_terms(terms: tuple[Term, ...], noise_scheduler, data: PictureData | Fi
     noise = torch.randn(original_samples.shape, generator=torch.Generator().manual_seed(0))
     model_output = prediction_target(noise_scheduler, original_samples, noise, timesteps).clone().requires_grad_()
     sample = add_noise(noise_scheduler, original_samples, noise, timesteps)
+    steps = noise_scheduler.config.num_train_timesteps
+    schedule = torch.arange(1, steps + 1) if "shift" in noise_scheduler.config else torch.arange(steps)
     for term in terms:
         trial = X0Regularization(noise_scheduler, [Term(term.regularizer, 1.0, constant, term.name)])
         try:
             trial(model_output, timesteps, sample, original_samples=original_samples, **batch).loss.backward()
-        except ValueError as error:
-            if "regularizer" in str(error):
-                raise UsageError(f"--regularizer {term.name}: {error}") from error
-            raise _own_error(term, error) from error
+            checked_weights(term, noise_level(noise_scheduler, schedule))
+        except TermError as error:
+            raise UsageError(f"--regularizer {term.name}: {error}") from error
         except Exception as error:
             raise _own_error(term, error) from error
 
