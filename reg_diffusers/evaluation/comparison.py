@@ -158,4 +158,4 @@ def draw_comparison(path: Path, pictures: dict[str, object], rows: dict[str, Mea
         axes.set_xlabel("\n".join(numbers), fontsize=11)
         axes.set_xticks([])
         axes.set_yticks([])
-    figure.savefig(path, dpi=110)
+    figure.savefig(path, dpi=110, bbox_inches="tight")
