@@ -40,7 +40,7 @@ def main(argv=None):
     terms = build_terms(args)
     with state.main_process_first():
         given = load_given_model(args)
-        data = load_training_data(args, given.channels, given.resolution)
+        data = load_training_data(args, given.channels, given.resolution, given.normalization)
     # What cannot work is said here, before anything is written.
     noise_scheduler = build_noise_scheduler(args, given)
     check_terms(terms, noise_scheduler, data)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import inspect
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -25,6 +25,11 @@ from .regularizers import Regularizer, regularizer_name, score
 __all__ = ["RegDDPMPipeline", "RegDDPMPipelineOutput"]
 
 _PRIVATE_KEY = "_reg_diffusers"
+
+
+def saved_normalization(config: dict) -> dict | None:
+    """The normalization in the content of a model_index.json, if it has one."""
+    return (config.get(_PRIVATE_KEY) or {}).get("normalization")
 
 
 @dataclass
@@ -73,7 +78,7 @@ class RegDDPMPipeline(DiffusionPipeline):
         output_type: str = "pil",
         return_dict: bool = True,
         *,
-        regularizers: Sequence[Regularizer] = (),
+        regularizers: Sequence[Regularizer] | Mapping[str, Regularizer] = (),
         class_labels: Tensor | Sequence[int] | int | None = None,
         eta: float = 0.0,
     ) -> RegDDPMPipelineOutput | tuple:
@@ -86,7 +91,7 @@ class RegDDPMPipeline(DiffusionPipeline):
             output_type: "pil"; "np" for an array (B, H, W, C); "pt" for a tensor (B, C, H, W). Pictures are in [0, 1];
                 fields of a model with `normalization` are in their own units as "np" and "pt".
             return_dict: return a `RegDDPMPipelineOutput`; otherwise (images, scores).
-            regularizers: losses to score the samples with, in [-1, 1] before clipping.
+            regularizers: losses to score the samples with, in [-1, 1] before clipping; a sequence, or by name.
             class_labels: (B,) or one for all, for a class-conditional network.
             eta: DDIM's eta, 0 deterministic to 1 ancestral; other schedulers have no use for it.
 
@@ -99,13 +104,7 @@ class RegDDPMPipeline(DiffusionPipeline):
             raise ValueError(f"output_type must be 'pil', 'np' or 'pt', not {output_type!r}")
         if output_type == "pil" and config.out_channels not in (1, 3, 4):
             raise ValueError(f"a field of {config.out_channels} channels is no picture: use output_type='np' or 'pt'")
-        names = [regularizer_name(regularizer) for regularizer in regularizers]
-        if len(set(names)) < len(names):
-            raise ValueError(f"regularizers need different names, got {names}: wrap one in a function of its own")
-        for regularizer in regularizers:
-            if needs := getattr(regularizer, "needs", ()):
-                name = regularizer_name(regularizer)
-                raise ValueError(f"{name} cannot score samples: it needs {', '.join(needs)}, which a sample has not")
+        regularizers = self._by_name(regularizers)
         size = config.sample_size
         size = (size, size) if isinstance(size, int) else tuple(size)
         device = self._execution_device
@@ -120,7 +119,7 @@ class RegDDPMPipeline(DiffusionPipeline):
             model_input = sample if scale is None else scale(sample, t)
             model_output = self.unet(model_input, t, class_labels=class_labels).sample
             sample = self.scheduler.step(model_output, t, sample, **step_kwargs).prev_sample
-        scores = {name: score(regularizer, sample) for name, regularizer in zip(names, regularizers, strict=True)}
+        scores = {name: score(regularizer, sample) for name, regularizer in regularizers.items()}
         images = self._images(sample, output_type)
         self.maybe_free_model_hooks()
         return RegDDPMPipelineOutput(images=images, scores=scores) if return_dict else (images, scores)
@@ -138,8 +137,20 @@ class RegDDPMPipeline(DiffusionPipeline):
         folder_or_id = str(pretrained_model_name_or_path)
         hub_options = ("cache_dir", "force_download", "proxies", "local_files_only", "token", "revision")
         config = cls.load_config(folder_or_id, **{name: kwargs[name] for name in hub_options if name in kwargs})
-        kwargs.setdefault("normalization", config.get(_PRIVATE_KEY, {}).get("normalization"))
+        kwargs.setdefault("normalization", saved_normalization(config))
         return super().from_pretrained(folder_or_id, **kwargs)
+
+    @staticmethod
+    def _by_name(regularizers) -> dict[str, Regularizer]:
+        if not isinstance(regularizers, Mapping):
+            names = [regularizer_name(regularizer) for regularizer in regularizers]
+            if len(set(names)) < len(names):
+                raise ValueError(f"regularizers need different names, got {names}: pass {{name: regularizer, ...}}")
+            regularizers = dict(zip(names, regularizers, strict=True))
+        for name, regularizer in regularizers.items():
+            if needs := getattr(regularizer, "needs", ()):
+                raise ValueError(f"{name} cannot score samples: it needs {', '.join(needs)}, which a sample has not")
+        return dict(regularizers)
 
     def _class_labels(self, class_labels, batch_size: int) -> Tensor | None:
         classes = self.unet.config.num_class_embeds

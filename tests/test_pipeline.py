@@ -138,10 +138,15 @@ def test_scores_are_the_regularizers_of_the_samples(tiny_unet):
     torch.testing.assert_close(output.scores["mean_intensity"], mean_intensity(images))
 
 
-def test_two_scores_of_one_name_are_refused(tiny_unet):
-    twice = [partial(mean_intensity, target=0.1), partial(mean_intensity, target=0.2)]
+def test_two_scores_of_one_name_are_told_apart_by_names_given(tiny_unet):
+    pipeline = RegDDPMPipeline(tiny_unet(), DDPMScheduler())
+    dark, bright = partial(mean_intensity, target=-1.0), partial(mean_intensity, target=1.0)
     with pytest.raises(ValueError, match="different names"):
-        sample(RegDDPMPipeline(tiny_unet(), DDPMScheduler()), regularizers=twice)
+        sample(pipeline, regularizers=[dark, bright])
+    scores = sample(pipeline, regularizers={"dark": dark, "bright": bright}).scores
+    # (m + 1)^2 - (m - 1)^2 = 4 m, and their sum is 2 m^2 + 2
+    mean = (scores["dark"] - scores["bright"]) / 4
+    torch.testing.assert_close(scores["dark"] + scores["bright"], 2 * mean**2 + 2)
 
 
 def test_return_dict_false_gives_a_tuple(tiny_unet):

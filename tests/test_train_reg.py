@@ -185,6 +185,11 @@ def test_fields_come_back_in_their_units_from_the_saved_model(train, tmp_path, t
     fields = RegDDPMPipeline.from_pretrained(str(out))(batch_size=2, num_inference_steps=2, output_type="pt").images
     assert fields.shape == (2, 2, 8, 8) and fields.min() > 270 and fields.max() < 330
     assert (out / "samples" / "step-000002.png").is_file()
+    np.save("shifted.npy", np.load("fields.npy") + 7.0)
+    flags = ("--train_data_dir", "shifted.npy", "--pretrained_model_name_or_path", str(out), "--max_train_steps", 1)
+    tuned = train(*flags, model=(), output="tuned")  # in the units that the given network has learned
+    normalization = [RegDDPMPipeline.from_pretrained(str(folder)).config.normalization for folder in (out, tuned)]
+    assert normalization[0] == normalization[1]
 
 
 def test_class_conditional_training(train, image_folder):

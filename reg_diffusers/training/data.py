@@ -85,19 +85,17 @@ class FieldData(torch.utils.data.Dataset):
 
     Attributes:
         shape: (C, H, W).
-        normalization: maps each channel's range over the data set to [-1, 1].
+        normalization: the one given, else from each channel's range over the data set to [-1, 1].
         classes: None.
     """
 
     is_picture = False
     classes = None
 
-    def __init__(self, array: np.ndarray):
+    def __init__(self, array: np.ndarray, normalization: Normalization | None = None):
         self._array = array
         self.shape = tuple(array.shape[1:])
-        low, high = _channel_range(array)
-        scale = np.where(high > low, (high - low) / 2, 1.0)  # a constant channel becomes 0
-        self.normalization = Normalization(tuple(((high + low) / 2).tolist()), tuple(scale.tolist()))
+        self.normalization = normalization or _range_normalization(array)
 
     def __len__(self) -> int:
         return len(self._array)
@@ -108,7 +106,10 @@ class FieldData(torch.utils.data.Dataset):
 
 
 def load_training_data(
-    args: argparse.Namespace, channels: int | None = None, resolution: int | None = None
+    args: argparse.Namespace,
+    channels: int | None = None,
+    resolution: int | None = None,
+    normalization: Normalization | None = None,
 ) -> PictureData | FieldData:
     """The data set that the flags name, ready for a DataLoader whose `collate_fn` leaves batches alone.
 
@@ -116,13 +117,14 @@ def load_training_data(
         args: the settings of `arguments`.
         channels: wanted by a given model; default: 1 if the pictures are grey, else 3.
         resolution: side of the pictures where --resolution does not say.
+        normalization: of fields that a given model was trained on; default: from the data.
 
     Raises:
         UsageError: nothing to read, no such column, bad images, fields of a wrong shape.
     """
     fields = _field_file(args.dataset_name or args.train_data_dir)
     if fields is not None:
-        data = FieldData(_read_fields(fields))
+        data = FieldData(_read_fields(fields), normalization)
         if args.class_conditional:
             raise UsageError("--class_conditional needs class labels, which .npy/.npz fields do not have")
         if args.resolution not in (None, *data.shape[1:]):
@@ -301,14 +303,15 @@ def _read_fields(path: Path) -> np.ndarray:
     return found
 
 
-def _channel_range(array: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Minimum and maximum of each channel, in float64, a thousand fields at a time."""
+def _range_normalization(array: np.ndarray) -> Normalization:
+    """From each channel's minimum and maximum, read a thousand fields at a time, to [-1, 1]."""
     chunks = [array[start : start + 1000] for start in range(0, len(array), 1000)]
     low = np.min([chunk.min(axis=(0, 2, 3)) for chunk in chunks], axis=0).astype(np.float64)
     high = np.max([chunk.max(axis=(0, 2, 3)) for chunk in chunks], axis=0).astype(np.float64)
     if not (np.isfinite(low).all() and np.isfinite(high).all()):
         raise UsageError("the fields hold infinite or missing (nan) values: replace or leave out these fields")
-    return low, high
+    scale = np.where(high > low, (high - low) / 2, 1.0)  # a constant channel becomes 0
+    return Normalization(tuple(((high + low) / 2).tolist()), tuple(scale.tolist()))
 
 
 def _kind(feature) -> str:

@@ -53,7 +53,7 @@ def set_threads(args: argparse.Namespace) -> int:
 def choose_mixed_precision(args: argparse.Namespace) -> str:
     """ "no", "fp16" or "bf16": the flag, else accelerate's configuration, else bf16 where the hardware computes in it.
 
-    Without hardware support bf16 on a CPU is emulated, about ten times as slow as float32.
+    Without hardware support bf16 on a CPU is emulated, many times slower than float32.
 
     Raises:
         UsageError: fp16 without a GPU.

@@ -7,10 +7,11 @@ import json
 from dataclasses import dataclass
 from pathlib import Path
 
-from diffusers import DDPMScheduler, FlowMatchEulerDiscreteScheduler, UNet2DModel
+from diffusers import DDPMScheduler, DiffusionPipeline, FlowMatchEulerDiscreteScheduler, UNet2DModel
 
+from ..pipeline import saved_normalization
 from ..prediction import prediction_type, refuse_zero_terminal_snr
-from .data import FieldData, PictureData
+from .data import FieldData, Normalization, PictureData
 from .errors import UsageError
 
 __all__ = ["GivenModel", "build_noise_scheduler", "build_unet", "load_given_model", "new_unet_config"]
@@ -24,11 +25,13 @@ class GivenModel:
         unet: pretrained network.
         scheduler: the noise scheduler saved with it.
         config: config of a network to be trained from scratch.
+        normalization: of the fields that the pipeline was trained on.
     """
 
     unet: UNet2DModel | None = None
     scheduler: DDPMScheduler | FlowMatchEulerDiscreteScheduler | None = None
     config: dict | None = None
+    normalization: Normalization | None = None
 
     @property
     def channels(self) -> int | None:
@@ -55,10 +58,13 @@ def load_given_model(args: argparse.Namespace) -> GivenModel:
     path, cache_dir = args.pretrained_model_name_or_path, args.cache_dir
     try:
         if path is not None:
-            is_pipeline = _is_pipeline(path, cache_dir)
-            subfolder = "unet" if is_pipeline else None
-            unet = UNet2DModel.from_pretrained(path, subfolder=subfolder, cache_dir=cache_dir)
-            return GivenModel(unet=unet, scheduler=_given_scheduler(path, cache_dir) if is_pipeline else None)
+            if not _is_pipeline(path, cache_dir):
+                return GivenModel(unet=UNet2DModel.from_pretrained(path, cache_dir=cache_dir))
+            return GivenModel(
+                unet=UNet2DModel.from_pretrained(path, subfolder="unet", cache_dir=cache_dir),
+                scheduler=_given_scheduler(path, cache_dir),
+                normalization=_given_normalization(path, cache_dir),
+            )
         path = args.model_config_name_or_path
         if path is not None and Path(path).is_file():
             config = json.loads(Path(path).read_text())
@@ -169,8 +175,6 @@ def new_unet_config(resolution: int) -> dict:
 def _is_pipeline(path: str, cache_dir: str | None) -> bool:
     if Path(path).is_dir():
         return (Path(path) / "model_index.json").is_file()
-    from diffusers import DiffusionPipeline
-
     try:
         DiffusionPipeline.load_config(path, cache_dir=cache_dir)
     except OSError:
@@ -184,6 +188,11 @@ def _given_scheduler(path: str, cache_dir: str | None):
     if "prediction_type" not in config and "shift" in config:
         return FlowMatchEulerDiscreteScheduler.from_config(config)
     return DDPMScheduler.from_config(config)
+
+
+def _given_normalization(path: str, cache_dir: str | None) -> Normalization | None:
+    saved = saved_normalization(DiffusionPipeline.load_config(path, cache_dir=cache_dir))
+    return None if saved is None else Normalization(tuple(saved["offset"]), tuple(saved["scale"]))
 
 
 def _check_classes(classes: int | None, data: PictureData | FieldData) -> None:
