@@ -157,7 +157,12 @@ class X0Regularization(nn.Module):
         """
         timesteps = torch.as_tensor(timesteps).expand(len(sample))
         level = self.noise_level(timesteps)
-        terms = {term.name: self._mean(term, level, timesteps, model_output, sample, context) for term in self.terms}
+        weights = {term.name: checked_weights(term, level) for term in self.terms}
+        estimates = self._estimates(weights, model_output, timesteps, sample)
+        terms = {}
+        for term in self.terms:
+            seen, x0_hat = estimates[term.estimator]
+            terms[term.name] = self._mean(term, weights[term.name], seen, x0_hat, timesteps, context)
         loss = sum((term.weight * terms[term.name] for term in self.terms), start=sample.new_zeros(()))
         self.nonfinite.check()
         return LossOutput(loss, terms)
@@ -169,20 +174,27 @@ class X0Regularization(nn.Module):
             return level
         return replace(level, denoising_weight=level.snr.clamp(max=self.snr_gamma))
 
-    def _mean(self, term: Term, level: NoiseLevel, timesteps: Tensor, model_output, sample, context) -> Tensor:
-        weights = checked_weights(term, level)
-        active = weights.nonzero().flatten()
-        if len(active) == 0:
-            return sample.new_zeros((), dtype=torch.promote_types(sample.dtype, torch.float32))
-        context = self._context(term, context)
-        if len(active) < len(sample):
-            weights, timesteps = weights[active], timesteps[active]
-            here = active.to(sample.device, non_blocking=True)
-            model_output, sample = model_output[here], sample[here]
-            context = {name: _select(value, here, len(level.snr)) for name, value in context.items()}
-        x0_hat = term.estimator(self.scheduler, model_output, timesteps, sample)
-        values = self._evaluate(term, x0_hat, context, timesteps)
-        return (weights.to(values, non_blocking=True) * values).sum() / len(level.snr)
+    def _estimates(self, weights: dict[str, Tensor], model_output: Tensor, timesteps: Tensor, sample: Tensor) -> dict:
+        """By estimator: the images (n,) that any of its terms looks at, and their x0_hat, made once for all terms."""
+        estimates = {}
+        for estimator in dict.fromkeys(term.estimator for term in self.terms):
+            wanted = [weights[term.name] != 0 for term in self.terms if term.estimator is estimator]
+            seen = torch.stack(wanted).any(0).nonzero().flatten()
+            chosen = (_select(tensor, seen) for tensor in (model_output, timesteps, sample))
+            estimates[estimator] = seen, estimator(self.scheduler, *chosen) if len(seen) else sample[:0]
+        return estimates
+
+    def _mean(
+        self, term: Term, weights: Tensor, seen: Tensor, x0_hat: Tensor, timesteps: Tensor, context: dict
+    ) -> Tensor:
+        """mean_i [ weight_i L'(x0_hat_i) ] over the whole batch, from the images `seen` whose weight is not 0."""
+        among_seen = weights[seen].nonzero().flatten()
+        if len(among_seen) == 0:
+            return x0_hat.new_zeros(())
+        active = seen[among_seen]
+        context = {name: _select(value, active, len(weights)) for name, value in self._context(term, context).items()}
+        values = self._evaluate(term, _select(x0_hat, among_seen), context, timesteps[active])
+        return (weights[active].to(values, non_blocking=True) * values).sum() / len(weights)
 
     def _evaluate(self, term: Term, x0_hat: Tensor, context: dict, timesteps: Tensor) -> Tensor:
         """L' of each image in full precision, (n,), without the images where it or its gradient is not finite."""
@@ -340,7 +352,9 @@ def _tensor_of(model_result) -> Tensor:
     return model_result if isinstance(model_result, Tensor) else model_result[0]
 
 
-def _select(value, index: Tensor, batch_size: int):
-    """The chosen images' part of a context value; what does not have the batch as first dimension is left as it is."""
-    batched = isinstance(value, Tensor) and value.ndim > 0 and len(value) == batch_size
-    return value[index.to(value.device)] if batched else value
+def _select(value, index: Tensor, batch_size: int | None = None):
+    """The chosen images' part of a tensor; with `batch_size`, what is no tensor of so many images is left whole."""
+    batched = isinstance(value, Tensor) and value.ndim > 0 and (batch_size is None or len(value) == batch_size)
+    if not batched or len(index) == len(value):  # all of them, in order
+        return value
+    return value[index.to(value.device, non_blocking=True)]

@@ -669,3 +669,31 @@ def test_strings_and_single_terms_are_refused():
         Term("total_variation", 0.1)
     with pytest.raises(TypeError, match=r"\[Term"):
         RegularizedLoss(scheduler_of(), Term(mean_square, 0.1))
+
+
+def test_terms_that_share_an_estimator_share_its_estimate():
+    """A costly estimator, such as a decoder, runs once, on the images that any of its terms looks at."""
+    calls = []
+
+    def decoder(scheduler, model_output, timesteps, sample):
+        calls.append(len(sample))
+        return 2 * predict_original_sample(scheduler, model_output, timesteps, sample)
+
+    def first_two(level):
+        return torch.tensor([1.0, 1.0, 0.0, 0.0])
+
+    def middle(level):
+        return torch.tensor([0.0, 3.0, 3.0, 0.0])
+
+    output, original = images(4, 1, 3, 3).requires_grad_(), images(4, 1, 3, 3)
+    terms = [
+        Term(mean_square, 1.0, first_two, "a", decoder),
+        Term(mean_square, 1.0, middle, "b", decoder),
+        Term(mean_square, 1.0, first_two, "plain"),
+    ]
+    result = RegularizedLoss(scheduler_of("sample"), terms)(lambda sample, t: output, original)
+    assert calls == [3]
+    values = mean_square(output)
+    torch.testing.assert_close(result.terms["a"], 4 * values[:2].sum() / 4)
+    torch.testing.assert_close(result.terms["b"], 4 * 3 * values[1:3].sum() / 4)
+    torch.testing.assert_close(result.terms["plain"], values[:2].sum() / 4)
