@@ -192,8 +192,9 @@ def test_fields_come_back_in_their_units_from_the_saved_model(train, tmp_path, t
     assert normalization[0] == normalization[1]
 
 
-def test_class_conditional_training(train, image_folder):
+def test_class_conditional_training(train, image_folder, capsys):
     out = train("--train_data_dir", image_folder(), "--class_conditional", "--max_train_steps", 2)
+    assert "classes    0 cats, 1 dogs" in capsys.readouterr().out
     pipeline = RegDDPMPipeline.from_pretrained(str(out))
     assert pipeline.unet.config.num_class_embeds == 2
     pipeline(batch_size=2, num_inference_steps=2, class_labels=[0, 1])

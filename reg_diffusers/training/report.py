@@ -47,13 +47,14 @@ def describe(
     channels, height, width = data.shape
     source = args.dataset_name or args.train_data_dir or "embedded Fashion-MNIST"
     kind = "images" if data.is_picture else "fields"
-    classes = f", {len(data.classes)} classes" if data.classes else ""
     parameters = sum(parameter.numel() for parameter in unet.parameters()) / 1e6
     weighted = zip(terms, args.reg_weighting, strict=True)
     extra = [f"{term.weight:g} * {weighting} * {term.name}" for term, weighting in weighted]
+    classes = ", ".join(f"{number} {name}" for number, name in enumerate(data.classes or ()))
     return "\n".join(
         [
-            f"data       {len(data):,} {kind} of {channels} x {height} x {width}{classes} from {source}",
+            f"data       {len(data):,} {kind} of {channels} x {height} x {width} from {source}",
+            *([f"classes    {classes}"] if classes else []),
             f"model      UNet2DModel, {parameters:.2f}M parameters, {type(noise_scheduler).__name__},"
             f" {prediction_type(noise_scheduler)}",
             f"objective  {' + '.join(['denoising loss', *extra])}",
