@@ -162,7 +162,8 @@ def train(args, data, terms, output_dir, interruption):
             save_checkpoint(accelerator, output_dir, progress.step, args.checkpoints_total_limit)
 
     bar.close()
-    if interruption or (args.compare and terms):  # the plain model may be interrupted after this one is done
+    # A comparison may be interrupted in its second half, when this model is done.
+    if (interruption or (args.compare and terms)) and progress.step % args.checkpointing_steps:
         save_checkpoint(accelerator, output_dir, progress.step, args.checkpoints_total_limit)
     if ema:
         ema.copy_to(unet.parameters())

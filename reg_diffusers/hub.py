@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import argparse
-import json
 from pathlib import Path
 
 from huggingface_hub import HfApi, ModelCard, ModelCardData
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalTokenNotFoundError
 from huggingface_hub.utils import validate_repo_id
 
+from .evaluation.comparison import markdown_table, read_comparison
 from .training.errors import UsageError
 
 __all__ = ["check_upload", "upload_run"]
@@ -95,17 +95,8 @@ def _comparison_section(output_dir: Path) -> str:
     path = output_dir / "comparison.json"
     if not path.is_file():
         return ""
-    rows = json.loads(path.read_text())["rows"]
-    names = list(rows["data"]["terms"])
-    lines = [
-        "| | " + " | ".join([*names, "distance to data", "denoising loss"]) + " |",
-        "|---" * (len(names) + 3) + "|",
-    ]
-    for title, row in rows.items():
-        loss = "" if row["denoising_loss"] is None else f"{row['denoising_loss']:.5f}"
-        values = [*(f"{row['terms'][name]:.4f}" for name in names), f"{row['distance']:.4f}", loss]
-        lines.append(f"| {title} | " + " | ".join(values) + " |")
-    return "\n".join(lines) + "\n\n![data, samples without and with the extra losses](comparison.png)"
+    table = markdown_table(read_comparison(path))
+    return f"{table}\n\n![data, samples without and with the extra losses](comparison.png)"
 
 
 def _hub_id(path: str | None) -> str | None:

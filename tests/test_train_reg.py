@@ -36,12 +36,17 @@ QUICK = (
 ACCELERATE = (sys.executable, "-m", "accelerate.commands.accelerate_cli", "launch")
 
 
-@pytest.fixture
-def train(tmp_path, monkeypatch, tiny_unet):
-    """Runs the script's main in this process with a tiny network, in an empty folder; returns the output folder."""
+def load_script():
     spec = importlib.util.spec_from_file_location("train_reg", ROOT / "train_reg.py")
     script = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(script)
+    return script
+
+
+@pytest.fixture
+def train(tmp_path, monkeypatch, tiny_unet):
+    """Runs the script's main in this process with a tiny network, in an empty folder; returns the output folder."""
+    script = load_script()
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "argv", ["train_reg.py"])
     tiny_unet().save_config("tiny")
@@ -236,10 +241,7 @@ def test_a_yaml_file_reproduces_a_run(train, tmp_path):
     first = train("--max_train_steps", 3)
     settings = yaml.safe_load((first / "reg_settings.yaml").read_text())
     Path("again.yaml").write_text(yaml.safe_dump({**settings, "output_dir": "again"}))
-    spec = importlib.util.spec_from_file_location("train_reg", ROOT / "train_reg.py")
-    script = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(script)
-    script.main(["again.yaml"])
+    load_script().main(["again.yaml"])
     assert not differ(weights(first), weights(tmp_path / "again"))
 
 

@@ -19,7 +19,17 @@ from ..objective import RegularizedLoss, Term
 from ..regularizers import score
 from .metrics import sliced_wasserstein
 
-__all__ = ["Measurement", "denoising_loss", "draw_comparison", "measure", "table", "write_comparison"]
+__all__ = [
+    "Measurement",
+    "denoising_loss",
+    "draw_comparison",
+    "markdown_table",
+    "measure",
+    "read_comparison",
+    "table",
+    "verdict",
+    "write_comparison",
+]
 
 _NOISE_LEVELS_PER_IMAGE = 4
 
@@ -97,6 +107,19 @@ def denoising_loss(unet, noise_scheduler, original_samples: Tensor, class_labels
 
 def table(rows: dict[str, Measurement]) -> str:
     """The rows as text: L' with its standard error, distance to the data, denoising loss."""
+    lines = _cells(rows)
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    return "\n".join("  ".join(map(str.rjust, line, widths)) for line in lines)
+
+
+def markdown_table(rows: dict[str, Measurement]) -> str:
+    """What `table` shows, in Markdown."""
+    lines = _cells(rows)
+    head, *body = (f"| {' | '.join(line)} |" for line in lines)
+    return "\n".join([head, "|---" * len(lines[0]) + "|", *body])
+
+
+def _cells(rows: dict[str, Measurement]) -> list[list[str]]:
     names = list(next(iter(rows.values())).terms)
     head = ["", *names, "distance to data", "denoising loss"]
     body = [
@@ -108,8 +131,7 @@ def table(rows: dict[str, Measurement]) -> str:
         ]
         for title, row in rows.items()
     ]
-    widths = [max(len(line[column]) for line in [head, *body]) for column in range(len(head))]
-    return "\n".join("  ".join(map(str.rjust, line, widths)) for line in [head, *body])
+    return [head, *body]
 
 
 def verdict(plain: Measurement, regularized: Measurement) -> str:
@@ -130,6 +152,11 @@ def verdict(plain: Measurement, regularized: Measurement) -> str:
 def write_comparison(path: Path, rows: dict[str, Measurement], **settings) -> None:
     """Writes the rows and the settings under which they were measured as JSON."""
     path.write_text(json.dumps({"rows": {title: asdict(row) for title, row in rows.items()}, **settings}, indent=2))
+
+
+def read_comparison(path: Path) -> dict[str, Measurement]:
+    """The rows that `write_comparison` wrote."""
+    return {title: Measurement(**row) for title, row in json.loads(path.read_text())["rows"].items()}
 
 
 def draw_comparison(path: Path, pictures: dict[str, object], rows: dict[str, Measurement]) -> None:

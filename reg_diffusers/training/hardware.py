@@ -44,8 +44,8 @@ def set_threads(args: argparse.Namespace) -> int:
     """
     declared = int(os.environ.get("OMP_NUM_THREADS", "1") or 1)
     processes = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-    shared = max(len(os.sched_getaffinity(0)) // processes, 1) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    threads = args.num_threads or (declared if declared > 1 else shared)
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    threads = args.num_threads or (declared if declared > 1 else max(cores // processes, 1))
     torch.set_num_threads(threads)
     return threads
 

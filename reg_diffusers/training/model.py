@@ -74,9 +74,8 @@ def load_given_model(args: argparse.Namespace) -> GivenModel:
         if path is not None:
             return GivenModel(config=dict(UNet2DModel.load_config(path, cache_dir=cache_dir)))
     except (OSError, ValueError) as error:
-        flag = (
-            "--pretrained_model_name_or_path" if args.pretrained_model_name_or_path else "--model_config_name_or_path"
-        )
+        is_pretrained = args.pretrained_model_name_or_path is not None
+        flag = "--pretrained_model_name_or_path" if is_pretrained else "--model_config_name_or_path"
         reason = " ".join(str(error).split()) or type(error).__name__
         raise UsageError(f"{flag} {path}: no UNet2DModel there that can be read: {reason}") from error
     return GivenModel()
@@ -205,7 +204,8 @@ def _check_classes(classes: int | None, data: PictureData | FieldData) -> None:
 def _check_halving(unet: UNet2DModel, height: int, width: int) -> None:
     factor = 2 ** (len(unet.config.block_out_channels) - 1)
     if height % factor or width % factor:
-        below, above = max(height // factor, 1) * factor, -(-height // factor) * factor
+        side = height if height % factor else width
+        below, above = max(side // factor, 1) * factor, -(-side // factor) * factor
         near = f"{below} or {above}" if below != above else f"{above}"
         size = f"--resolution {height}" if height == width else f"fields of {height} x {width}"
         raise UsageError(

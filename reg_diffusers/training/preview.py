@@ -63,8 +63,7 @@ def save_preview(
     """One grid of samples from the same noise at every step, folder/step-STEP.png; drawn by the main process."""
     if not accelerator.is_main_process:
         return
-    with accelerator.autocast():
-        samples = draw_samples(pipeline, args.eval_batch_size, args.ddpm_num_inference_steps, args.seed)
+    samples = draw_samples(pipeline, args.eval_batch_size, args.ddpm_num_inference_steps, args.seed)
     write_whole(folder / f"step-{step:06d}.png", grid(samples).save)
 
 

@@ -24,7 +24,7 @@ from ..pipeline import RegDDPMPipeline
 from ..prediction import prediction_type
 from .data import FieldData, PictureData
 from .interruption import Interruption
-from .output import write_whole
+from .output import SETTINGS_FILE, write_whole
 from .preview import draw_samples, grid
 
 __all__ = ["compare", "describe", "describe_result"]
@@ -104,7 +104,7 @@ def describe_result(args: argparse.Namespace, output_dir: Path, interruption: In
     """Where everything is, and the line of Python that loads it; after an interruption, how to go on."""
     lines = []
     if interruption:
-        command = f"accelerate launch train_reg.py {shlex.quote(str(output_dir / 'reg_settings.yaml'))}"
+        command = f"accelerate launch train_reg.py {shlex.quote(str(output_dir / SETTINGS_FILE))}"
         lines.append(f"stopped by {interruption.name}; go on with: {command} --resume_from_checkpoint latest")
     shown = {
         "pipeline": output_dir / "model_index.json",
@@ -112,7 +112,7 @@ def describe_result(args: argparse.Namespace, output_dir: Path, interruption: In
         "comparison": output_dir / "comparison.png",
         "plain model": output_dir / "plain",
         "metrics": output_dir / "metrics.jsonl",
-        "settings": output_dir / "reg_settings.yaml",
+        "settings": output_dir / SETTINGS_FILE,
     }
     lines += [f"{name:<12}{path}" for name, path in shown.items() if path.exists()]
     lines.append(
