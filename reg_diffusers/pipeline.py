@@ -15,14 +15,15 @@ from dataclasses import dataclass
 import numpy as np
 import PIL.Image
 import torch
-from diffusers import DDPMPipeline, DiffusionPipeline
+from diffusers import DDIMScheduler, DDPMPipeline, DiffusionPipeline, FlowMatchEulerDiscreteScheduler
 from diffusers.utils import BaseOutput
 from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor
 
+from .prediction import prediction_type
 from .regularizers import Regularizer, regularizer_name, score
 
-__all__ = ["RegDDPMPipeline", "RegDDPMPipelineOutput"]
+__all__ = ["RegDDPMPipeline", "RegDDPMPipelineOutput", "fast_scheduler"]
 
 _PRIVATE_KEY = "_reg_diffusers"
 
@@ -30,6 +31,16 @@ _PRIVATE_KEY = "_reg_diffusers"
 def saved_normalization(config: dict) -> dict | None:
     """The normalization in the content of a model_index.json, if it has one."""
     return (config.get(_PRIVATE_KEY) or {}).get("normalization")
+
+
+def fast_scheduler(scheduler) -> DDIMScheduler | FlowMatchEulerDiscreteScheduler:
+    """A deterministic sampler for tens of steps, with the noise schedule and prediction type of `scheduler`.
+
+    DDIM (Song et al. 2021, arXiv:2010.02502) with trailing timesteps; Euler's method for flow matching.
+    """
+    if prediction_type(scheduler) == "flow_prediction":
+        return FlowMatchEulerDiscreteScheduler.from_config(scheduler.config)
+    return DDIMScheduler.from_config(scheduler.config, timestep_spacing="trailing")
 
 
 @dataclass

@@ -9,10 +9,9 @@ from pathlib import Path
 import PIL.Image
 import torch
 from accelerate import Accelerator
-from diffusers import DDIMScheduler, FlowMatchEulerDiscreteScheduler
 from torch import Tensor
 
-from ..pipeline import RegDDPMPipeline
+from ..pipeline import RegDDPMPipeline, fast_scheduler
 from .data import FieldData, PictureData
 from .output import write_whole
 
@@ -32,19 +31,11 @@ def sampling_pipeline(unet, noise_scheduler, data: PictureData | FieldData) -> R
 
 
 def draw_samples(pipeline: RegDDPMPipeline, number: int, steps: int, seed: int, batch_size: int = 64) -> Tensor:
-    """Samples (N, C, H, W) of a fast deterministic sampler, unclipped, from the same noise for the same seed.
-
-    DDIM (Song et al. 2021, arXiv:2010.02502) with trailing timesteps; Euler's method for flow matching. Class labels
-    go round.
-    """
-    config = pipeline.scheduler.config
-    if isinstance(pipeline.scheduler, FlowMatchEulerDiscreteScheduler):
-        scheduler = FlowMatchEulerDiscreteScheduler.from_config(config)
-    else:
-        scheduler = DDIMScheduler.from_config(config, timestep_spacing="trailing")
+    """Samples (N, C, H, W) of `fast_scheduler`, unclipped, from the same noise for the same seed. Class labels go round."""
     # The identity in place of the picture's or field's own units: samples come as they are, not clipped.
     channels = pipeline.unet.config.out_channels
-    sampler = RegDDPMPipeline(pipeline.unet, scheduler, {"offset": [0.0] * channels, "scale": [1.0] * channels})
+    as_it_is = {"offset": [0.0] * channels, "scale": [1.0] * channels}
+    sampler = RegDDPMPipeline(pipeline.unet, fast_scheduler(pipeline.scheduler), as_it_is)
     sampler.set_progress_bar_config(disable=True)
     generator = torch.Generator().manual_seed(seed)
     classes = pipeline.unet.config.num_class_embeds
