@@ -15,7 +15,7 @@ _HOME = {
     "RegDDPMPipeline": "pipeline",
     "RegularizedLoss": "objective",
     "Regularizer": "regularizers",
-    "Term": "objective",
+    "Term": "term",
     "X0Regularization": "objective",
     "add_noise": "prediction",
     "load_regularizer": "specs",

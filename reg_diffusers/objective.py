@@ -12,8 +12,7 @@ The network is an argument of both and a member of neither.
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 
 import torch
@@ -25,48 +24,15 @@ from .prediction import (
     NoiseLevel,
     add_noise,
     noise_level,
-    predict_original_sample,
     prediction_target,
     prediction_type,
     refuse_zero_terminal_snr,
     scale_model_input,
     without_learned_variance,
 )
-from .regularizers import Regularizer, regularizer_name
-from .weighting import matched
+from .term import Term, TermError, checked_values, checked_weights, term_context
 
 __all__ = ["LossOutput", "RegularizedLoss", "Term", "TermError", "X0Regularization"]
-
-
-@dataclass(frozen=True)
-class Term:
-    """One extra loss: weight * mean_i [ weighting(t_i) * regularizer(x0_hat_i) ].
-
-    Attributes:
-        regularizer: (B, C, H, W) in [-1, 1] -> (B,), see `regularizers.Regularizer`.
-        weight: factor of the term in the loss, finite and at least 0.
-        weighting: `NoiseLevel -> (B,)`, see `weighting`.
-        name: key in `LossOutput.terms` and in logs; by default the regularizer's own.
-        estimator: `(scheduler, model_output, timesteps, sample) -> x0_hat`.
-    """
-
-    regularizer: Regularizer
-    weight: float
-    weighting: Callable[[NoiseLevel], Tensor] = matched
-    name: str = ""
-    estimator: Callable[..., Tensor] = predict_original_sample
-
-    def __post_init__(self):
-        if not callable(self.regularizer):
-            raise TypeError(f"{self.regularizer!r} cannot be called; load_regularizer turns a name into a regularizer")
-        if not (math.isfinite(self.weight) and self.weight >= 0):
-            raise ValueError(f"weight must be finite and at least 0, not {self.weight}")
-        if not self.name:
-            object.__setattr__(self, "name", regularizer_name(self.regularizer))
-
-
-class TermError(ValueError):
-    """A regularizer or weighting that breaks its contract; the message names the term."""
 
 
 @dataclass(frozen=True)
@@ -192,7 +158,7 @@ class X0Regularization(nn.Module):
         if len(among_seen) == 0:
             return x0_hat.new_zeros(())
         active = seen[among_seen]
-        context = {name: _select(value, active, len(weights)) for name, value in self._context(term, context).items()}
+        context = {name: _select(value, active, len(weights)) for name, value in term_context(term, context).items()}
         values = self._evaluate(term, _select(x0_hat, among_seen), context, timesteps[active])
         return (weights[active].to(values, non_blocking=True) * values).sum() / len(weights)
 
@@ -201,31 +167,8 @@ class X0Regularization(nn.Module):
         x0_hat = x0_hat.view_as(x0_hat)  # an alias of this term's own, so that its bad gradients spare the others
         if x0_hat.requires_grad:
             x0_hat.register_hook(lambda gradient: self.nonfinite.drop_gradients(term.name, gradient))
-        with torch.autocast(x0_hat.device.type, enabled=False):
-            # A second alias: a regularizer may itself take gradients with respect to its argument.
-            values = term.regularizer(x0_hat.view_as(x0_hat), **context)
-        if not isinstance(values, Tensor) or values.shape != x0_hat.shape[:1]:
-            got = f"a tensor of shape {tuple(values.shape)}" if isinstance(values, Tensor) else type(values).__name__
-            raise TermError(
-                f"regularizer {term.name!r} must return one value per image, a tensor of shape ({len(x0_hat)},);"
-                f" it returned {got}. A mean over all but the first dimension is value.flatten(1).mean(1)"
-            )
-        if x0_hat.requires_grad and not values.requires_grad:
-            raise TermError(
-                f"regularizer {term.name!r} returns a tensor that is detached from x0_hat: no gradient can reach the"
-                " model. Look for torch.no_grad, .detach(), .item() or numpy in it"
-            )
+        values = checked_values(term, x0_hat, context)
         return self.nonfinite.drop_values(term.name, values, timesteps)
-
-    def _context(self, term: Term, context: dict) -> dict:
-        needs = getattr(term.regularizer, "needs", ())
-        missing = [name for name in needs if name not in context]
-        if missing:
-            raise TermError(
-                f"regularizer {term.name!r} needs {', '.join(missing)}, but the loss was given"
-                f" {', '.join(context) or 'nothing'}: pass it as a keyword argument"
-            )
-        return {name: context[name] for name in needs}
 
 
 class RegularizedLoss(nn.Module):
@@ -308,24 +251,6 @@ class RegularizedLoss(nn.Module):
         weights = self.regularization.noise_level(timesteps).denoising_weight / in_x0_units
         squared_error = F.mse_loss(model_output, target, reduction="none").flatten(1).mean(1)
         return (weights.to(squared_error, non_blocking=True) * squared_error).mean()
-
-
-def checked_weights(term: Term, level: NoiseLevel) -> Tensor:
-    """The term's weighting of each noise level, (B,).
-
-    Raises:
-        TermError: it is anything but a finite (B,).
-    """
-    weights = term.weighting(level)
-    if not isinstance(weights, Tensor) or weights.shape != level.snr.shape:
-        got = tuple(weights.shape) if isinstance(weights, Tensor) else type(weights).__name__
-        raise TermError(
-            f"the weighting of {term.name!r} must return one value per image, ({len(level.snr)},), not {got}"
-        )
-    if weights.device.type == "cpu" and not weights.isfinite().all():  # elsewhere the look would wait for the device
-        at = level.timesteps[~weights.isfinite()]
-        raise TermError(f"the weighting of {term.name!r} is not finite at timesteps {at.min():g} to {at.max():g}")
-    return weights
 
 
 def _draw_timesteps(scheduler, batch_size: int) -> Tensor:

@@ -1,27 +1,34 @@
-"""Sampling from an unconditional or class-conditional UNet2DModel.
+"""Sampling from a UNet2DModel: unconditional, by class or by image.
 
-`RegDDPMPipeline` is diffusers' `DDPMPipeline` with every scheduler, class labels, a score of each sample under each
-regularizer, and fields that are not pictures. Both pipelines load what either has saved: on disk the class is named
-"DDPMPipeline", and what only this one understands is kept under a private key of model_index.json.
+`RegDDPMPipeline` is diffusers' `DDPMPipeline` with every scheduler, conditions, guidance by losses on x0_hat, a score
+of each sample under each regularizer, and fields that are not pictures. Both pipelines load what either has saved: on
+disk the class is named "DDPMPipeline", and what only this one understands is kept under a private key of
+model_index.json.
 """
 
 from __future__ import annotations
 
 import inspect
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 import PIL.Image
 import torch
 from diffusers import DDIMScheduler, DDPMPipeline, DiffusionPipeline, FlowMatchEulerDiscreteScheduler
+from diffusers.callbacks import MultiPipelineCallbacks, PipelineCallback
 from diffusers.utils import BaseOutput
 from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor
 
-from .prediction import prediction_type
+from .conditioning import with_condition
+from .guidance import Guidance
+from .prediction import predict_original_sample, prediction_type
 from .regularizers import Regularizer, regularizer_name, score
+from .standalone import standalone_source
+from .term import Term
 
 __all__ = ["RegDDPMPipeline", "RegDDPMPipelineOutput", "fast_scheduler"]
 
@@ -50,10 +57,13 @@ class RegDDPMPipelineOutput(BaseOutput):
     Attributes:
         images: a list of PIL images, an array (B, H, W, C) or a tensor (B, C, H, W), by `output_type`.
         scores: for every regularizer its value on each sample, (B,), by name.
+        x0_hat: (steps, B, C, H, W) float32 on the CPU, about [-1, 1]: the image that each step headed for, where it
+            was asked for.
     """
 
     images: list[PIL.Image.Image] | np.ndarray | Tensor
     scores: dict[str, Tensor]
+    x0_hat: Tensor | None = None
 
 
 class RegDDPMPipeline(DiffusionPipeline):
@@ -67,13 +77,14 @@ class RegDDPMPipeline(DiffusionPipeline):
     With the same scheduler, steps and generator the images are those of `DDPMPipeline`, bit for bit.
 
     Args:
-        unet: the denoising network.
+        unet: the denoising network; input channels beyond those of its images are for a `condition`.
         scheduler: a diffusers scheduler whose prediction_type is the network's.
         normalization: for fields that are not pictures, {"offset": [C numbers], "scale": [C numbers]} with
             field = offset + scale * sample; None for pictures.
     """
 
     model_cpu_offload_seq = "unet"
+    _callback_tensor_inputs = ("sample", "model_output", "x0_hat")
 
     def __init__(self, unet, scheduler, normalization: dict | None = None):
         super().__init__()
@@ -91,7 +102,15 @@ class RegDDPMPipeline(DiffusionPipeline):
         *,
         regularizers: Sequence[Regularizer] | Mapping[str, Regularizer] = (),
         class_labels: Tensor | Sequence[int] | int | None = None,
+        condition: Tensor | None = None,
         eta: float = 0.0,
+        guidance: Sequence[Term | Regularizer] = (),
+        guidance_scale: float = 1.0,
+        guidance_method: str = "mpgd",
+        guidance_samples: int = 8,
+        callback_on_step_end: Callable | None = None,
+        callback_on_step_end_tensor_inputs: Sequence[str] = ("sample",),
+        return_x0_hat: bool = False,
     ) -> RegDDPMPipelineOutput | tuple:
         """Draws a batch of samples.
 
@@ -101,39 +120,78 @@ class RegDDPMPipeline(DiffusionPipeline):
             num_inference_steps: calls of the network.
             output_type: "pil"; "np" for an array (B, H, W, C); "pt" for a tensor (B, C, H, W). Pictures are in [0, 1];
                 fields of a model with `normalization` are in their own units as "np" and "pt".
-            return_dict: return a `RegDDPMPipelineOutput`; otherwise (images, scores).
+            return_dict: return a `RegDDPMPipelineOutput`; otherwise (images, scores), and x0_hat where asked for.
             regularizers: losses to score the samples with, in [-1, 1] before clipping; a sequence, or by name.
             class_labels: (B,) or one for all, for a class-conditional network.
+            condition: (B, K, H, W) or (1, K, H, W) in [-1, 1], for a network with K channels beside the image's.
             eta: DDIM's eta, 0 deterministic to 1 ancestral; other schedulers have no use for it.
+            guidance: losses that steer the sampler, as `Term` with a weight and a weighting; see `guidance`.
+            guidance_scale: factor of them all; with "mpgd" and 1 the samples move, to first order, as training with
+                the same terms would move those of a perfect network.
+            guidance_method: "mpgd", without a gradient through the network; "dps", through it; "lgd", through it and
+                averaged over noisy copies of x0_hat.
+            guidance_samples: noisy copies that "lgd" takes.
+            callback_on_step_end: called as `callback(pipeline, step_index, timestep, tensors)` after each step, as in
+                diffusers; what it returns replaces the tensors. Setting `pipeline._interrupt = True` in it ends here.
+            callback_on_step_end_tensor_inputs: which tensors it gets: sample, model_output (after guidance), x0_hat.
+            return_x0_hat: keep the image that each step headed for, after guidance and before clipping.
 
         Raises:
-            ValueError: class labels missing, not wanted, out of range or of a wrong number; an unknown output_type, or
-                one that cannot show the samples; a regularizer with `needs`, or two of one name.
+            ValueError: class labels or a condition missing, not wanted, out of range or of a wrong number; an unknown
+                output_type, or one that cannot show the samples; a regularizer that needs what a sample has not, or
+                two of one name; guidance out of range; an unknown tensor for the callback.
         """
-        config = self.unet.config
-        if output_type not in ("pil", "np", "numpy", "pt"):
-            raise ValueError(f"output_type must be 'pil', 'np' or 'pt', not {output_type!r}")
-        if output_type == "pil" and config.out_channels not in (1, 3, 4):
-            raise ValueError(f"a field of {config.out_channels} channels is no picture: use output_type='np' or 'pt'")
-        regularizers = self._by_name(regularizers)
-        size = config.sample_size
-        size = (size, size) if isinstance(size, int) else tuple(size)
-        device = self._execution_device
+        self._check_output_type(output_type)
+        steering = Guidance(guidance, guidance_scale, guidance_method, guidance_samples)
         class_labels = self._class_labels(class_labels, batch_size)
-        shape = (batch_size, config.in_channels, *size)
-        sample = randn_tensor(shape, generator=generator, device=device, dtype=self.unet.dtype)
+        condition = self._condition(condition, batch_size)
+        context = {"class_labels": class_labels, "condition": condition}
+        context = {name: value for name, value in context.items() if value is not None}
+        regularizers = _by_name(regularizers)
+        for name, needs in [*_needs(regularizers), *_needs({term.name: term.regularizer for term in steering.terms})]:
+            if missing := [need for need in needs if need not in context]:
+                raise ValueError(f"{name} needs {', '.join(missing)}, which a sample has not")
+        if isinstance(callback_on_step_end, PipelineCallback | MultiPipelineCallbacks):
+            callback_on_step_end_tensor_inputs = callback_on_step_end.tensor_inputs
+        if unknown := set(callback_on_step_end_tensor_inputs) - set(self._callback_tensor_inputs):
+            known = ", ".join(self._callback_tensor_inputs)
+            raise ValueError(f"callback_on_step_end_tensor_inputs: {', '.join(unknown)} not among {known}")
+
+        size = self.unet.config.sample_size
+        size = (size, size) if isinstance(size, int) else tuple(size)
+        shape = (batch_size, self._channels, *size)
+        sample = randn_tensor(shape, generator=generator, device=self._execution_device, dtype=self.unet.dtype)
         self.scheduler.set_timesteps(num_inference_steps)
         sample = sample * self.scheduler.init_noise_sigma if hasattr(self.scheduler, "init_noise_sigma") else sample
         step_kwargs = self._step_kwargs(generator, eta)
-        for t in self.progress_bar(self.scheduler.timesteps):
-            scale = getattr(self.scheduler, "scale_model_input", None)  # flow matching has none
-            model_input = sample if scale is None else scale(sample, t)
-            model_output = self.unet(model_input, t, class_labels=class_labels).sample
+        wants_x0_hat = return_x0_hat or "x0_hat" in callback_on_step_end_tensor_inputs
+        intermediate = []
+        self._interrupt = False
+        for index, t in enumerate(self.progress_bar(self.scheduler.timesteps)):
+            model = self._network(t, class_labels, condition)
+            model_output = steering.model_output(
+                model, self.scheduler, t, sample, generator=generator, context=context
+            )
+            x0_hat = predict_original_sample(self.scheduler, model_output, t, sample) if wants_x0_hat else None
+            if return_x0_hat:
+                intermediate.append(x0_hat.float().cpu())
             sample = self.scheduler.step(model_output, t, sample, **step_kwargs).prev_sample
-        scores = {name: score(regularizer, sample) for name, regularizer in regularizers.items()}
+            if callback_on_step_end is not None:
+                tensors = {"sample": sample, "model_output": model_output, "x0_hat": x0_hat}
+                tensors = {name: tensors[name] for name in callback_on_step_end_tensor_inputs}
+                sample = (callback_on_step_end(self, index, t, tensors) or {}).get("sample", sample)
+            if self._interrupt:
+                break
+        scores = {
+            name: score(regularizer, sample, **{need: context[need] for need in getattr(regularizer, "needs", ())})
+            for name, regularizer in regularizers.items()
+        }
         images = self._images(sample, output_type)
         self.maybe_free_model_hooks()
-        return RegDDPMPipelineOutput(images=images, scores=scores) if return_dict else (images, scores)
+        trajectory = torch.stack(intermediate) if return_x0_hat else None
+        if not return_dict:
+            return (images, scores, trajectory) if return_x0_hat else (images, scores)
+        return RegDDPMPipelineOutput(images=images, scores=scores, x0_hat=trajectory)
 
     def to_json_string(self) -> str:
         """model_index.json in a form that `DDPMPipeline` and `DiffusionPipeline` load without a warning."""
@@ -142,26 +200,55 @@ class RegDDPMPipeline(DiffusionPipeline):
         config[_PRIVATE_KEY] = {"normalization": config.pop("normalization", None)}
         return json.dumps(config, indent=2, sort_keys=True) + "\n"
 
-    @classmethod
-    def from_pretrained(cls, pretrained_model_name_or_path, **kwargs) -> RegDDPMPipeline:
-        """As in diffusers, for what this class or `DDPMPipeline` saved; `normalization` is restored."""
-        folder_or_id = str(pretrained_model_name_or_path)
-        hub_options = ("cache_dir", "force_download", "proxies", "local_files_only", "token", "revision")
-        config = cls.load_config(folder_or_id, **{name: kwargs[name] for name in hub_options if name in kwargs})
-        kwargs.setdefault("normalization", saved_normalization(config))
-        return super().from_pretrained(folder_or_id, **kwargs)
+    def save_pretrained(self, save_directory, **kwargs) -> None:
+        """As in diffusers, with a pipeline.py that lets others load this class without reg_diffusers.
 
-    @staticmethod
-    def _by_name(regularizers) -> dict[str, Regularizer]:
-        if not isinstance(regularizers, Mapping):
-            names = [regularizer_name(regularizer) for regularizer in regularizers]
-            if len(set(names)) < len(names):
-                raise ValueError(f"regularizers need different names, got {names}: pass {{name: regularizer, ...}}")
-            regularizers = dict(zip(names, regularizers, strict=True))
-        for name, regularizer in regularizers.items():
-            if needs := getattr(regularizer, "needs", ()):
-                raise ValueError(f"{name} cannot score samples: it needs {', '.join(needs)}, which a sample has not")
-        return dict(regularizers)
+        They pass `custom_pipeline=` the folder or Hub id with `trust_remote_code=True` to
+        `DiffusionPipeline.from_pretrained`; without these nothing ever runs that file.
+        """
+        super().save_pretrained(str(save_directory), **kwargs)
+        Path(save_directory, "pipeline.py").write_text(standalone_source(), encoding="utf-8")
+
+    @classmethod
+    def extract_init_dict(cls, config_dict, **kwargs):
+        """As in diffusers, with the normalization taken out of the private key."""
+        return super().extract_init_dict({**config_dict, "normalization": saved_normalization(config_dict)}, **kwargs)
+
+    @property
+    def _channels(self) -> int:
+        """Channels of the images: a network that learns the variance returns it in as many more."""
+        learned = str(self.scheduler.config.get("variance_type")).startswith("learned")
+        return self.unet.config.out_channels // 2 if learned else self.unet.config.out_channels
+
+    def _network(self, t, class_labels: Tensor | None, condition: Tensor | None) -> Callable[[Tensor], Tensor]:
+        """The network at one timestep, as a function of the sample alone."""
+        unet = with_condition(self.unet, condition)
+
+        def network(sample: Tensor) -> Tensor:
+            scale = getattr(self.scheduler, "scale_model_input", None)  # flow matching has none
+            return unet(sample if scale is None else scale(sample, t), t, class_labels=class_labels).sample
+
+        return network
+
+    def _check_output_type(self, output_type: str) -> None:
+        if output_type not in ("pil", "np", "numpy", "pt"):
+            raise ValueError(f"output_type must be 'pil', 'np' or 'pt', not {output_type!r}")
+        if output_type == "pil" and self._channels not in (1, 3, 4):
+            raise ValueError(f"a field of {self._channels} channels is no picture: use output_type='np' or 'pt'")
+
+    def _condition(self, condition: Tensor | None, batch_size: int) -> Tensor | None:
+        channels = self.unet.config.in_channels - self._channels
+        if channels == 0:
+            if condition is not None:
+                raise ValueError("a condition was given, but the network has no channels for one")
+            return None
+        if condition is None:
+            raise ValueError(f"the network is conditioned by an image: a condition of {channels} channels is needed")
+        if condition.ndim != 4 or condition.shape[1] != channels or len(condition) not in (1, batch_size):
+            raise ValueError(
+                f"condition must have shape ({batch_size}, {channels}, height, width), not {tuple(condition.shape)}"
+            )
+        return condition.to(self._execution_device).expand(batch_size, -1, -1, -1)
 
     def _class_labels(self, class_labels, batch_size: int) -> Tensor | None:
         classes = self.unet.config.num_class_embeds
@@ -196,3 +283,16 @@ class RegDDPMPipeline(DiffusionPipeline):
             return images
         images = images.float().cpu().permute(0, 2, 3, 1).numpy()
         return self.numpy_to_pil(images) if output_type == "pil" else images
+
+
+def _by_name(regularizers: Sequence[Regularizer] | Mapping[str, Regularizer]) -> dict[str, Regularizer]:
+    if isinstance(regularizers, Mapping):
+        return dict(regularizers)
+    names = [regularizer_name(regularizer) for regularizer in regularizers]
+    if len(set(names)) < len(names):
+        raise ValueError(f"regularizers need different names, got {names}: pass {{name: regularizer, ...}}")
+    return dict(zip(names, regularizers, strict=True))
+
+
+def _needs(regularizers: Mapping[str, Regularizer]):
+    return [(name, getattr(regularizer, "needs", ())) for name, regularizer in regularizers.items()]

@@ -38,6 +38,7 @@ from torch import Tensor
 __all__ = [
     "NoiseLevel",
     "add_noise",
+    "model_output_for",
     "noise_level",
     "predict_original_sample",
     "prediction_target",
@@ -161,6 +162,22 @@ def predict_original_sample(scheduler, model_output: Tensor, timesteps, sample: 
     # v is defined on the circle alpha^2 + sigma^2 = 1, to which (1, sigma) is scaled first.
     variance = 1 + sigma**2
     return sample / variance - sigma / variance.sqrt() * model_output
+
+
+def model_output_for(scheduler, x0_hat: Tensor, timesteps, sample: Tensor) -> Tensor:
+    """The model output that stands for an image: the inverse of `predict_original_sample` in its model_output.
+
+    It is what the network should have said for x0_hat and the noise that x0_hat leaves of x_t, eps = (x_t - alpha
+    x0_hat) / sigma.
+
+    Args:
+        scheduler: a diffusers scheduler.
+        x0_hat: (B, C, ...).
+        timesteps: (B,), or a scalar for the whole batch; noise levels above 0.
+        sample: (B, C, ...) the noisy x_t.
+    """
+    alpha, sigma = _alpha_sigma_like(scheduler, timesteps, sample)
+    return prediction_target(scheduler, x0_hat, (sample - alpha * x0_hat) / sigma, timesteps)
 
 
 def prediction_target(scheduler, original_samples: Tensor, noise: Tensor, timesteps) -> Tensor:

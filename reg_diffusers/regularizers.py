@@ -55,13 +55,13 @@ def regularizer_name(regularizer: Regularizer) -> str:
     return getattr(regularizer, "__name__", type(regularizer).__name__)
 
 
-def score(regularizer: Regularizer, samples: Tensor) -> Tensor:
-    """L' of each finished sample (B, C, H, W), (B,) float32 without a graph.
+def score(regularizer: Regularizer, samples: Tensor, /, **context) -> Tensor:
+    """L' of each finished sample (B, C, H, W), (B,) float32 without a graph; `context` is what it lists in `needs`.
 
     Gradients are enabled inside, because a regularizer may take them with respect to its argument.
     """
     with torch.enable_grad():
-        return regularizer(samples.detach().float().requires_grad_()).detach()
+        return regularizer(samples.detach().float().requires_grad_(), **context).detach()
 
 
 def total_variation(x0_hat: Tensor, /, *, isotropic: bool = False, smoothing: float = 1e-3) -> Tensor:

@@ -31,7 +31,7 @@ def sampling_pipeline(unet, noise_scheduler, data: PictureData | FieldData) -> R
 
 
 def draw_samples(pipeline: RegDDPMPipeline, number: int, steps: int, seed: int, batch_size: int = 64) -> Tensor:
-    """Samples (N, C, H, W) of `fast_scheduler`, unclipped, from the same noise for the same seed. Class labels go round."""
+    """Samples (N, C, H, W) of `fast_scheduler`, unclipped, from the same noise for the same seed; labels go round."""
     # The identity in place of the picture's or field's own units: samples come as they are, not clipped.
     channels = pipeline.unet.config.out_channels
     as_it_is = {"offset": [0.0] * channels, "scale": [1.0] * channels}

@@ -19,9 +19,9 @@ from ..evaluation.comparison import (
     verdict,
     write_comparison,
 )
-from ..objective import Term
 from ..pipeline import RegDDPMPipeline
 from ..prediction import prediction_type
+from ..term import Term
 from .data import FieldData, PictureData
 from .interruption import Interruption
 from .output import SETTINGS_FILE, write_whole

@@ -7,10 +7,11 @@ from collections import Counter
 
 import torch
 
-from ..objective import Term, TermError, X0Regularization, checked_weights
+from ..objective import X0Regularization
 from ..prediction import add_noise, noise_level, prediction_target
 from ..regularizers import regularizer_name
 from ..specs import load_regularizer, load_weighting
+from ..term import Term, TermError, checked_weights
 from ..weighting import constant
 from .data import FieldData, PictureData
 from .errors import UsageError
