@@ -10,22 +10,37 @@ from importlib import import_module
 __version__ = "0.1.0"
 
 _HOME = {
+    "Guidance": "guidance",
     "LossOutput": "objective",
     "NoiseLevel": "prediction",
     "RegDDPMPipeline": "pipeline",
     "RegularizedLoss": "objective",
     "Regularizer": "regularizers",
     "Term": "term",
+    "TermError": "term",
     "X0Regularization": "objective",
     "add_noise": "prediction",
     "load_regularizer": "specs",
     "load_weighting": "specs",
+    "model_output_for": "prediction",
     "noise_level": "prediction",
     "predict_original_sample": "prediction",
     "prediction_target": "prediction",
     "scale_model_input": "prediction",
+    "with_condition": "conditioning",
 }
-_SUBMODULES = ("objective", "pipeline", "prediction", "regularizers", "specs", "weighting")
+_SUBMODULES = (
+    "conditioning",
+    "guidance",
+    "objective",
+    "pipeline",
+    "prediction",
+    "regularizers",
+    "specs",
+    "standalone",
+    "term",
+    "weighting",
+)
 
 __all__ = [*_HOME, *_SUBMODULES]
 

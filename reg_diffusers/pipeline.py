@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import inspect
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -143,14 +143,9 @@ class RegDDPMPipeline(DiffusionPipeline):
         """
         self._check_output_type(output_type)
         steering = Guidance(guidance, guidance_scale, guidance_method, guidance_samples)
-        class_labels = self._class_labels(class_labels, batch_size)
-        condition = self._condition(condition, batch_size)
-        context = {"class_labels": class_labels, "condition": condition}
-        context = {name: value for name, value in context.items() if value is not None}
+        context = self._context(class_labels, condition, batch_size)
         regularizers = _by_name(regularizers)
-        for name, needs in [*_needs(regularizers), *_needs({term.name: term.regularizer for term in steering.terms})]:
-            if missing := [need for need in needs if need not in context]:
-                raise ValueError(f"{name} needs {', '.join(missing)}, which a sample has not")
+        _check_needs([*regularizers.items(), *((term.name, term.regularizer) for term in steering.terms)], context)
         if isinstance(callback_on_step_end, PipelineCallback | MultiPipelineCallbacks):
             callback_on_step_end_tensor_inputs = callback_on_step_end.tensor_inputs
         if unknown := set(callback_on_step_end_tensor_inputs) - set(self._callback_tensor_inputs):
@@ -168,7 +163,7 @@ class RegDDPMPipeline(DiffusionPipeline):
         intermediate = []
         self._interrupt = False
         for index, t in enumerate(self.progress_bar(self.scheduler.timesteps)):
-            model = self._network(t, class_labels, condition)
+            model = self._network(t, **context)
             model_output = steering.model_output(
                 model, self.scheduler, t, sample, generator=generator, context=context
             )
@@ -220,7 +215,15 @@ class RegDDPMPipeline(DiffusionPipeline):
         learned = str(self.scheduler.config.get("variance_type")).startswith("learned")
         return self.unet.config.out_channels // 2 if learned else self.unet.config.out_channels
 
-    def _network(self, t, class_labels: Tensor | None, condition: Tensor | None) -> Callable[[Tensor], Tensor]:
+    def _context(self, class_labels, condition, batch_size: int) -> dict[str, Tensor]:
+        """What the network is conditioned on, by name; also what regularizers may list in `needs`."""
+        context = {
+            "class_labels": self._class_labels(class_labels, batch_size),
+            "condition": self._condition(condition, batch_size),
+        }
+        return {name: value for name, value in context.items() if value is not None}
+
+    def _network(self, t, class_labels: Tensor | None = None, condition: Tensor | None = None) -> Callable:
         """The network at one timestep, as a function of the sample alone."""
         unet = with_condition(self.unet, condition)
 
@@ -294,5 +297,7 @@ def _by_name(regularizers: Sequence[Regularizer] | Mapping[str, Regularizer]) ->
     return dict(zip(names, regularizers, strict=True))
 
 
-def _needs(regularizers: Mapping[str, Regularizer]):
-    return [(name, getattr(regularizer, "needs", ())) for name, regularizer in regularizers.items()]
+def _check_needs(regularizers: Iterable[tuple[str, Regularizer]], context: dict) -> None:
+    for name, regularizer in regularizers:
+        if missing := [need for need in getattr(regularizer, "needs", ()) if need not in context]:
+            raise ValueError(f"{name} needs {', '.join(missing)}, which a sample has not")

@@ -1,7 +1,12 @@
 """RegDDPMPipeline: equal to diffusers' own where it has one, and loadable by it."""
 
+import ast
+import os
+import subprocess
+import sys
 import warnings
 from functools import partial
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -14,11 +19,13 @@ from diffusers import (
     DPMSolverMultistepScheduler,
     EulerDiscreteScheduler,
     FlowMatchEulerDiscreteScheduler,
+    UNet2DModel,
     UniPCMultistepScheduler,
 )
+from diffusers.callbacks import PipelineCallback
 from diffusers.utils import logging
 
-from reg_diffusers import RegDDPMPipeline
+from reg_diffusers import RegDDPMPipeline, standalone
 from reg_diffusers.regularizers import mean_intensity, total_variation
 
 
@@ -203,3 +210,121 @@ def test_what_cannot_be_shown_is_refused_before_sampling(tiny_unet):
     masked.needs = ("mask",)
     with pytest.raises(ValueError, match="needs mask"):
         sample(RegDDPMPipeline(tiny_unet(), DDPMScheduler()), regularizers=[masked])
+
+
+def test_callback_sees_and_replaces_tensors_as_in_diffusers(tiny_unet):
+    pipeline = RegDDPMPipeline(tiny_unet(), DDIMScheduler())
+    seen = []
+
+    def callback(pipeline, index, timestep, tensors):
+        seen.append((index, int(timestep), sorted(tensors)))
+        return {"sample": torch.zeros_like(tensors["sample"])} if index == 5 else tensors
+
+    names = ["sample", "model_output", "x0_hat"]
+    output = sample(
+        pipeline, output_type="pt", callback_on_step_end=callback, callback_on_step_end_tensor_inputs=names
+    )
+    assert seen == [(i, int(t), sorted(names)) for i, t in enumerate(pipeline.scheduler.timesteps)]
+    assert (output.images == 0.5).all()
+    with pytest.raises(ValueError, match="latents not among sample"):
+        sample(pipeline, callback_on_step_end=callback, callback_on_step_end_tensor_inputs=["latents"])
+
+
+def test_callback_objects_of_diffusers_bring_their_tensor_names(tiny_unet):
+    class Counter(PipelineCallback):
+        tensor_inputs = ("x0_hat",)
+
+        def callback_fn(self, pipeline, step_index, timestep, callback_kwargs):
+            shapes.append(callback_kwargs["x0_hat"].shape)
+            return callback_kwargs
+
+    shapes = []
+    sample(
+        RegDDPMPipeline(tiny_unet(), DDIMScheduler()),
+        callback_on_step_end=Counter(cutoff_step_ratio=None, cutoff_step_index=1),
+    )
+    assert shapes == [(2, 1, 8, 8)] * 6
+
+
+def test_a_callback_can_end_the_sampling(tiny_unet):
+    pipeline = RegDDPMPipeline(tiny_unet(), DDIMScheduler())
+    steps = []
+
+    def callback(pipeline, index, timestep, tensors):
+        steps.append(index)
+        pipeline._interrupt = index == 2
+        return tensors
+
+    sample(pipeline, callback_on_step_end=callback)
+    assert steps == [0, 1, 2]
+    sample(pipeline, callback_on_step_end=callback)  # the next call starts anew
+    assert steps == [0, 1, 2] * 2
+
+
+@pytest.mark.parametrize("scheduler", [DDIMScheduler(clip_sample=False), UniPCMultistepScheduler()])
+def test_intermediate_images_are_those_that_the_scheduler_heads_for(tiny_unet, scheduler):
+    unet = tiny_unet()
+    pipeline = RegDDPMPipeline(unet, scheduler, {"offset": [0.0], "scale": [1.0]})
+    output = sample(pipeline, output_type="pt", return_x0_hat=True)
+    assert output.x0_hat.shape == (6, 2, 1, 8, 8)
+    images, scores, x0_hat = sample(pipeline, output_type="pt", return_x0_hat=True, return_dict=False)
+    assert torch.equal(x0_hat, output.x0_hat) and scores == {}
+    if isinstance(scheduler, DDIMScheduler):  # its last step goes to x0_hat
+        torch.testing.assert_close(output.x0_hat[-1], images, atol=1e-2, rtol=0)
+    assert sample(pipeline).x0_hat is None
+
+
+def test_a_condition_is_laid_beside_the_sample_and_checked(tiny_unet):
+    unet = UNet2DModel.from_config({**tiny_unet().config, "in_channels": 3}).eval()
+    pipeline = RegDDPMPipeline(unet, DDIMScheduler())
+    condition = torch.linspace(-1, 1, 2 * 2 * 64).reshape(2, 2, 8, 8)
+    both = sample(pipeline, output_type="pt", condition=condition).images
+    assert both.shape == (2, 1, 8, 8)
+    for_all = sample(pipeline, output_type="pt", condition=condition[:1]).images
+    torch.testing.assert_close(both[0], for_all[0], atol=1e-5, rtol=0)
+    assert not torch.allclose(both[1], for_all[1], atol=1e-3)
+    for wrong, message in [(None, "of 2 channels is needed"), (condition[:, :1], r"\(2, 2, height, width\)")]:
+        with pytest.raises(ValueError, match=message):
+            sample(pipeline, condition=wrong)
+    with pytest.raises(ValueError, match="no channels for one"):
+        sample(RegDDPMPipeline(tiny_unet(), DDIMScheduler()), condition=condition)
+
+
+def test_who_lacks_the_package_loads_the_same_class_from_the_folder(tiny_unet, tmp_path):
+    """In a process that cannot import reg_diffusers, from the pipeline.py beside the weights; saved again, too."""
+    pipeline = RegDDPMPipeline(tiny_unet().eval(), DDIMScheduler(), {"offset": [2.0], "scale": [3.0]})
+    pipeline.save_pretrained(tmp_path / "saved")
+    expected = sample(pipeline, output_type="pt", guidance=[total_variation], regularizers=[total_variation])
+    code = """
+import sys
+sys.modules["reg_diffusers"] = None
+import torch
+from diffusers import DiffusionPipeline
+for folder, copy in (("saved", "copy"), ("copy", "last")):
+    pipeline = DiffusionPipeline.from_pretrained(folder, custom_pipeline=folder, trust_remote_code=True)
+    assert type(pipeline).__name__ == "RegDDPMPipeline" and type(pipeline).__module__.startswith("diffusers_modules")
+    assert pipeline.config.normalization == {"offset": [2.0], "scale": [3.0]}
+    total_variation = sys.modules[type(pipeline).__module__].total_variation
+    output = pipeline(2, torch.Generator().manual_seed(0), 6, output_type="pt",
+                      guidance=[total_variation], regularizers=[total_variation])
+    pipeline.save_pretrained(copy)
+torch.save([output.images, output.scores["total_variation"]], "out.pt")
+"""
+    env = {**os.environ, "HF_HOME": str(tmp_path / "hf"), "HF_MODULES_CACHE": str(tmp_path / "modules")}
+    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env=env, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    images, scores = torch.load(tmp_path / "out.pt")
+    torch.testing.assert_close(images, expected.images)
+    torch.testing.assert_close(scores, expected.scores["total_variation"])
+
+
+def test_the_modules_of_the_single_file_have_no_name_in_common():
+    """In one file a later definition would silently replace an earlier one."""
+    folder = Path(standalone.__file__).parent
+    names = []
+    for module in standalone._MODULES:
+        for node in ast.parse((folder / f"{module}.py").read_text()).body:
+            names += [node.name] if isinstance(node, ast.FunctionDef | ast.ClassDef) else []
+            if isinstance(node, ast.Assign):
+                names += [target.id for target in node.targets if target.id != "__all__"]
+    assert len(names) > 40 and sorted(names) == sorted(set(names))
