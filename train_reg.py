@@ -13,8 +13,9 @@ from accelerate.utils import DataLoaderConfiguration, set_seed
 from diffusers.optimization import get_scheduler
 from tqdm.auto import tqdm
 
-from reg_diffusers import RegularizedLoss
-from reg_diffusers.hub import check_upload, upload_run
+from reg_diffusers import RegularizedLoss, with_condition
+from reg_diffusers.card import write_card
+from reg_diffusers.hub import Uploads, check_upload
 from reg_diffusers.training.arguments import parse_args
 from reg_diffusers.training.checkpoint import Progress, endless_batches, find_checkpoint, save_checkpoint
 from reg_diffusers.training.data import flip_half, load_training_data, make_dataloader
@@ -25,7 +26,8 @@ from reg_diffusers.training.interruption import Interruption
 from reg_diffusers.training.metrics import MetricsLog, check_finite, check_logger
 from reg_diffusers.training.model import build_noise_scheduler, build_unet, load_given_model
 from reg_diffusers.training.output import prepare_output_dir, write_settings
-from reg_diffusers.training.preview import sampling_pipeline, save_preview
+from reg_diffusers.training.preview import conditions_of, preview_conditions, sampling_pipeline, save_preview
+from reg_diffusers.training.record import write_record
 from reg_diffusers.training.report import compare, describe, describe_result
 from reg_diffusers.training.terms import build_terms, check_terms
 
@@ -40,33 +42,39 @@ def main(argv=None):
     terms = build_terms(args)
     with state.main_process_first():
         given = load_given_model(args)
-        data = load_training_data(args, given.channels, given.resolution, given.normalization)
+        data = load_training_data(
+            args, given.channels, given.resolution, given.normalization, given.condition_channels
+        )
     # What cannot work is said here, before anything is written.
     noise_scheduler = build_noise_scheduler(args, given)
     check_terms(terms, noise_scheduler, data)
     unet = build_unet(args, given, data)
     check_logger(args)
-    check_upload(args)
+    repo_id = check_upload(args)
     output_dir = prepare_output_dir(args, state)
+    uploads = Uploads(args, repo_id) if repo_id and state.is_main_process else None
     if state.is_main_process:
         write_settings(args, output_dir)
+        write_record(args, argv, state, data, noise_scheduler, terms, mixed_precision, output_dir)
         print(describe(args, state, data, unet, noise_scheduler, terms, mixed_precision, threads), flush=True)
 
     del given, unet
     with Interruption() as interruption:
-        pipeline = train(args, data, terms, output_dir, interruption)
-        if args.compare and not interruption:
-            plain = train(args, data, (), output_dir / "plain", interruption)
-            if state.is_main_process and not interruption:
-                compare(args, data, terms, plain, pipeline, output_dir)
+        pipeline = train(args, data, terms, output_dir, interruption, uploads)
+        compared = args.compare and not interruption
+        plain = train(args, data, (), output_dir / "plain", interruption) if compared else None
+        if (args.compare or uploads) and state.is_main_process and not interruption:
+            compare(args, data, terms, plain, pipeline, output_dir)
+    if state.is_main_process and not interruption:
+        write_card(output_dir, repo_id or output_dir.resolve().name, uploads and uploads.old_card, args.hub_license)
     if state.is_main_process:
         print(describe_result(args, output_dir, interruption))
-        if args.push_to_hub and not interruption:
-            print(upload_run(args, output_dir))
+        if uploads and not interruption:
+            print(uploads.finish(output_dir))
     leave_processes(state)
 
 
-def train(args, data, terms, output_dir, interruption):
+def train(args, data, terms, output_dir, interruption, uploads=None):
     """Trains and saves one model; weights, batches and noise are the same whatever its terms. Returns its pipeline."""
     accelerator = Accelerator(
         mixed_precision=choose_mixed_precision(args),
@@ -110,6 +118,7 @@ def train(args, data, terms, output_dir, interruption):
     preview_steps = args.preview_steps or args.save_images_epochs * steps_per_epoch
     save_model_steps = args.save_model_epochs * steps_per_epoch
     pipeline = sampling_pipeline(accelerator.unwrap_model(unet), noise_scheduler, data)
+    shown = preview_conditions(data, args.eval_batch_size)
     metrics = MetricsLog(accelerator, output_dir / "metrics.jsonl", progress.step)
     bar = tqdm(
         desc=" + ".join(["denoising", *loss_fn.regularization.names]),
@@ -126,11 +135,13 @@ def train(args, data, terms, output_dir, interruption):
             break
         batch = next(batches)
         original_samples = data.normalization.normalize(batch["values"])
+        conditions = conditions_of(data, batch)
         if args.random_flip:
-            original_samples = flip_half(original_samples)
-        labels = {"class_labels": batch["class_labels"]} if args.class_conditional else {}
+            original_samples, conditions = flip_half(original_samples, conditions)
+        model = with_condition(unet, conditions.get("condition"))
+        labels = {"class_labels": conditions["class_labels"]} if args.class_conditional else {}
         with accelerator.accumulate(unet):
-            output = loss_fn(unet, original_samples, model_kwargs={"return_dict": False, **labels}, **labels)
+            output = loss_fn(model, original_samples, model_kwargs={"return_dict": False, **labels}, **conditions)
             accelerator.backward(output.loss)
             if accelerator.sync_gradients:
                 accelerator.clip_grad_norm_(unet.parameters(), args.max_grad_norm)
@@ -154,12 +165,16 @@ def train(args, data, terms, output_dir, interruption):
             bar.set_postfix({name: f"{means[name]:.4f}" for name in output.terms})
         if progress.step % preview_steps == 0 or progress.step == max_train_steps:
             with ema_weights(ema, unet):
-                save_preview(accelerator, pipeline, output_dir / "samples", progress.step, args)
+                path = output_dir / "samples" / f"step-{progress.step:06d}.png"
+                save_preview(accelerator, pipeline, shown, path, args)
         if progress.step % save_model_steps == 0 and accelerator.is_main_process:
             with ema_weights(ema, unet):
                 pipeline.save_pretrained(str(output_dir))
         if progress.step % args.checkpointing_steps == 0:
             save_checkpoint(accelerator, output_dir, progress.step, args.checkpoints_total_limit)
+            if uploads and args.hub_strategy == "checkpoint" and progress.step < max_train_steps:
+                with ema_weights(ema, unet):
+                    uploads.in_background(pipeline, output_dir, progress.step)
 
     bar.close()
     # A comparison may be interrupted in its second half, when this model is done.

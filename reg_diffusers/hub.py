@@ -1,103 +1,164 @@
-"""Upload of a finished run to the Hugging Face Hub."""
+"""Uploads of a training run to the Hugging Face Hub, while it goes on or at its end."""
 
 from __future__ import annotations
 
 import argparse
+import shutil
+import threading
+import time
+from collections.abc import Callable
 from pathlib import Path
 
-from huggingface_hub import HfApi, ModelCard, ModelCardData
+from huggingface_hub import HfApi
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalTokenNotFoundError
-from huggingface_hub.utils import validate_repo_id
+from huggingface_hub.utils import disable_progress_bars, enable_progress_bars, validate_repo_id
 
-from .evaluation.comparison import markdown_table, read_comparison
+from .card import copy_evidence, remote_card, write_card
 from .training.errors import UsageError
 
-__all__ = ["check_upload", "upload_run"]
+__all__ = ["Uploads", "check_upload"]
 
 _NOT_UPLOADED = ("checkpoint-*", "plain/*", ".*")
+# The client itself repeats a request that finds no server, for 23 s; an upload that fails sooner is begun anew.
+_WAITS = (1, 4, 10)
+_PATIENCE = 20
 
 
-def check_upload(args: argparse.Namespace) -> None:
-    """Asks the Hub who we are, so that a wrong token is found before the training and not after it.
+def check_upload(args: argparse.Namespace) -> str | None:
+    """The full id of the repository of --push_to_hub; asks the Hub who we are, before the training and not after it.
 
     Raises:
-        UsageError: --push_to_hub without a token that the Hub knows, or without a Hub in reach.
+        UsageError: --push_to_hub without a token that the Hub knows, without a Hub in reach, or with a bad name.
     """
     if not args.push_to_hub:
-        return
+        return None
+    name = args.hub_model_id or Path(args.output_dir).resolve().name
     try:
-        validate_repo_id(_repo_name(args))
-        HfApi(token=args.hub_token).whoami()
+        validate_repo_id(name)
+        user = HfApi(token=args.hub_token).whoami()["name"]
     except HFValidationError as error:
         raise UsageError(f"--hub_model_id: {error}") from None
     except LocalTokenNotFoundError:
         raise UsageError("--push_to_hub: no token: run `hf auth login`, or set HF_TOKEN") from None
     except HfHubHTTPError as error:
-        status = getattr(error.response, "status_code", "no answer")
-        raise UsageError(f"--push_to_hub: the Hub does not accept the token ({status}): run `hf auth login`") from None
-    except OSError as error:
+        raise UsageError(
+            f"--push_to_hub: the Hub does not accept the token ({_status(error)}): run `hf auth login`"
+        ) from None
+    except Exception as error:  # what it raises without a network depends on its HTTP library
         raise UsageError(f"--push_to_hub: the Hub cannot be reached ({type(error).__name__})") from error
+    return name if "/" in name else f"{user}/{name}"
 
 
-def upload_run(args: argparse.Namespace, output_dir: Path) -> str:
-    """Writes the model card and uploads pipeline, samples, comparison and settings; returns what to tell the user.
+class Uploads:
+    """All uploads of one run to one repository; makes the repository.
 
-    A failure is told with the command that uploads later: the run itself is on disk.
+    No failure of the network ends the training: it is counted, and told by `finish`.
+
+    Args:
+        args: the settings of the run.
+        repo_id: user/name.
+
+    Attributes:
+        old_card: the card that the repository had before.
+
+    Raises:
+        UsageError: the token may not write there.
     """
-    api = HfApi(token=args.hub_token)
-    name = _repo_name(args)
-    ignored = [*_NOT_UPLOADED, f"{args.logging_dir}/*"]
-    try:
-        repo_id = api.create_repo(name, private=args.hub_private_repo or None, exist_ok=True).repo_id
-        model_card(args, output_dir, repo_id).save(output_dir / "README.md")
-        api.upload_folder(
-            repo_id=repo_id,
-            folder_path=output_dir,
-            ignore_patterns=ignored,
-            commit_message="Upload a training run",
+
+    def __init__(self, args: argparse.Namespace, repo_id: str):
+        self.repo_id = repo_id
+        self._license = args.hub_license
+        self._api = HfApi(token=args.hub_token)
+        self._ignored = [*_NOT_UPLOADED, f"{args.logging_dir}/*"]
+        self._thread: threading.Thread | None = None
+        self._failures: list[str] = []
+        self._done = self._skipped = 0
+        try:
+            self._api.create_repo(repo_id, private=args.hub_private_repo or None, exist_ok=True)
+            self.old_card = remote_card(self._api, repo_id)
+        except Exception as error:
+            reason = _status(error) if isinstance(error, HfHubHTTPError) else type(error).__name__
+            raise UsageError(
+                f"--hub_model_id {repo_id}: the repository cannot be opened ({reason}): the token needs the right to"
+                " write there"
+            ) from error
+
+    def in_background(self, pipeline, output_dir: Path, step: int) -> None:
+        """Uploads the pipeline as it is now, with samples and metrics so far, while the training goes on.
+
+        Left out while the upload before is still under way. The files are copied first, so that later steps do not
+        change them.
+        """
+        if self._thread is not None and self._thread.is_alive():
+            self._skipped += 1
+            return
+        staging = output_dir / ".upload"
+        shutil.rmtree(staging, ignore_errors=True)
+        pipeline.save_pretrained(str(staging))
+        copy_evidence(output_dir, staging)
+        write_card(staging, self.repo_id, self.old_card, self._license)
+        disable_progress_bars()  # they would write over the bar of the training
+        self._thread = threading.Thread(target=self._upload_staged, args=(staging, step), daemon=True)
+        self._thread.start()
+
+    def finish(self, output_dir: Path) -> str:
+        """Uploads the finished run and returns what to tell the user, with the command that does it later."""
+        if self._thread is not None:
+            self._thread.join()
+        shutil.rmtree(output_dir / ".upload", ignore_errors=True)
+        enable_progress_bars()
+        told = self._told()
+        error = _tried(lambda: self._upload(output_dir, "Upload a training run"))
+        if error is not None:
+            excluded = " ".join(f"--exclude '{pattern}'" for pattern in self._ignored)
+            command = f"hf upload {self.repo_id} {output_dir} {excluded}"
+            return f"{told}upload      failed ({_reason(error)}); upload it later with: {command}"
+        return f"{told}uploaded    {self._api.endpoint}/{self.repo_id}"
+
+    def _upload(self, folder: Path, message: str) -> None:
+        self._api.upload_folder(
+            repo_id=self.repo_id,
+            folder_path=folder,
+            ignore_patterns=list(self._ignored),  # the client adds to it
+            commit_message=message,
         )
-    except (HfHubHTTPError, OSError) as error:
-        excluded = " ".join(f"--exclude '{pattern}'" for pattern in ignored)
-        command = f"hf upload {name} {output_dir} {excluded}"
-        return f"upload      failed ({type(error).__name__}); upload it later with: {command}"
-    return f"uploaded    {api.endpoint}/{repo_id}"
+
+    def _upload_staged(self, staging: Path, step: int) -> None:
+        error = _tried(lambda: self._upload(staging, f"Upload step {step}"))
+        if error is None:
+            self._done += 1
+        else:
+            self._failures.append(f"step {step}: {_reason(error)}")
+
+    def _told(self) -> str:
+        """A line on the uploads during the training, if there were any."""
+        tried = self._done + len(self._failures)
+        if not tried:
+            return ""
+        failed = f", {len(self._failures)} failed ({'; '.join(self._failures)})" if self._failures else ""
+        skipped = f", {self._skipped} left out while another was under way" if self._skipped else ""
+        return f"uploads     {self._done} of {tried} during the training{failed}{skipped}\n"
 
 
-def _repo_name(args: argparse.Namespace) -> str:
-    return args.hub_model_id or Path(args.output_dir).resolve().name
+def _tried(upload: Callable[[], None]) -> Exception | None:
+    """Calls `upload`, again after a while if it fails for a reason that may pass; returns the last error, if any."""
+    started = time.monotonic()
+    for wait in (*_WAITS, None):
+        try:
+            upload()
+        except Exception as error:  # whatever it is, the trained model is more important
+            refused = isinstance(error, HfHubHTTPError) and 400 <= (_status(error) or 500) < 500
+            if wait is None or refused or time.monotonic() - started > _PATIENCE:
+                return error
+            time.sleep(wait)
+        else:
+            return None
 
 
-def model_card(args: argparse.Namespace, output_dir: Path, repo_id: str) -> ModelCard:
-    """What was optimised, what came out, how to use it and how to repeat it."""
-    tags = ["diffusers", "unconditional-image-generation", "reg_diffusers"]
-    is_hub_data = args.dataset_name is not None and not Path(args.dataset_name).exists()
-    data = ModelCardData(
-        library_name="diffusers",
-        tags=tags,
-        datasets=[args.dataset_name] if is_hub_data else None,
-        base_model=_hub_id(args.pretrained_model_name_or_path),
-    )
-    weighted = zip(args.reg_weight, args.reg_weighting, args.regularizer, strict=True)
-    objective = " + ".join(
-        ["denoising loss", *(f"{weight:g} · {gate}(t) · {name}" for weight, gate, name in weighted)]
-    )
-    sections = [
-        f"---\n{data.to_yaml()}\n---\n# {repo_id.split('/')[-1]}",
-        f"A diffusion model trained with reg_diffusers: {objective}, with the extra losses on the denoised image.",
-        _comparison_section(output_dir),
-        f'```python\nfrom diffusers import DDPMPipeline\n\nDDPMPipeline.from_pretrained("{repo_id}")().images[0]\n```',
-        "`reg_settings.yaml` repeats the training: `accelerate launch train_reg.py reg_settings.yaml`.",
-    ]
-    return ModelCard("\n\n".join(section for section in sections if section) + "\n")
+def _status(error: HfHubHTTPError) -> int | None:
+    return getattr(error.response, "status_code", None)
 
 
-def _comparison_section(output_dir: Path) -> str:
-    path = output_dir / "comparison.json"
-    if not path.is_file():
-        return ""
-    table = markdown_table(read_comparison(path))
-    return f"{table}\n\n![data, samples without and with the extra losses](comparison.png)"
-
-
-def _hub_id(path: str | None) -> str | None:
-    return None if path is None or Path(path).exists() else path
+def _reason(error: Exception) -> str:
+    status = _status(error) if isinstance(error, HfHubHTTPError) else None
+    return f"{type(error).__name__}{f' {status}' if status else ''}"

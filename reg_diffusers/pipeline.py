@@ -13,31 +13,28 @@ import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import numpy as np
 import PIL.Image
 import torch
-from diffusers import DDIMScheduler, DDPMPipeline, DiffusionPipeline, FlowMatchEulerDiscreteScheduler
+from diffusers import DDIMScheduler, DiffusionPipeline, FlowMatchEulerDiscreteScheduler
 from diffusers.callbacks import MultiPipelineCallbacks, PipelineCallback
 from diffusers.utils import BaseOutput
 from diffusers.utils.torch_utils import randn_tensor
+from huggingface_hub import HfApi
 from torch import Tensor
 
+from .card import copy_evidence, remote_card, write_card
 from .conditioning import with_condition
 from .guidance import Guidance
+from .model_index import as_saved, saved_normalization
 from .prediction import predict_original_sample, prediction_type
 from .regularizers import Regularizer, regularizer_name, score
 from .standalone import standalone_source
 from .term import Term
 
 __all__ = ["RegDDPMPipeline", "RegDDPMPipelineOutput", "fast_scheduler"]
-
-_PRIVATE_KEY = "_reg_diffusers"
-
-
-def saved_normalization(config: dict) -> dict | None:
-    """The normalization in the content of a model_index.json, if it has one."""
-    return (config.get(_PRIVATE_KEY) or {}).get("normalization")
 
 
 def fast_scheduler(scheduler) -> DDIMScheduler | FlowMatchEulerDiscreteScheduler:
@@ -190,19 +187,79 @@ class RegDDPMPipeline(DiffusionPipeline):
 
     def to_json_string(self) -> str:
         """model_index.json in a form that `DDPMPipeline` and `DiffusionPipeline` load without a warning."""
-        config = json.loads(super().to_json_string())
-        config["_class_name"] = DDPMPipeline.__name__
-        config[_PRIVATE_KEY] = {"normalization": config.pop("normalization", None)}
-        return json.dumps(config, indent=2, sort_keys=True) + "\n"
+        return json.dumps(as_saved(json.loads(super().to_json_string())), indent=2, sort_keys=True) + "\n"
 
-    def save_pretrained(self, save_directory, **kwargs) -> None:
+    def save_pretrained(
+        self,
+        save_directory: str | Path,
+        safe_serialization: bool = True,
+        variant: str | None = None,
+        max_shard_size: int | str | None = None,
+        push_to_hub: bool = False,
+        **kwargs,
+    ) -> None:
         """As in diffusers, with a pipeline.py that lets others load this class without reg_diffusers.
 
         They pass `custom_pipeline=` the folder or Hub id with `trust_remote_code=True` to
         `DiffusionPipeline.from_pretrained`; without these nothing ever runs that file.
+
+        Args:
+            save_directory: the folder, made if need be.
+            safe_serialization: as safetensors.
+            variant: inserted in the names of the weight files, such as "fp16".
+            max_shard_size: largest size of a weight file, such as "5GB".
+            push_to_hub: then upload by `push_to_hub`, to `repo_id` or else the folder's name.
+            **kwargs: `repo_id`, `commit_message`, `private`, `token`, `create_pr` for the upload.
         """
-        super().save_pretrained(str(save_directory), **kwargs)
+        super().save_pretrained(str(save_directory), safe_serialization, variant, max_shard_size)
         Path(save_directory, "pipeline.py").write_text(standalone_source(), encoding="utf-8")
+        if push_to_hub:
+            repo_id = kwargs.pop("repo_id", None) or Path(save_directory).resolve().name
+            self.push_to_hub(repo_id, safe_serialization=safe_serialization, variant=variant, **kwargs)
+
+    def push_to_hub(
+        self,
+        repo_id: str,
+        commit_message: str | None = None,
+        private: bool | None = None,
+        token: str | None = None,
+        create_pr: bool = False,
+        safe_serialization: bool = True,
+        variant: str | None = None,
+        subfolder: str | None = None,
+    ) -> str:
+        """Uploads the pipeline with a card, and with the evidence of its training where it was loaded from a run.
+
+        The card of the repository keeps what its owner wrote outside of the marks.
+
+        Args:
+            repo_id: user/name, or a name of the token's user; made if need be.
+            commit_message: of the commit.
+            private: whether a new repository is private.
+            token: of the Hub; default: the stored one.
+            create_pr: open a pull request instead of committing.
+            safe_serialization: as safetensors.
+            variant: inserted in the names of the weight files.
+            subfolder: of the repository; then without a card.
+
+        Returns:
+            The URL of the commit.
+        """
+        api = HfApi(token=token)
+        repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
+        with TemporaryDirectory() as temporary:
+            folder = Path(temporary)
+            copy_evidence(Path(self.name_or_path or ""), folder)
+            self.save_pretrained(folder, safe_serialization, variant)
+            if subfolder is None:
+                write_card(folder, repo_id, remote_card(api, repo_id))
+            return api.upload_folder(
+                repo_id=repo_id,
+                folder_path=folder,
+                path_in_repo=subfolder,
+                commit_message=commit_message or "Upload RegDDPMPipeline",
+                create_pr=create_pr,
+            )
 
     @classmethod
     def extract_init_dict(cls, config_dict, **kwargs):

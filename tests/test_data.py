@@ -294,7 +294,7 @@ def test_a_batch_larger_than_the_data_set_is_the_data_set(load, tmp_path):
 def test_half_of_the_images_are_mirrored_left_to_right():
     torch.manual_seed(0)
     x = torch.arange(4.0).expand(1000, 1, 2, 4)
-    flipped = flip_half(x)
+    flipped, _ = flip_half(x, {})
     mirrored = (flipped == x.flip(-1)).flatten(1).all(1)
     assert ((flipped == x).flatten(1).all(1) ^ mirrored).all()
     assert 420 < mirrored.sum() < 580  # five standard deviations

@@ -40,7 +40,7 @@ def test_a_run_is_uploaded_with_its_evidence_and_without_its_checkpoints(push, t
     assert f"{hub.endpoint}/tester/smooth" in done.stdout
 
     card = files["README.md"].decode()
-    assert "0.05 · matched(t) · total_variation" in card and "| with total_variation |" in card
+    assert "+ 0.05 * matched(t) * total_variation(x0_hat)" in card and "| with total_variation |" in card
     assert 'DDPMPipeline.from_pretrained("tester/smooth")' in card and "library_name: diffusers" in card
     assert not [path for path, content in files.items() if TOKEN.encode() in content]
     assert TOKEN not in done.stdout + done.stderr
@@ -61,5 +61,5 @@ def test_a_wrong_token_is_said_before_the_training(push, tmp_path):
 def test_a_failed_upload_keeps_the_run_and_names_the_command(push, tmp_path):
     with HubServer(fails=True) as hub:
         done = push(hub, "--no-compare")
-    assert "hf upload reg-ddpm-model reg-ddpm-model --exclude 'checkpoint-*'" in done.stdout
+    assert "hf upload tester/reg-ddpm-model reg-ddpm-model --exclude 'checkpoint-*'" in done.stdout
     assert (tmp_path / "reg-ddpm-model" / "model_index.json").is_file()

@@ -1,77 +1,54 @@
 """What the extra losses did to a model, and what they cost.
 
 Two models, trained on the same batches and noise with and without the extra losses, are asked for samples from the
-same noise in the same steps. Always in pairs: L' alone says nothing, a model that draws only grey has no variation.
+same noise in the same steps.
 """
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from ..objective import RegularizedLoss, Term
+from ..conditioning import with_condition
+from ..measurement import Measurement
+from ..objective import RegularizedLoss
 from ..regularizers import score
+from ..term import Term
 from .metrics import sliced_wasserstein
 
-__all__ = [
-    "Measurement",
-    "denoising_loss",
-    "draw_comparison",
-    "markdown_table",
-    "measure",
-    "read_comparison",
-    "table",
-    "verdict",
-    "write_comparison",
-]
+__all__ = ["denoising_loss", "draw_comparison", "measure", "verdict"]
 
 _NOISE_LEVELS_PER_IMAGE = 4
 
 
-@dataclass(frozen=True)
-class Measurement:
-    """One set of images, as a row of the table.
-
-    Attributes:
-        images: number of images.
-        terms: L' of each regularizer: mean over the images.
-        standard_errors: of these means.
-        distance: sliced Wasserstein distance to the data, in pixel values; for the data, between two halves of them.
-        denoising_loss: mean over fixed images, noise and timesteps; None for the data.
-    """
-
-    images: int
-    terms: dict[str, float]
-    standard_errors: dict[str, float]
-    distance: float
-    denoising_loss: float | None = None
-
-
 def measure(
-    samples: Tensor, reference: Tensor, terms: Sequence[Term], denoising_loss: float | None = None
+    samples: Tensor,
+    reference: Tensor,
+    terms: Sequence[Term],
+    denoising_loss: float | None = None,
+    **conditions: Tensor,
 ) -> Measurement:
     """Measures samples (N, C, H, W) in [-1, 1] against reference images of the same number and shape.
 
-    Terms whose regularizer needs more than the image are left out.
+    Terms whose regularizer needs more than the image and its `conditions` (class_labels, condition) are left out.
     """
     means, errors = {}, {}
     for term in terms:
-        if getattr(term.regularizer, "needs", ()):
+        needs = getattr(term.regularizer, "needs", ())
+        if any(need not in conditions for need in needs):
             continue
-        values = score(term.regularizer, samples)
+        values = score(term.regularizer, samples, **{need: conditions[need] for need in needs})
         means[term.name] = values.mean().item()
         errors[term.name] = values.std().item() / math.sqrt(len(values)) if len(values) > 1 else math.nan
     return Measurement(len(samples), means, errors, sliced_wasserstein(samples, reference), denoising_loss)
 
 
 @torch.no_grad()
-def denoising_loss(unet, noise_scheduler, original_samples: Tensor, class_labels: Tensor | None, seed: int) -> float:
+def denoising_loss(unet, noise_scheduler, original_samples: Tensor, seed: int, **conditions: Tensor) -> float:
     """The plain denoising loss of a model on fixed images, noise and timesteps, the same for every model.
 
     Timesteps are spread evenly over the schedule, so that a few hundred images suffice.
@@ -80,8 +57,8 @@ def denoising_loss(unet, noise_scheduler, original_samples: Tensor, class_labels
         unet: the network, in evaluation mode.
         noise_scheduler: the scheduler it was trained with.
         original_samples: (N, C, H, W) images in [-1, 1].
-        class_labels: (N,) for a class-conditional network.
         seed: of the noise.
+        **conditions: what the network is conditioned on: class_labels (N,), condition (N, K, H, W).
     """
     loss_fn = RegularizedLoss(noise_scheduler)
     generator = torch.Generator().manual_seed(seed)
@@ -92,46 +69,16 @@ def denoising_loss(unet, noise_scheduler, original_samples: Tensor, class_labels
         timesteps = (levels * noise_scheduler.config.num_train_timesteps).long()
         noise = torch.randn(original_samples.shape, generator=generator)
         for batch in torch.arange(number).split(64):
-            total += (
-                len(batch)
-                * loss_fn(
-                    unet,
-                    original_samples[batch],
-                    noise=noise[batch].to(original_samples.device),
-                    timesteps=timesteps[batch],
-                    model_kwargs=None if class_labels is None else {"class_labels": class_labels[batch]},
-                ).loss.item()
+            given = {name: tensor[batch] for name, tensor in conditions.items()}
+            output = loss_fn(
+                with_condition(unet, given.pop("condition", None)),
+                original_samples[batch],
+                noise=noise[batch].to(original_samples.device),
+                timesteps=timesteps[batch],
+                model_kwargs=given,
             )
+            total += len(batch) * output.loss.item()
     return total / (number * _NOISE_LEVELS_PER_IMAGE)
-
-
-def table(rows: dict[str, Measurement]) -> str:
-    """The rows as text: L' with its standard error, distance to the data, denoising loss."""
-    lines = _cells(rows)
-    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-    return "\n".join("  ".join(map(str.rjust, line, widths)) for line in lines)
-
-
-def markdown_table(rows: dict[str, Measurement]) -> str:
-    """What `table` shows, in Markdown."""
-    lines = _cells(rows)
-    head, *body = (f"| {' | '.join(line)} |" for line in lines)
-    return "\n".join([head, "|---" * len(lines[0]) + "|", *body])
-
-
-def _cells(rows: dict[str, Measurement]) -> list[list[str]]:
-    names = list(next(iter(rows.values())).terms)
-    head = ["", *names, "distance to data", "denoising loss"]
-    body = [
-        [
-            title,
-            *(f"{row.terms[name]:.4f} ± {row.standard_errors[name]:.4f}" for name in names),
-            f"{row.distance:.4f}",
-            "" if row.denoising_loss is None else f"{row.denoising_loss:.5f}",
-        ]
-        for title, row in rows.items()
-    ]
-    return [head, *body]
 
 
 def verdict(plain: Measurement, regularized: Measurement) -> str:
@@ -147,16 +94,6 @@ def verdict(plain: Measurement, regularized: Measurement) -> str:
         f"With the loss, samples change by: {effects}. Its cost: denoising loss {cost:+.1%}, distance to the data"
         f" {away:+.1%}."
     )
-
-
-def write_comparison(path: Path, rows: dict[str, Measurement], **settings) -> None:
-    """Writes the rows and the settings under which they were measured as JSON."""
-    path.write_text(json.dumps({"rows": {title: asdict(row) for title, row in rows.items()}, **settings}, indent=2))
-
-
-def read_comparison(path: Path) -> dict[str, Measurement]:
-    """The rows that `write_comparison` wrote."""
-    return {title: Measurement(**row) for title, row in json.loads(path.read_text())["rows"].items()}
 
 
 def draw_comparison(path: Path, pictures: dict[str, object], rows: dict[str, Measurement]) -> None:

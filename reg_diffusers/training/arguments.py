@@ -99,6 +99,10 @@ def _data(parser) -> None:
         help="accepted for compatibility: the crop is always central, because images are decoded only once",
     )
     add("--random_flip", action="store_true", help="mirror half of the images, left to right, anew in each epoch")
+    add(
+        "--conditioning_image_column",
+        help="column with a second image of each row, which the network is given to make the first from it",
+    )
     add("--skip_bad_images", action="store_true", help="leave out images that cannot be decoded, and say how many")
     add("--dataloader_num_workers", type=_natural, default=0, help="processes that fetch data; 0: the main process")
 
@@ -228,10 +232,21 @@ def _output(parser) -> None:
 
 def _hub(parser) -> None:
     add = parser.add_argument_group("Hub").add_argument
-    add("--push_to_hub", action="store_true", help="upload the pipeline with its samples at the end")
+    add(
+        "--push_to_hub",
+        action="store_true",
+        help="upload the pipeline with a card, samples and measurements; the token is checked before the training",
+    )
+    add(
+        "--hub_strategy",
+        choices=["end", "checkpoint"],
+        default="end",
+        help="end: upload once, at the end; checkpoint: also at each checkpoint, in the background",
+    )
     add("--hub_token", help="token for the upload; default: the one `hf auth login` stored")
     add("--hub_model_id", help="repository to upload to; default: the output folder's name")
     add("--hub_private_repo", action="store_true", help="create the repository as private")
+    add("--hub_license", help="licence in the card, such as apache-2.0 or mit; default: unknown, for only you know it")
 
 
 class _HelpFormatter(argparse.HelpFormatter):
@@ -284,6 +299,8 @@ def _check(args: argparse.Namespace) -> None:
         args.regularizer, args.reg_weight, args.reg_weighting, args.compare = [], [], [], False
     if "none" in args.regularizer:
         raise UsageError("--regularizer none stands alone: it means no regularizer at all")
+    if args.hub_strategy == "checkpoint" and not args.push_to_hub:
+        raise UsageError("--hub_strategy checkpoint is about uploads: add --push_to_hub")
     for flag in ("reg_weight", "reg_weighting"):
         values = getattr(args, flag)
         if len(values) == 1:

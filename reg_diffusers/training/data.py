@@ -51,33 +51,44 @@ PICTURES = Normalization(offset=(127.5,), scale=(127.5,))
 
 
 class PictureData(torch.utils.data.Dataset):
-    """Pictures as uint8, with their class labels where they are wanted.
+    """Pictures as uint8, with their class labels and conditioning images where they are wanted.
 
     Attributes:
         shape: (C, H, W).
-        normalization: from 0..255 to [-1, 1].
+        normalization: from 0..255 to [-1, 1], of the conditioning images too.
         classes: names of the classes, or None.
+        condition_channels: channels K of the conditioning images, 0 without.
     """
 
     normalization = PICTURES
     is_picture = True
 
-    def __init__(self, table, shape: tuple[int, int, int], classes: list[str] | None):
+    def __init__(self, table, shape: tuple[int, int, int], classes: list[str] | None, condition_channels: int = 0):
         self._table = table.with_format("arrow")
         self.shape = shape
         self.classes = classes
+        self.condition_channels = condition_channels
 
     def __len__(self) -> int:
         return len(self._table)
 
     def __getitems__(self, indices: list[int]) -> dict[str, Tensor]:
-        """The batch of these indices: {"values": (B, C, H, W) uint8, "class_labels": (B,)}, in one look-up."""
+        """The batch of these indices, in one look-up.
+
+        {"values": (B, C, H, W) uint8, "condition": (B, K, H, W) uint8, "class_labels": (B,)}
+        """
         rows = self._table[indices]
-        pixels = rows["pixels"].combine_chunks().flatten().to_numpy()
-        batch = {"values": torch.from_numpy(pixels.copy()).reshape(len(indices), *self.shape)}
+        batch = {"values": _pixels(rows["pixels"], self.shape)}
+        if self.condition_channels:
+            batch["condition"] = _pixels(rows["condition"], (self.condition_channels, *self.shape[1:]))
         if self.classes is not None:
             batch["class_labels"] = torch.from_numpy(rows["class_label"].to_numpy().copy())
         return batch
+
+
+def _pixels(column, shape: tuple[int, int, int]) -> Tensor:
+    """A column of flattened images as a tensor (B, *shape)."""
+    return torch.from_numpy(column.combine_chunks().flatten().to_numpy().copy()).reshape(-1, *shape)
 
 
 class FieldData(torch.utils.data.Dataset):
@@ -91,6 +102,7 @@ class FieldData(torch.utils.data.Dataset):
 
     is_picture = False
     classes = None
+    condition_channels = 0
 
     def __init__(self, array: np.ndarray, normalization: Normalization | None = None):
         self._array = array
@@ -110,6 +122,7 @@ def load_training_data(
     channels: int | None = None,
     resolution: int | None = None,
     normalization: Normalization | None = None,
+    condition_channels: int | None = None,
 ) -> PictureData | FieldData:
     """The data set that the flags name, ready for a DataLoader whose `collate_fn` leaves batches alone.
 
@@ -118,6 +131,7 @@ def load_training_data(
         channels: wanted by a given model; default: 1 if the pictures are grey, else 3.
         resolution: side of the pictures where --resolution does not say.
         normalization: of fields that a given model was trained on; default: from the data.
+        condition_channels: wanted by a given model; default: as `channels`.
 
     Raises:
         UsageError: nothing to read, no such column, bad images, fields of a wrong shape.
@@ -127,12 +141,20 @@ def load_training_data(
         data = FieldData(_read_fields(fields), normalization)
         if args.class_conditional:
             raise UsageError("--class_conditional needs class labels, which .npy/.npz fields do not have")
+        if args.conditioning_image_column:
+            raise UsageError("--conditioning_image_column names a column of pictures, which fields do not have")
         if args.resolution not in (None, *data.shape[1:]):
             raise UsageError(f"--resolution {args.resolution}: fields keep their size, here {data.shape[1:]}; drop it")
     else:
-        data = _load_pictures(args, channels, args.resolution or resolution or 64)
+        data = _load_pictures(args, channels, args.resolution or resolution or 64, condition_channels)
     if channels is not None and data.shape[0] != channels:
         raise UsageError(f"the data have {data.shape[0]} channels, the given model {channels}")
+    if condition_channels is not None and data.condition_channels != condition_channels:
+        fix = "name the images by --conditioning_image_column" if condition_channels else "drop the flag"
+        raise UsageError(
+            f"the given model is conditioned by {condition_channels or 'no'} image channels, the data have"
+            f" {data.condition_channels or 'none'}: {fix}"
+        )
     return data
 
 
@@ -151,38 +173,55 @@ def make_dataloader(args: argparse.Namespace, data: PictureData | FieldData, num
     )
 
 
-def flip_half(samples: Tensor) -> Tensor:
-    """Mirrors each image of (B, C, H, W), left to right, with probability 1/2."""
+def flip_half(samples: Tensor, conditions: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
+    """Mirrors each image of (B, C, H, W), left to right, with probability 1/2; its conditioning image with it."""
     flipped = torch.rand(len(samples), 1, 1, 1, device=samples.device) < 0.5
-    return torch.where(flipped, samples.flip(-1), samples)
+    conditions = {
+        name: torch.where(flipped, value.flip(-1), value) if name == "condition" else value
+        for name, value in conditions.items()
+    }
+    return torch.where(flipped, samples.flip(-1), samples), conditions
 
 
 def _as_it_is(batch: dict[str, Tensor]) -> dict[str, Tensor]:
     return batch
 
 
-def _load_pictures(args: argparse.Namespace, channels: int | None, resolution: int) -> PictureData:
+def _load_pictures(
+    args: argparse.Namespace, channels: int | None, resolution: int, condition_channels: int | None
+) -> PictureData:
     from datasets import Image
     from datasets.config import HF_DATASETS_CACHE
 
     from .pictures import decode_table, is_grey
 
     table = _read_table(args)
-    column = _image_column(table, args.image_column)
+    conditioning = args.conditioning_image_column
+    column = _image_column(table, args.image_column, other_than=conditioning)
+    if conditioning is not None:
+        _image_column(table, conditioning, flag="--conditioning_image_column")
     label_column = _label_column(table, args) if args.class_conditional else None
     classes = None
     if label_column is not None:
         table, classes = _with_class_labels(table, label_column)
-    table = table.select_columns([column] + (["class_label"] if classes else []))
-    table = table.cast_column(column, Image(decode=False))
-    channels = channels or (1 if is_grey(table, column) else 3)
-    if channels not in (1, 3):
-        raise UsageError(
-            f"the given model has {channels} channels, pictures have 1 or 3: use .npy fields (N, C, H, W)"
-        )
+    columns = {"pixels": (column, channels)}
+    if conditioning is not None:
+        columns["condition"] = (conditioning, condition_channels or None)
+    table = table.select_columns([name for name, _ in columns.values()] + (["class_label"] if classes else []))
+    found = {}
+    for name, _ in columns.values():
+        table = table.cast_column(name, Image(decode=False))
     cache_dir = Path(args.cache_dir or HF_DATASETS_CACHE) / "reg_diffusers"
-    table = decode_table(table, column, resolution, channels, cache_dir, skip_bad_images=args.skip_bad_images)
-    return PictureData(table, (channels, resolution, resolution), classes)
+    for into, (name, wanted) in columns.items():
+        found[into] = wanted or (1 if is_grey(table, name) else 3)
+        if found[into] not in (1, 3):
+            raise UsageError(
+                f"the given model has {found[into]} channels, pictures have 1 or 3: use .npy fields (N, C, H, W)"
+            )
+        table = decode_table(
+            table, name, into, resolution, found[into], cache_dir, skip_bad_images=args.skip_bad_images
+        )
+    return PictureData(table, (found["pixels"], resolution, resolution), classes, found.get("condition", 0))
 
 
 def _read_table(args: argparse.Namespace):
@@ -221,16 +260,16 @@ def _read_table(args: argparse.Namespace):
     return found
 
 
-def _image_column(table, wanted: str | None) -> str:
+def _image_column(table, wanted: str | None, *, flag: str = "--image_column", other_than: str | None = None) -> str:
     from datasets import Image
 
     images = [name for name, feature in table.features.items() if isinstance(feature, Image) or _holds_bytes(feature)]
-    if wanted is None and images:
-        return images[0]
+    if wanted is None and (others := [name for name in images if name != other_than]):
+        return others[0]
     if wanted in images:
         return wanted
     columns = ", ".join(f"{name} ({_kind(feature)})" for name, feature in table.features.items())
-    problem = "no column of images" if wanted is None else f"--image_column {wanted!r} is not a column of images"
+    problem = "no column of images" if wanted is None else f"{flag} {wanted!r} is not a column of images"
     raise UsageError(f"{problem}; the columns are: {columns}")
 
 

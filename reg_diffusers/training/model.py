@@ -9,7 +9,7 @@ from pathlib import Path
 
 from diffusers import DDPMScheduler, DiffusionPipeline, FlowMatchEulerDiscreteScheduler, UNet2DModel
 
-from ..pipeline import saved_normalization
+from ..model_index import saved_normalization
 from ..prediction import prediction_type, refuse_zero_terminal_snr
 from .data import FieldData, Normalization, PictureData
 from .errors import UsageError
@@ -36,7 +36,12 @@ class GivenModel:
     @property
     def channels(self) -> int | None:
         """Channels of its images, or None if it has no say."""
-        return self._entry("in_channels")
+        return self._entry("out_channels")
+
+    @property
+    def condition_channels(self) -> int | None:
+        """Input channels beside those of its images; None for a model that is yet to be made."""
+        return None if self.unet is None else self.unet.config.in_channels - self.unet.config.out_channels
 
     @property
     def resolution(self) -> int | None:
@@ -128,7 +133,7 @@ def build_unet(args: argparse.Namespace, given: GivenModel, data: PictureData | 
         unet.register_to_config(sample_size=size)  # it samples at the size it was last trained at
     else:
         config = dict(given.config) if given.config is not None else new_unet_config(min(height, width))
-        config.update(in_channels=channels, out_channels=channels, sample_size=size)
+        config.update(in_channels=channels + data.condition_channels, out_channels=channels, sample_size=size)
         config["num_class_embeds"] = None if data.classes is None else len(data.classes)
         try:
             unet = UNet2DModel.from_config(config)

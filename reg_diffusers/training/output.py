@@ -53,8 +53,8 @@ def prepare_output_dir(args: argparse.Namespace, state: PartialState) -> Path:
 
 def _remove_earlier_run(args: argparse.Namespace, folder: Path) -> None:
     """Deletes what a run of this script writes, and nothing else."""
-    written = ["plain", "samples", "unet", "scheduler", "model_index.json", "metrics.jsonl"]
-    written += ["comparison.json", "comparison.png", args.logging_dir]
+    written = ["plain", "samples", "unet", "scheduler", "model_index.json", "pipeline.py", "metrics.jsonl"]
+    written += ["reg_config.json", "comparison.json", "comparison.png", ".upload", args.logging_dir]
     for path in [*(folder / name for name in written), *folder.glob("checkpoint-*"), *folder.glob(".checkpoint-*")]:
         if path.is_dir():
             shutil.rmtree(path)
@@ -67,7 +67,8 @@ def write_settings(args: argparse.Namespace, folder: Path) -> None:
 
     Without tokens, and without what was said for this start only.
     """
-    left_out = ("config", "hub_token", "local_rank", "resume_from_checkpoint", "overwrite_output_dir", "push_to_hub")
+    left_out = ("config", "hub_token", "local_rank", "resume_from_checkpoint", "overwrite_output_dir")
+    left_out += ("push_to_hub", "hub_strategy")  # else an upload would be repeated by whoever repeats the training
     settings = {name: value for name, value in vars(args).items() if name not in left_out}
     if not settings["regularizer"]:
         settings["regularizer"] = ["none"]

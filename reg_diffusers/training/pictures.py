@@ -49,12 +49,15 @@ def decode(image: PIL.Image.Image, resolution: int, channels: int) -> np.ndarray
     return pixels[None] if channels == 1 else pixels.transpose(2, 0, 1)
 
 
-def decode_table(table, column: str, resolution: int, channels: int, cache_dir: Path, *, skip_bad_images: bool):
-    """The table with a column "pixels" of flattened (C, H, W) uint8 in place of the images, mapped into memory.
+def decode_table(
+    table, column: str, into: str, resolution: int, channels: int, cache_dir: Path, *, skip_bad_images: bool
+):
+    """The table with a column of flattened (C, H, W) uint8 in place of the images, mapped into memory.
 
     Args:
         table: a `datasets.Dataset` whose image column is not decoded ({"bytes", "path"}).
         column: the image column.
+        into: name of the new column.
         resolution: side of the square.
         channels: 1 or 3.
         cache_dir: keeps the result for the next run; never the folder that the data came from.
@@ -66,10 +69,10 @@ def decode_table(table, column: str, resolution: int, channels: int, cache_dir: 
     from datasets import Features, List, Value
 
     features = {name: feature for name, feature in table.features.items() if name != column}
-    features["pixels"] = List(Value("uint8"), length=channels * resolution * resolution)
+    features[into] = List(Value("uint8"), length=channels * resolution * resolution)
     features["readable"] = Value("bool")
     # The fingerprint stands for the rows, the rest for what is done to them.
-    settings = (table._fingerprint, column, resolution, channels, skip_bad_images, __version__)
+    settings = (table._fingerprint, column, into, resolution, channels, skip_bad_images, __version__)
     cache_dir.mkdir(parents=True, exist_ok=True)
     processes = min(os.cpu_count() or 1, len(table) // _IMAGES_PER_PROCESS)
     decoded = table.map(
@@ -77,6 +80,7 @@ def decode_table(table, column: str, resolution: int, channels: int, cache_dir: 
         with_indices=True,
         fn_kwargs={
             "column": column,
+            "into": into,
             "resolution": resolution,
             "channels": channels,
             "skip_bad_images": skip_bad_images,
@@ -112,14 +116,16 @@ def is_grey(table, column: str) -> bool:
     return bool(modes) and modes <= set(_GREY_MODES)
 
 
-def _decode_row(row: dict, index: int, column: str, resolution: int, channels: int, skip_bad_images: bool) -> dict:
+def _decode_row(
+    row: dict, index: int, column: str, into: str, resolution: int, channels: int, skip_bad_images: bool
+) -> dict:
     try:
         with _open(row[column]) as image:
             pixels = decode(image, resolution, channels)
-        return {"pixels": pixels.reshape(-1), "readable": True}
+        return {into: pixels.reshape(-1), "readable": True}
     except Exception as error:  # PIL raises nearly anything on damaged files
         if skip_bad_images:
-            return {"pixels": np.zeros(channels * resolution * resolution, np.uint8), "readable": False}
+            return {into: np.zeros(channels * resolution * resolution, np.uint8), "readable": False}
         path = (row[column] or {}).get("path")
         name = f"{path} (row {index})" if path else f"row {index}"
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__

@@ -15,7 +15,7 @@ from ..pipeline import RegDDPMPipeline, fast_scheduler
 from .data import FieldData, PictureData
 from .output import write_whole
 
-__all__ = ["draw_samples", "grid", "sampling_pipeline", "save_preview"]
+__all__ = ["conditions_of", "draw_samples", "grid", "preview_conditions", "sampling_pipeline", "save_preview"]
 
 _SMALLEST_SIDE = 64  # pixels at which a sample is shown at least
 
@@ -30,32 +30,61 @@ def sampling_pipeline(unet, noise_scheduler, data: PictureData | FieldData) -> R
     return pipeline
 
 
-def draw_samples(pipeline: RegDDPMPipeline, number: int, steps: int, seed: int, batch_size: int = 64) -> Tensor:
-    """Samples (N, C, H, W) of `fast_scheduler`, unclipped, from the same noise for the same seed; labels go round."""
+def draw_samples(
+    pipeline: RegDDPMPipeline, number: int, steps: int, seed: int, batch_size: int = 64, **conditions: Tensor
+) -> Tensor:
+    """Samples (N, C, H, W) of `fast_scheduler`, unclipped, from the same noise for the same seed.
+
+    Args:
+        pipeline: of the network.
+        number: of samples, N.
+        steps: calls of the network for each.
+        seed: of the noise.
+        batch_size: samples drawn at a time.
+        **conditions: class_labels (N,) and condition (N, K, H, W) where the network wants them.
+    """
     # The identity in place of the picture's or field's own units: samples come as they are, not clipped.
     channels = pipeline.unet.config.out_channels
     as_it_is = {"offset": [0.0] * channels, "scale": [1.0] * channels}
     sampler = RegDDPMPipeline(pipeline.unet, fast_scheduler(pipeline.scheduler), as_it_is)
     sampler.set_progress_bar_config(disable=True)
     generator = torch.Generator().manual_seed(seed)
-    classes = pipeline.unet.config.num_class_embeds
     drawn = []
     for start in range(0, number, batch_size):
         size = min(batch_size, number - start)
-        labels = torch.arange(start, start + size) % classes if classes else None
-        output = sampler(size, generator, steps, output_type="pt", class_labels=labels)
-        drawn.append(output.images.float())
+        given = {name: tensor[start : start + size] for name, tensor in conditions.items()}
+        drawn.append(sampler(size, generator, steps, output_type="pt", **given).images.float())
     return torch.cat(drawn)
 
 
+def preview_conditions(data: PictureData | FieldData, number: int) -> dict[str, Tensor]:
+    """What to condition `number` samples on: all classes in turn, or the first images of the data."""
+    if data.condition_channels:
+        batch = data.__getitems__([index % len(data) for index in range(number)])
+        return conditions_of(data, batch)
+    return {"class_labels": torch.arange(number) % len(data.classes)} if data.classes is not None else {}
+
+
+def conditions_of(data: PictureData | FieldData, batch: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The part of a batch of data that a network is conditioned on, images in [-1, 1]."""
+    conditions = {name: batch[name] for name in ("class_labels", "condition") if name in batch}
+    if "condition" in conditions:
+        conditions["condition"] = data.normalization.normalize(conditions["condition"])
+    return conditions
+
+
 def save_preview(
-    accelerator: Accelerator, pipeline: RegDDPMPipeline, folder: Path, step: int, args: argparse.Namespace
+    accelerator: Accelerator,
+    pipeline: RegDDPMPipeline,
+    conditions: dict[str, Tensor],
+    path: Path,
+    args: argparse.Namespace,
 ) -> None:
-    """One grid of samples from the same noise at every step, folder/step-STEP.png; drawn by the main process."""
+    """One grid of samples, from the same noise at every call; drawn by the main process."""
     if not accelerator.is_main_process:
         return
-    samples = draw_samples(pipeline, args.eval_batch_size, args.ddpm_num_inference_steps, args.seed)
-    write_whole(folder / f"step-{step:06d}.png", grid(samples).save)
+    samples = draw_samples(pipeline, args.eval_batch_size, args.ddpm_num_inference_steps, args.seed, **conditions)
+    write_whole(path, grid(samples).save)
 
 
 def grid(samples: Tensor, gap: int = 1) -> PIL.Image.Image:

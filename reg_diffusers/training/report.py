@@ -10,22 +10,15 @@ import torch
 from accelerate import PartialState
 from torch import Tensor
 
-from ..evaluation.comparison import (
-    Measurement,
-    denoising_loss,
-    draw_comparison,
-    measure,
-    table,
-    verdict,
-    write_comparison,
-)
+from ..evaluation.comparison import denoising_loss, draw_comparison, measure, verdict
+from ..measurement import table, write_comparison
 from ..pipeline import RegDDPMPipeline
 from ..prediction import prediction_type
 from ..term import Term
 from .data import FieldData, PictureData
 from .interruption import Interruption
 from .output import SETTINGS_FILE, write_whole
-from .preview import draw_samples, grid
+from .preview import conditions_of, draw_samples, grid
 
 __all__ = ["compare", "describe", "describe_result"]
 
@@ -55,6 +48,7 @@ def describe(
         [
             f"data       {len(data):,} {kind} of {channels} x {height} x {width} from {source}",
             *([f"classes    {classes}"] if classes else []),
+            *([f"condition  images of {data.condition_channels} channels"] if data.condition_channels else []),
             f"model      UNet2DModel, {parameters:.2f}M parameters, {type(noise_scheduler).__name__},"
             f" {prediction_type(noise_scheduler)}",
             f"objective  {' + '.join(['denoising loss', *extra])}",
@@ -70,22 +64,29 @@ def compare(
     args: argparse.Namespace,
     data: PictureData | FieldData,
     terms: tuple[Term, ...],
-    plain: RegDDPMPipeline,
-    regularized: RegDDPMPipeline,
+    plain: RegDDPMPipeline | None,
+    trained: RegDDPMPipeline,
     output_dir: Path,
 ) -> None:
-    """Measures both models against the data; prints the table, writes comparison.json and comparison.png."""
+    """Measures the trained model, and a plain one if there is one, against the data.
+
+    Prints the table, writes comparison.json and comparison.png. Samples are conditioned as the images they are
+    compared with.
+    """
     number = min(_IMAGES_MEASURED, len(data) // 2) or len(data)
     order = torch.randperm(len(data), generator=torch.Generator().manual_seed(args.seed)).tolist()
-    device = plain.device
-    reference, labels = _images(data, order[:number], device)
-    other_half, _ = _images(data, order[-number:], device)
-    with_name = "with " + " + ".join(term.name for term in terms)
-    rows, pictures = {"data": measure(reference, other_half, terms)}, {"data": grid(reference[:_IMAGES_SHOWN])}
-    for title, pipeline in (("without", plain), (with_name, regularized)):
-        samples = draw_samples(pipeline, number, args.ddpm_num_inference_steps, args.seed).to(device)
-        loss = denoising_loss(pipeline.unet, pipeline.scheduler, reference, labels, args.seed)
-        rows[title] = measure(samples, reference, terms, loss)
+    reference, conditions = _images(data, order[:number], trained.device)
+    other_half, _ = _images(data, order[-number:], trained.device)
+    name = "with " + " + ".join(term.name for term in terms) if terms else "samples"
+    rows = {"data": measure(reference, other_half, terms, **conditions)}
+    pictures = {"data": grid(reference[:_IMAGES_SHOWN])}
+    for title, pipeline in {"without": plain, name: trained}.items():
+        if pipeline is None:
+            continue
+        samples = draw_samples(pipeline, number, args.ddpm_num_inference_steps, args.seed, **conditions)
+        samples = samples.to(reference.device)
+        loss = denoising_loss(pipeline.unet, pipeline.scheduler, reference, args.seed, **conditions)
+        rows[title] = measure(samples, reference, terms, loss, **conditions)
         pictures[title] = grid(samples[:_IMAGES_SHOWN])
     settings = {
         "seed": args.seed,
@@ -97,7 +98,10 @@ def compare(
     }
     write_whole(output_dir / "comparison.json", lambda path: write_comparison(path, rows, **settings))
     write_whole(output_dir / "comparison.png", lambda path: draw_comparison(path, pictures, rows))
-    print(_comparison_text(rows, with_name, number))
+    said = [f"L' and distances over {number} images each, ± standard error; same noise and steps:", table(rows)]
+    if plain is not None:
+        said.append(verdict(rows["without"], rows[name]))
+    print("", *said, "", sep="\n")
 
 
 def describe_result(args: argparse.Namespace, output_dir: Path, interruption: Interruption) -> str:
@@ -122,20 +126,7 @@ def describe_result(args: argparse.Namespace, output_dir: Path, interruption: In
     return "\n".join(lines)
 
 
-def _comparison_text(rows: dict[str, Measurement], with_name: str, number: int) -> str:
-    return "\n".join(
-        [
-            "",
-            f"L' and distances over {number} images each, ± standard error; same noise and steps for both models:",
-            table(rows),
-            verdict(rows["without"], rows[with_name]),
-            "",
-        ]
-    )
-
-
-def _images(data: PictureData | FieldData, indices: list[int], device: torch.device) -> tuple[Tensor, Tensor | None]:
-    batch = data.__getitems__(indices)
-    labels = batch.get("class_labels")
-    samples = data.normalization.normalize(batch["values"].to(device))
-    return samples, None if labels is None else labels.to(device)
+def _images(data: PictureData | FieldData, indices: list[int], device: torch.device) -> tuple[Tensor, dict]:
+    """Samples (N, C, H, W) in [-1, 1] and what they are conditioned on."""
+    batch = {name: tensor.to(device) for name, tensor in data.__getitems__(indices).items()}
+    return data.normalization.normalize(batch["values"]), conditions_of(data, batch)

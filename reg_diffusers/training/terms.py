@@ -18,9 +18,6 @@ from .errors import UsageError
 
 __all__ = ["build_terms", "check_terms"]
 
-# What train_reg.py hands to regularizers that ask for it by `needs`.
-_CONTEXT = ("original_samples", "class_labels")
-
 
 def build_terms(args: argparse.Namespace) -> tuple[Term, ...]:
     """One term for each --regularizer; a name that occurs twice is numbered.
@@ -36,13 +33,19 @@ def build_terms(args: argparse.Namespace) -> tuple[Term, ...]:
         used[name] += 1
         name = f"{name}_{used[name]}" if used[name] > 1 else name
         terms.append(Term(regularizer, weight, _load(load_weighting, weighting, "--reg_weighting"), name))
-        available = _CONTEXT if args.class_conditional else _CONTEXT[:1]
+        available = _context(args)
         if missing := [need for need in getattr(regularizer, "needs", ()) if need not in available]:
             raise UsageError(
                 f"--regularizer {spec} needs {', '.join(missing)}; this script has {', '.join(available)}. Use"
                 " reg_diffusers.RegularizedLoss in a loop of your own"
             )
     return tuple(terms)
+
+
+def _context(args: argparse.Namespace) -> list[str]:
+    """What train_reg.py hands to regularizers that ask for it by `needs`."""
+    optional = {"class_labels": args.class_conditional, "condition": args.conditioning_image_column}
+    return ["original_samples", *(name for name, given in optional.items() if given)]
 
 
 def check_terms(terms: tuple[Term, ...], noise_scheduler, data: PictureData | FieldData) -> None:
@@ -55,6 +58,8 @@ def check_terms(terms: tuple[Term, ...], noise_scheduler, data: PictureData | Fi
     number = min(2, len(data))
     batch = data.__getitems__(list(range(number)))
     original_samples = data.normalization.normalize(batch.pop("values"))
+    if "condition" in batch:
+        batch["condition"] = data.normalization.normalize(batch["condition"])
     timesteps = torch.ones(number, dtype=torch.long)
     noise = torch.randn(original_samples.shape, generator=torch.Generator().manual_seed(0))
     model_output = prediction_target(noise_scheduler, original_samples, noise, timesteps).clone().requires_grad_()
