@@ -1,107 +1,117 @@
-"""A small server that speaks as much of the Hub's protocol as an upload needs."""
+"""Serves a small Hub on this machine: uploads, downloads and data sets, with faults on demand."""
 
-import base64
-import hashlib
-import json
+import contextlib
+import os
 import re
+import socket
+import sys
 import threading
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from http.server import ThreadingHTTPServer
 
-TOKEN = "hf_test_token"
+from hub_protocol import TOKEN, Handler
 
 
-class HubServer(ThreadingHTTPServer):
-    """A Hub for one user on a free port of this machine; `files` maps repository and path to content.
+class HubServer:
+    """A Hub for the user tester, on one port of this machine; as a context manager it serves in a thread.
 
-    Used as a context manager, it serves in a thread. With `fails` it answers every commit with status 500.
+    `stop` also cuts the connections that are open; `start` serves the same repositories on the same port again, and
+    may be called at any time after the clients know the endpoint.
+
+    Attributes:
+        endpoint: for HF_ENDPOINT.
+        repositories: by id; the id of a data set begins with "datasets/".
+        objects: the large files that arrived, by sha256.
+        requests: (method, path with its query) of every request so far.
+        fails: answer every commit with status 500.
+        read_only: the token may not write: answer 403 to whatever would change something.
+        broken_uploads: of so many large files the connection breaks in the middle; counts down.
+        busy: answer 503 to so many requests whose path has a match of a pattern, {pattern: number}; counts down.
     """
 
     def __init__(self, fails=False):
-        super().__init__(("127.0.0.1", 0), _Handler)
-        self.endpoint = f"http://127.0.0.1:{self.server_port}"
-        self.files, self.objects, self.private, self.fails = {}, {}, {}, fails
+        self.fails, self.read_only, self.broken_uploads, self.busy = fails, False, 0, {}
+        self.repositories, self.objects, self.requests = {}, {}, []
+        self.lock = threading.RLock()
+        self._connections, self._thread = _Connections(0, self), None
+        self.port = self._connections.server_port
+        self.endpoint = f"http://127.0.0.1:{self.port}"
+        self.large_file_host = f"http://localhost:{self.port}"
 
-    def __enter__(self):
-        threading.Thread(target=self.serve_forever, daemon=True).start()
+    @property
+    def files(self):
+        """The files on main, by repository and path."""
+        return {name: repository.files for name, repository in self.repositories.items()}
+
+    @property
+    def private(self):
+        return {name: repository.private for name, repository in self.repositories.items()}
+
+    def start(self):
+        self._connections.server_activate()
+        self._thread = threading.Thread(target=self._connections.serve_forever, args=(0.05,), daemon=True)
+        self._thread.start()
         return self
 
+    def stop(self):
+        if self._thread is not None:
+            self._connections.shutdown()
+            self._connections.close_all()
+            self._connections, self._thread = _Connections(self.port, self), None
+
+    __enter__ = start
+
     def __exit__(self, *_):
-        self.shutdown()
+        self.stop()
+        self._connections.server_close()
+
+    def breaks_upload(self):
+        with self.lock:
+            breaks = self.broken_uploads > 0
+            self.broken_uploads -= breaks
+        return breaks
+
+    def is_busy(self, path):
+        with self.lock:
+            for pattern, number in self.busy.items():
+                if number and re.search(pattern, path):
+                    self.busy[pattern] -= 1
+                    return True
+        return False
+
+
+def client_environment(hub, home, token=TOKEN):
+    """The variables for a process whose Hub is `hub`, and whose caches are in the folder `home`."""
+    kept = {
+        name: value
+        for name, value in os.environ.items()
+        if not name.startswith(("HF_", "HUGGING")) and not name.endswith("_OFFLINE") and "proxy" not in name.lower()
+    }
+    variables = {"HF_ENDPOINT": hub.endpoint, "HF_HOME": str(home), "HF_HUB_DISABLE_XET": "1"}
+    return {**kept, **variables, **({"HF_TOKEN": token} if token else {})}
+
+
+class _Connections(ThreadingHTTPServer):
+    """Holds a port, refusing connections until it is activated, and can cut all of them."""
+
+    def __init__(self, port, hub):
+        super().__init__(("127.0.0.1", port), Handler, bind_and_activate=False)
+        self.hub, self.open = hub, set()
+        self.server_bind()
+
+    def process_request(self, request, client_address):
+        self.open.add(request)
+        super().process_request(request, client_address)
+
+    def shutdown_request(self, request):
+        self.open.discard(request)
+        super().shutdown_request(request)
+
+    def close_all(self):
         self.server_close()
+        for connection in list(self.open):
+            with contextlib.suppress(OSError):
+                connection.shutdown(socket.SHUT_RDWR)
 
-
-class _Handler(BaseHTTPRequestHandler):
-    protocol_version = "HTTP/1.1"
-
-    def log_message(self, *_):
-        pass
-
-    def answer(self, body=None, status=200, headers=()):
-        content = b"" if body is None else json.dumps(body).encode()
-        self.send_response(status)
-        for name, value in (("Content-Type", "application/json"), ("Content-Length", str(len(content))), *headers):
-            self.send_header(name, value)
-        self.end_headers()
-        if self.command != "HEAD":
-            self.wfile.write(content)
-
-    def body(self):
-        return self.rfile.read(int(self.headers.get("Content-Length", 0)))
-
-    def do_GET(self):
-        if self.headers.get("Authorization") != f"Bearer {TOKEN}":
-            return self.answer({"error": "Invalid credentials"}, 401)
-        if self.path == "/api/whoami-v2":
-            return self.answer({"name": "tester", "type": "user", "orgs": [], "auth": {"type": "access_token"}})
-        self.answer({"error": "not found"}, 404, [("X-Error-Code", "EntryNotFound")])
-
-    do_HEAD = do_GET
-
-    def do_PUT(self):
-        content = self.body()
-        self.server.objects[hashlib.sha256(content).hexdigest()] = content
-        self.answer()
-
-    def do_POST(self):
-        body = self.body()
-        hub = self.server
-        if self.headers.get("Authorization") != f"Bearer {TOKEN}" and "verify" not in self.path:
-            return self.answer({"error": "Invalid credentials"}, 401)
-        if self.path == "/api/repos/create":
-            wanted = json.loads(body)
-            repo_id = f"{wanted.get('organization') or 'tester'}/{wanted['name']}"
-            hub.files.setdefault(repo_id, {})
-            hub.private[repo_id] = wanted.get("visibility") == "private" or wanted.get("private", False)
-            return self.answer({"url": f"{hub.endpoint}/{repo_id}", "name": repo_id})
-        if self.path == "/api/validate-yaml":
-            return self.answer({"errors": [], "warnings": []})
-        if "/preupload/" in self.path:
-            modes = [
-                {"path": file["path"], "shouldIgnore": False, "oid": None,
-                 "uploadMode": "lfs" if file["path"].endswith((".safetensors", ".png")) else "regular"}
-                for file in json.loads(body)["files"]
-            ]  # fmt: skip
-            return self.answer({"files": modes})
-        if self.path.endswith("/info/lfs/objects/batch"):
-            objects = [
-                {**entry, "actions": {"upload": {"href": f"{hub.endpoint}/upload/{entry['oid']}"}}}
-                for entry in json.loads(body)["objects"]
-            ]
-            return self.answer({"transfer": "basic", "objects": objects})
-        if found := re.fullmatch(r"/api/models/(.+)/commit/.+", self.path):
-            return self.commit(found.group(1), [json.loads(line) for line in body.splitlines()])
-        self.answer({"error": "not found"}, 404)
-
-    def commit(self, repo_id, operations):
-        hub = self.server
-        if hub.fails:
-            return self.answer({"error": "out of order"}, 500)
-        for operation in operations:
-            value = operation["value"]
-            if operation["key"] == "file":
-                hub.files[repo_id][value["path"]] = base64.b64decode(value["content"])
-            elif operation["key"] == "lfsFile":
-                if value["oid"] not in hub.objects:
-                    return self.answer({"error": f"{value['path']} was not uploaded"}, 400)
-                hub.files[repo_id][value["path"]] = hub.objects[value["oid"]]
-        self.answer({"commitOid": "0" * 40, "commitUrl": f"{hub.endpoint}/{repo_id}/commit/{'0' * 40}"})
+    def handle_error(self, request, client_address):
+        if not isinstance(sys.exc_info()[1], OSError):  # a client that went away is not an error of the server
+            super().handle_error(request, client_address)

@@ -16,7 +16,7 @@ SCRIPT = PACKAGE.parent / "train_reg.py"
 LAYERS = [
     {"prediction", "weighting", "regularizers", "term", "estimators", "objective", "nonfinite", "balancing", "specs"}
     | {"conditioning"},
-    {"guidance", "model_index", "measurement", "card", "standalone", "pipeline"},
+    {"guidance", "model_index", "measurement", "card", "standalone", "pipeline", "samplers"},
     {"evaluation"},
     {"data", "training"},
     {"hub", "demo", "cli", "__main__", "train_reg"},

@@ -1,0 +1,127 @@
+"""The HTML that shows two runs: their pictures, L' as a number, L' over the steps."""
+
+from __future__ import annotations
+
+import base64
+import io
+import math
+from html import escape
+
+from ..training.preview import grid
+from .sampling import Run
+
+__all__ = ["show"]
+
+_STYLE = """<style>
+.gradio-container { --block-info-text-color: color-mix(in srgb, currentColor 75%, transparent); }
+.runs { display: flex; flex-wrap: wrap; gap: 1rem; }
+.runs figure { flex: 1 1 9rem; margin: 0; }
+.runs figcaption { font-weight: 600; }
+.runs img { width: 100%; aspect-ratio: 1; object-fit: contain; image-rendering: pixelated; }
+.runs img, .runs .empty { margin: .3rem 0; background: #8883; border-radius: 4px; }
+.runs .empty { aspect-ratio: 1; }
+.runs output { font-size: 1.6rem; font-variant-numeric: tabular-nums; }
+.curve + p { margin-top: .5rem; }
+.curve { width: 100%; height: auto; margin-top: 1rem; }
+.curve text { fill: currentColor; font-size: 13px; }
+.curve path { fill: none; stroke: currentColor; stroke-width: 2.5; }
+.curve .plain { stroke-dasharray: 7 5; opacity: .65; }
+.curve .axis { stroke-width: 1; opacity: .4; }
+</style>"""
+_WIDTH, _HEIGHT = 640, 210  # of the curve, in units of its own
+_LEFT, _RIGHT, _TOP, _BOTTOM = 52, 12, 26, 34  # its margins
+
+
+def show(name: str, description: str, plain: Run, guided: Run) -> str:
+    """Both runs as they are now.
+
+    Args:
+        name: of the regularizer.
+        description: of the regularizer, one line.
+        plain: the run without guidance.
+        guided: the run with it.
+    """
+    titles = "Without guidance", f"With guidance, scale {guided.guidance_scale:g}"
+    figures = "".join(
+        _figure(key, title, run) for key, title, run in zip(("plain", "guided"), titles, (plain, guided), strict=True)
+    )
+    about = f"<p>L' is <code>{escape(name)}</code>. {escape(description)}</p>"
+    return (
+        f"{_STYLE}<div class='runs'>{figures}</div><p id='status'>{_status(plain, guided)}</p>"
+        f"{_curve(plain, guided)}{about}"
+    )
+
+
+def _figure(key: str, title: str, run: Run) -> str:
+    values = [run.score] if run.score is not None else run.values[-1:]
+    number = f"{values[0]:.4g}" if values else "…"
+    picture = "<div class='empty'></div>"
+    if run.images is not None:
+        picture = f"<img id='{key}-picture' alt='{title}' decoding='sync' src='{_data_url(run)}'/>"
+    label = f"<label for='{key}-score'>L' = </label><output id='{key}-score'>{number}</output>"
+    return f"<figure><figcaption>{title}</figcaption>{picture}{label}</figure>"
+
+
+def _data_url(run: Run) -> str:
+    """The picture inside of the page: it arrives together with its number, and leaves no file behind."""
+    file = io.BytesIO()
+    grid(run.images).save(file, "png")
+    return "data:image/png;base64," + base64.b64encode(file.getvalue()).decode()
+
+
+def _status(plain: Run, guided: Run) -> str:
+    if plain.score is None or guided.score is None:
+        step = min(len(plain.values), len(guided.values))
+        return f"Step {step} of {guided.settings.steps}: x̂₀, the images that the sampler is heading for."
+    before, after = plain.score, guided.score
+    if guided.guidance_scale == 0:
+        return "Done. The scale is 0: no guidance, the same images twice."
+    if not before > 0:  # also where it is no number
+        return f"Done. Guidance took L' from {before:.4g} to {after:.4g}."
+    change = f"by {abs(after / before - 1):.1%}"
+    return (
+        f"Done. Guidance lowered L' {change}."
+        if after < before
+        else f"Done. L' rose {change}: a step down its slope was too long. Try a smaller scale."
+    )
+
+
+def _curve(plain: Run, guided: Run) -> str:
+    """L' of x0_hat over the steps as SVG: dashed without guidance, solid with it, so that it can be read in grey."""
+    steps = max(guided.settings.steps, len(plain.values), len(guided.values))
+    top = _round_up(max(filter(math.isfinite, [*plain.values, *guided.values]), default=0))
+
+    def x(step: float) -> float:
+        return _LEFT + (step - 1) / max(steps - 1, 1) * (_WIDTH - _LEFT - _RIGHT)
+
+    def y(value: float) -> float:
+        return _HEIGHT - _BOTTOM - value / top * (_HEIGHT - _TOP - _BOTTOM)
+
+    def line(values: list[float]) -> str:
+        places = [f"{x(step):.1f} {y(v):.1f}" for step, v in enumerate(values, start=1) if math.isfinite(v)]
+        return "M" + "L".join([*places, places[-1]]) if places else ""
+
+    grid_lines = "".join(f"M{_LEFT} {y(value):.1f}H{_WIDTH - _RIGHT}" for value in (0, top / 2, top))
+    marks = "".join(
+        f"<text x='{_LEFT - 6}' y='{y(value) + 4:.1f}' text-anchor='end'>{value:g}</text>"
+        for value in (0, top / 2, top)
+    )
+    marks += "".join(
+        f"<text x='{x(step):.1f}' y='{_HEIGHT - 16}' text-anchor='middle'>{step}</text>" for step in {1, steps}
+    )
+    return (
+        f"<svg class='curve' viewBox='0 0 {_WIDTH} {_HEIGHT}' role='img'"
+        ' aria-label="L\' of x̂₀ at each step">'
+        f"<text x='0' y='13'>L'(x̂₀), mean of the images</text>"
+        f"<path class='axis' d='{grid_lines}'/>{marks}"
+        f"<text x='{_WIDTH / 2}' y='{_HEIGHT - 4}' text-anchor='middle'>step (dashed: without guidance)</text>"
+        f"<path class='plain' d='{line(plain.values)}'/><path d='{line(guided.values)}'/></svg>"
+    )
+
+
+def _round_up(value: float) -> float:
+    """The next of 1, 2, 4, 6, 8, 10 times a power of ten."""
+    if not value > 0:
+        return 1.0
+    power = 10.0 ** math.floor(math.log10(value))
+    return next(round(factor * power, 12) for factor in (1, 2, 4, 6, 8, 10, 20) if factor * power >= value)

@@ -1,0 +1,429 @@
+"""The demo: what it shows is what the pipeline gives, in Python and in a real browser."""
+
+import argparse
+import json
+import shutil
+import socket
+import subprocess
+import sys
+import time
+from contextlib import closing, contextmanager
+from types import SimpleNamespace
+from xml.etree import ElementTree
+
+import pytest
+import torch
+from diffusers import DDPMScheduler, EDMEulerScheduler, FlowMatchEulerDiscreteScheduler, UNet2DModel
+
+from reg_diffusers import RegDDPMPipeline
+from reg_diffusers.cli import demo as command
+from reg_diffusers.demo import build_demo
+from reg_diffusers.demo.sampling import Run, Settings, watch
+from reg_diffusers.demo.view import show
+from reg_diffusers.pipeline import fast_scheduler
+from reg_diffusers.regularizers import symmetry, total_variation
+from reg_diffusers.samplers import fitting_samplers
+from reg_diffusers.training.errors import UsageError
+
+
+def make_pipeline(unet, **config):
+    return RegDDPMPipeline(unet.eval(), DDPMScheduler(prediction_type="v_prediction", **config))
+
+
+def sampled(pipeline, scale, seed=0, steps=20, number=4, regularizer=total_variation, method="mpgd", label=None):
+    """L' of samples of the pipeline as anyone would draw them: the mean, which the demo has to show."""
+    drawing = RegDDPMPipeline(pipeline.unet, fast_scheduler(pipeline.scheduler))
+    drawing.set_progress_bar_config(disable=True)
+    output = drawing(
+        batch_size=number,
+        generator=torch.Generator().manual_seed(seed),
+        num_inference_steps=steps,
+        regularizers={"score": regularizer},
+        class_labels=label,
+        guidance=[regularizer],
+        guidance_scale=scale,
+        guidance_method=method,
+    )
+    return output.scores["score"].mean().item()
+
+
+def settings_for(pipeline, regularizer=total_variation, **settings):
+    return Settings(fitting_samplers(pipeline)["DDIM"], regularizer, **settings)
+
+
+# Two runs
+
+
+@pytest.mark.parametrize("method", ["mpgd", "dps", "lgd"])
+def test_scores_are_those_of_the_pipeline(tiny_unet, method):
+    pipeline = make_pipeline(tiny_unet(num_class_embeds=3))
+    settings = settings_for(
+        pipeline, seed=3, steps=6, number=2, class_label=1, guidance_method=method, guidance_scale=0.2
+    )
+    *_, (plain, guided) = watch(pipeline.unet, settings)
+    same = {"seed": 3, "steps": 6, "number": 2, "label": 1, "method": method}
+    assert plain.score == pytest.approx(sampled(pipeline, 0.0, **same), rel=1e-5)
+    assert guided.score == pytest.approx(sampled(pipeline, 0.2, **same), rel=1e-5)
+    assert guided.score < plain.score
+    assert plain.images.shape == guided.images.shape == (2, 1, 8, 8)
+    assert len(plain.values) == len(guided.values) == 6
+
+
+def test_a_run_is_seen_while_it_samples_and_ends_when_nobody_looks(tiny_unet):
+    pipeline = make_pipeline(tiny_unet())
+    with closing(watch(pipeline.unet, settings_for(pipeline, steps=900), interval=0.02)) as looks:
+        for plain, guided in looks:
+            if plain.values and guided.values:
+                break
+        assert plain.score is None and plain.images.shape == (4, 1, 8, 8)
+    assert 0 < len(plain.values) < 900 and 0 < len(guided.values) < 900
+
+
+def test_an_error_in_a_run_is_raised(tiny_unet):
+    def broken(x0_hat, /):
+        raise TypeError("broken")
+
+    pipeline = make_pipeline(tiny_unet())
+    with pytest.raises(TypeError, match="broken"):
+        list(watch(pipeline.unet, settings_for(pipeline, broken)))
+
+
+def test_samplers_fit_the_model(tiny_unet):
+    unet = tiny_unet()
+
+    def names(scheduler, unet=unet):
+        pipeline = RegDDPMPipeline(unet, scheduler)
+        samplers = fitting_samplers(pipeline)
+        for make in samplers.values():
+            *_, (plain, _) = watch(unet, Settings(make, total_variation, steps=3, number=1))
+            assert plain.score > 0
+            assert make() is not make()
+        return list(samplers)
+
+    diffusion = ["DDIM", "DDPM", "Euler", "DPM-Solver++", "UniPC"]
+    assert names(DDPMScheduler()) == diffusion
+    assert names(DDPMScheduler(prediction_type="sample")) == diffusion
+    flow = ["Euler", "DPM-Solver++", "UniPC"]
+    assert names(FlowMatchEulerDiscreteScheduler(shift=2.0)) == flow
+    flow_solver = fitting_samplers(RegDDPMPipeline(unet, FlowMatchEulerDiscreteScheduler(shift=2.0)))["UniPC"]()
+    assert names(flow_solver) == flow
+    assert flow_solver.config.flow_shift == 2.0
+    assert names(EDMEulerScheduler()) == ["EDMEuler"]
+    learned = UNet2DModel.from_config(unet.config, out_channels=2)
+    assert "DDPM" in names(DDPMScheduler(variance_type="learned_range"), learned)
+
+
+# What is shown
+
+
+def finished(plain, guided, scale=0.1):
+    runs = []
+    for score in (plain, guided):
+        run = Run(Settings(None, total_variation, steps=3), scale)
+        run.values, run.images, run.score = [0.1, float("nan"), 0.3], torch.zeros(2, 1, 8, 8), score
+        runs.append(run)
+    return runs
+
+
+@pytest.mark.parametrize(
+    ("scores", "scale", "said"),
+    [
+        ((0.5, 0.4), 0.1, "lowered L' by 20.0%"),
+        ((0.5, 0.6), 0.1, "L' rose by 20.0%"),
+        ((0.5, 0.5), 0.0, "no guidance"),
+        ((0.0, 0.1), 0.1, "from 0 to 0.1"),
+        ((float("nan"), 0.1), 0.1, "from nan to 0.1"),
+        ((None, None), 0.1, "Step 3 of 3"),
+    ],
+)
+def test_the_result_is_said_in_words(scores, scale, said):
+    assert said in show("name", "", *finished(*scores, scale))
+
+
+def test_the_result_is_well_formed_whatever_a_regularizer_is_called():
+    html = show("<b>'\"&", "what it <does>", *finished(0.5, 0.4))
+    root = ElementTree.fromstring(f"<div>{html.partition('</style>')[2].replace('/png;base64', '')}</div>")
+    assert root.find(".//code").text == "<b>'\"&" and "what it <does>" in "".join(root.itertext())
+    assert [path.get("d").count("L") for path in root.iter("path")] == [0, 2, 2]
+    before_the_first_step = Run(Settings(None, total_variation), 0.0)
+    assert "Step 0 of 20" in show("name", "", before_the_first_step, before_the_first_step)
+
+
+# The page, without a browser
+
+
+@pytest.fixture
+def demonstration(tiny_unet):
+    pytest.importorskip("gradio")
+    from reg_diffusers.demo.page import Demonstration
+
+    def build(pipeline=None, **regularizers):
+        return Demonstration(pipeline or make_pipeline(tiny_unet()), regularizers or {"tv": total_variation})
+
+    return build
+
+
+def draw(demonstration, visitor="me", **changed):
+    values = {"regularizer": "tv", "method": "mpgd", "scale": 0.1, "seed": 0, "steps": 5, "scheduler": "DDIM"}
+    values |= {"number": 2, "class_label": 0}
+    return demonstration.draw(**values | changed, request=SimpleNamespace(session_hash=visitor))
+
+
+def test_a_new_drawing_ends_the_old_one_of_the_same_visitor_only(demonstration):
+    shared = demonstration()
+    old, other = draw(shared, steps=200), draw(shared, visitor="somebody else", steps=200)
+    next(old), next(other)
+    *_, last = draw(shared, steps=5)
+    assert "Done" in last
+    assert list(old) == []
+    assert "Done" in list(other)[-1]
+    leaving = draw(shared, steps=200)
+    next(leaving)
+    shared.forget(SimpleNamespace(session_hash="me"))
+    assert list(leaving) == []
+
+
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        ({"seed": None}, "Noise seed must be a whole number from 0"),
+        ({"seed": -1}, "Noise seed must be a whole number from 0"),
+        ({"seed": 0.5}, "Noise seed must be a whole number from 0"),
+        ({"steps": 0}, "Steps must be a whole number from 1 to 200"),
+        ({"number": 17}, "Images must be a whole number from 1 to 16"),
+        ({"scale": float("nan")}, "Guidance scale must be a number from 0"),
+        ({"scale": -0.1}, "Guidance scale must be a number from 0"),
+        ({"scale": ""}, "Guidance scale must be a number from 0"),
+        ({"regularizer": "shapeless"}, "must return one value per image"),
+        ({"regularizer": "broken"}, "ZeroDivisionError: division by zero"),
+    ],
+)
+def test_what_cannot_work_is_said_on_the_page(demonstration, changed, message):
+    import gradio as gr
+
+    regularizers = {"tv": total_variation, "shapeless": lambda x: x.mean(), "broken": lambda x: 1 / 0}
+    with pytest.raises(gr.Error) as caught:
+        list(draw(demonstration(**regularizers), **changed))
+    assert message in caught.value.message
+
+
+def test_a_class_label_is_wanted_where_the_model_has_classes(demonstration, tiny_unet):
+    import gradio as gr
+
+    conditional = demonstration(make_pipeline(tiny_unet(num_class_embeds=3)))
+    assert "Done" in list(draw(conditional, class_label=2))[-1]
+    with pytest.raises(gr.Error, match="Class label must be a whole number from 0 to 2"):
+        list(draw(conditional, class_label=3))
+
+
+def test_regularizers_and_models_that_cannot_be_shown_are_refused(tiny_unet):
+    pytest.importorskip("gradio")
+
+    def masked(x0_hat, /, *, mask):
+        return (x0_hat * mask).flatten(1).mean(1)
+
+    def of_its_class(x0_hat, /, *, class_labels):
+        return x0_hat.flatten(1).mean(1) * class_labels
+
+    masked.needs, of_its_class.needs = ("mask",), ("class_labels",)
+    pipeline = make_pipeline(tiny_unet())
+    with pytest.raises(ValueError, match="needs a regularizer"):
+        build_demo(pipeline, {})
+    with pytest.raises(ValueError, match="masked needs mask, which a sample of this model has not"):
+        build_demo(pipeline, {"masked": masked})
+    with pytest.raises(ValueError, match="of_its_class needs class_labels"):
+        build_demo(pipeline, {"of_its_class": of_its_class})
+    conditional = make_pipeline(tiny_unet(num_class_embeds=3))
+    build_demo(conditional, {"of_its_class": of_its_class})
+    *_, (plain, _) = watch(conditional.unet, settings_for(conditional, of_its_class, class_label=0))
+    assert plain.score == 0 and set(plain.values) == {0.0}
+    by_image = UNet2DModel.from_config(tiny_unet().config, in_channels=2)
+    with pytest.raises(ValueError, match="conditioned by an image"):
+        build_demo(make_pipeline(by_image), {"tv": total_variation})
+
+
+def test_without_gradio_the_extra_is_named(tiny_unet, monkeypatch):
+    monkeypatch.setitem(sys.modules, "gradio", None)
+    monkeypatch.delitem(sys.modules, "reg_diffusers.demo.page", raising=False)
+    with pytest.raises(ImportError, match=r'pip install "reg_diffusers\[demo\]"'):
+        build_demo(make_pipeline(tiny_unet()), {"tv": total_variation})
+
+
+def parse(*flags):
+    parser = argparse.ArgumentParser()
+    command.add_parser(parser.add_subparsers())
+    return parser.parse_args(["demo", *map(str, flags)])
+
+
+def test_what_cannot_work_is_said_by_the_command(tiny_unet, tmp_path):
+    with pytest.raises(UsageError, match=r"--model \S+nothing: no such folder"):
+        command.run(parse("--model", tmp_path / "nothing"))
+    with pytest.raises(UsageError, match="--regularizer: unknown regularizer 'nothing'"):
+        command.run(parse("--regularizer", "nothing"))
+    pytest.importorskip("gradio")
+    make_pipeline(tiny_unet()).save_pretrained(tmp_path)
+    with socket.create_server(("127.0.0.1", 0)) as busy:
+        port = busy.getsockname()[1]
+        with pytest.raises(UsageError, match=f"--port {port}: not free"):
+            command.run(parse("--model", tmp_path, "--port", port))
+
+
+# The page in a browser
+
+
+@contextmanager
+def served(folder, *flags):
+    """The page that the real command serves, by its address."""
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    code = "import sys; from reg_diffusers.cli import main; main(sys.argv[1:])"
+    line = [sys.executable, "-c", code, "demo", "--model", str(folder), "--port", str(port), *flags]
+    with subprocess.Popen(line, stdout=subprocess.PIPE, text=True) as server:
+        try:
+            said = server.stdout.readline()
+            assert f"http://127.0.0.1:{port}" in said
+            yield f"http://127.0.0.1:{port}"
+        finally:
+            server.terminate()
+
+
+@pytest.fixture
+def browser(tmp_path):
+    selenium = pytest.importorskip("selenium.webdriver")
+    binary, driver = shutil.which("chromium"), shutil.which("chromedriver")
+    if not (binary and driver):
+        pytest.skip("needs chromium and chromedriver")
+    options = selenium.ChromeOptions()
+    options.binary_location = binary
+    flags = "headless=new no-sandbox disable-gpu disable-dev-shm-usage disable-quic no-first-run window-size=1200,1400"
+    flags += " disable-background-networking disable-component-update disable-sync"
+    for flag in [*flags.split(), f"user-data-dir={tmp_path / 'browser'}"]:
+        options.add_argument(f"--{flag}")
+    options.set_capability("goog:loggingPrefs", {"browser": "ALL", "performance": "ALL"})
+    opened = selenium.Chrome(options, selenium.ChromeService(driver))
+    yield opened
+    opened.quit()
+
+
+class Page:
+    """The page as its visitor sees it."""
+
+    def __init__(self, browser):
+        self.browser = browser
+
+    def wait(self, condition, seconds=20):
+        deadline = time.monotonic() + seconds
+        while not (found := condition()):
+            assert time.monotonic() < deadline, self.text("body")
+            time.sleep(0.05)
+        return found
+
+    def text(self, selector):
+        """What can be read of an element, "" as long as it is not there."""
+        return self.browser.execute_script(
+            "return document.querySelector(arguments[0])?.innerText ?? ''", selector
+        ).strip()
+
+    def field(self, label):
+        """The field where a number is typed."""
+        slider, number = f"input[aria-label='number input for {label}']", f"input[aria-label='{label}']"
+        found = self.browser.find_elements("css selector", f"{slider}, {number}")
+        return next((field for field in found if field.is_displayed()), None)
+
+    def type(self, label, value):
+        from selenium.webdriver import Keys
+
+        self.wait(lambda: self.field(label)).send_keys(Keys.CONTROL, "a", Keys.NULL, str(value), Keys.TAB)
+
+    def shows(self, plain, guided):
+        """Waits for a finished result with these values of L', to the digits that are shown."""
+
+        def done():
+            shown = self.text("#plain-score"), self.text("#guided-score")
+            return self.text("#status").startswith("Done") and shown == (f"{plain:.4g}", f"{guided:.4g}")
+
+        self.wait(done)
+
+    def picture_widths(self):
+        return self.browser.execute_script(
+            "return [...document.querySelectorAll('figure img')].map(image => image.naturalWidth)"
+        )
+
+
+def test_the_page_shows_what_the_pipeline_gives(tiny_unet, tmp_path, browser):
+    pytest.importorskip("gradio")
+    from selenium.webdriver import Keys
+
+    folder = tmp_path / "model"
+    make_pipeline(tiny_unet(num_class_embeds=3)).save_pretrained(folder)
+    pipeline = RegDDPMPipeline.from_pretrained(folder)
+
+    def expect(page, scale, **changed):
+        plain, guided = (sampled(pipeline, s, **{"label": 0} | changed) for s in (0.0, scale))
+        page.shows(plain, guided)
+        return plain, guided
+
+    with served(folder, "--regularizer", "symmetry", "total_variation") as url:
+        browser.get(url)
+        page = Page(browser)
+        plain, guided = expect(page, 0.05, regularizer=symmetry)
+        assert guided < plain
+        assert len(page.picture_widths()) == 2 and min(page.picture_widths()) > 0
+        assert "symmetry. Difference to the mirror image" in page.text("body")
+
+        page.type("Guidance scale", 0.1)
+        assert expect(page, 0.1, regularizer=symmetry)[1] < guided
+        browser.find_element("css selector", "input[aria-label='range slider for Guidance scale']").send_keys(
+            Keys.LEFT
+        )
+        expect(page, 0.095, regularizer=symmetry)
+        page.type("Class label", 2)
+        expect(page, 0.095, regularizer=symmetry, label=2)
+        page.type("Noise seed", 7)
+        expect(page, 0.095, regularizer=symmetry, label=2, seed=7)
+        page.type("Images", 1)
+        changed = {"label": 2, "seed": 7, "number": 1}
+        expect(page, 0.095, regularizer=symmetry, **changed)
+
+        # While it samples the pictures are there already, and a new wish does not wait for the end.
+        page.type("Steps", 200)
+        page.wait(lambda: page.text("#status").startswith("Step") and "of 200" in page.text("#status"))
+        assert len(page.picture_widths()) == 2
+        page.type("Steps", 4)
+        expect(page, 0.095, regularizer=symmetry, steps=4, **changed)
+
+        # Another visitor at the same time has drawings of their own.
+        page.type("Steps", 100)
+        first = browser.current_window_handle
+        browser.switch_to.new_window("tab")
+        browser.get(url)
+        expect(page, 0.05, regularizer=symmetry)
+        browser.switch_to.window(first)
+        expect(page, 0.095, regularizer=symmetry, steps=100, **changed)
+
+        assert [entry for entry in browser.get_log("browser") if entry["level"] == "SEVERE"] == []
+        messages = [json.loads(entry["message"])["message"] for entry in browser.get_log("performance")]
+        asked = [m["params"]["request"]["url"] for m in messages if m["method"] == "Network.requestWillBeSent"]
+        assert [address for address in asked if address.startswith("http") and not address.startswith(url)] == []
+
+        page.type("Noise seed", -3)
+        page.wait(lambda: "Noise seed must be a whole number from 0" in page.text("body"))
+
+
+def test_the_controls_follow_the_model_and_the_method(tiny_unet, browser):
+    pytest.importorskip("gradio")
+    pipeline = make_pipeline(tiny_unet())
+    page = Page(browser)
+    demo = build_demo(pipeline, {"total_variation": total_variation})
+    _, url, _ = demo.launch(prevent_thread_lock=True, quiet=True, ssr_mode=False)
+    try:
+        browser.get(url)
+        page.shows(*(sampled(pipeline, scale) for scale in (0.0, 0.05)))
+        assert "Class label" not in page.text("body")
+
+        browser.find_element("css selector", "input[aria-label='Guidance method']").click()
+        page.wait(lambda: browser.find_elements("css selector", "li[aria-label^='dps']"))[0].click()
+        page.shows(*(sampled(pipeline, scale, method="dps") for scale in (0.0, 2.0)))
+        assert page.field("Guidance scale").get_attribute("max") == "20"
+    finally:
+        demo.close()
