@@ -13,22 +13,25 @@ from accelerate.utils import DataLoaderConfiguration, set_seed
 from diffusers.optimization import get_scheduler
 from tqdm.auto import tqdm
 
-from reg_diffusers import RegularizedLoss, with_condition
+from reg_diffusers import RegularizedLoss, draw_timesteps, with_condition
 from reg_diffusers.card import write_card
 from reg_diffusers.hub import Uploads, check_upload
 from reg_diffusers.training.arguments import parse_args
-from reg_diffusers.training.checkpoint import Progress, endless_batches, find_checkpoint, save_checkpoint
+from reg_diffusers.training.bad_steps import BadSteps
+from reg_diffusers.training.checkpoint import Checkpoints, Progress, endless_batches
 from reg_diffusers.training.data import flip_half, load_training_data, make_dataloader
 from reg_diffusers.training.ema import build_ema, ema_weights
-from reg_diffusers.training.errors import exit_on_usage_error
+from reg_diffusers.training.errors import UsageError, exit_on_usage_error
 from reg_diffusers.training.hardware import choose_mixed_precision, join_processes, leave_processes, set_threads
 from reg_diffusers.training.interruption import Interruption
-from reg_diffusers.training.metrics import MetricsLog, check_finite, check_logger
+from reg_diffusers.training.launch import resume_command
+from reg_diffusers.training.metrics import MetricsLog, check_logger
 from reg_diffusers.training.model import build_noise_scheduler, build_unet, load_given_model
-from reg_diffusers.training.output import prepare_output_dir, write_settings
+from reg_diffusers.training.output import prepare_output_dir, save_pipeline, write_settings
 from reg_diffusers.training.preview import conditions_of, preview_conditions, sampling_pipeline, save_preview
 from reg_diffusers.training.record import write_record
 from reg_diffusers.training.report import compare, describe, describe_result
+from reg_diffusers.training.settings import check_settings, mathematical_settings
 from reg_diffusers.training.terms import build_terms, check_terms
 
 LOG_INTERVAL = 10  # steps between two readings of the metrics; reading waits for an accelerator
@@ -52,6 +55,9 @@ def main(argv=None):
     check_logger(args)
     repo_id = check_upload(args)
     output_dir = prepare_output_dir(args, state)
+    settings = mathematical_settings(args, data, state, mixed_precision)
+    check_settings(args, output_dir, settings)
+    resume = resume_command(argv, state)
     uploads = Uploads(args, repo_id) if repo_id and state.is_main_process else None
     if state.is_main_process:
         write_settings(args, output_dir)
@@ -59,22 +65,23 @@ def main(argv=None):
         print(describe(args, state, data, unet, noise_scheduler, terms, mixed_precision, threads), flush=True)
 
     del given, unet
-    with Interruption() as interruption:
-        pipeline = train(args, data, terms, output_dir, interruption, uploads)
+    with Interruption(state, args.max_train_time) as interruption:
+        run = (args, data, settings, resume, interruption)
+        pipeline = train(*run, output_dir, terms, uploads)
         compared = args.compare and not interruption
-        plain = train(args, data, (), output_dir / "plain", interruption) if compared else None
+        plain = train(*run, output_dir / "plain") if compared else None
         if (args.compare or uploads) and state.is_main_process and not interruption:
             compare(args, data, terms, plain, pipeline, output_dir)
     if state.is_main_process and not interruption:
         write_card(output_dir, repo_id or output_dir.resolve().name, uploads and uploads.old_card, args.hub_license)
     if state.is_main_process:
-        print(describe_result(args, output_dir, interruption))
+        print(describe_result(args, output_dir, interruption, resume))
         if uploads and not interruption:
             print(uploads.finish(output_dir))
     leave_processes(state)
 
 
-def train(args, data, terms, output_dir, interruption, uploads=None):
+def train(args, data, settings, resume, interruption, output_dir, terms=(), uploads=None):
     """Trains and saves one model; weights, batches and noise are the same whatever its terms. Returns its pipeline."""
     accelerator = Accelerator(
         mixed_precision=choose_mixed_precision(args),
@@ -113,13 +120,19 @@ def train(args, data, terms, output_dir, interruption, uploads=None):
     progress = Progress()
     accelerator.register_for_checkpointing(progress, lr_scheduler, *([ema] if ema else []))
     set_seed(args.seed, device_specific=True)  # other noise on each process
-    if checkpoint := find_checkpoint(args, output_dir):
-        accelerator.load_state(str(checkpoint))
+    metrics = MetricsLog(accelerator, output_dir / "metrics.jsonl")
+    bad_steps = BadSteps(accelerator, output_dir / "bad_steps.jsonl", args.max_bad_steps)
+    counters = {"metrics": metrics, "bad_steps": bad_steps, "nonfinite": loss_fn.regularization.nonfinite}
+    checkpoints = Checkpoints(
+        accelerator, output_dir, lr_scheduler, settings, args.checkpoints_total_limit, counters, resume
+    )
+    checkpoints.resume(args)
+    for log in (metrics, bad_steps):
+        log.forget_later_than(progress.step)
     preview_steps = args.preview_steps or args.save_images_epochs * steps_per_epoch
     save_model_steps = args.save_model_epochs * steps_per_epoch
     pipeline = sampling_pipeline(accelerator.unwrap_model(unet), noise_scheduler, data)
     shown = preview_conditions(data, args.eval_batch_size)
-    metrics = MetricsLog(accelerator, output_dir / "metrics.jsonl", progress.step)
     bar = tqdm(
         desc=" + ".join(["denoising", *loss_fn.regularization.names]),
         total=max_train_steps,
@@ -130,61 +143,82 @@ def train(args, data, terms, output_dir, interruption, uploads=None):
 
     unet.train()
     batches = endless_batches(accelerator, dataloader, progress)
-    while progress.step < max_train_steps:
-        if accelerator.sync_gradients and interruption.seen_by_any(accelerator, progress.step):
-            break
-        batch = next(batches)
-        original_samples = data.normalization.normalize(batch["values"])
-        conditions = conditions_of(data, batch)
-        if args.random_flip:
-            original_samples, conditions = flip_half(original_samples, conditions)
-        model = with_condition(unet, conditions.get("condition"))
-        labels = {"class_labels": conditions["class_labels"]} if args.class_conditional else {}
-        with accelerator.accumulate(unet):
-            output = loss_fn(model, original_samples, model_kwargs={"return_dict": False, **labels}, **conditions)
-            accelerator.backward(output.loss)
-            if accelerator.sync_gradients:
-                accelerator.clip_grad_norm_(unet.parameters(), args.max_grad_norm)
-            optimizer.step()
-            optimizer.zero_grad()
-        metrics.add({"loss": output.loss, **output.terms})
-        if not accelerator.sync_gradients:
-            continue
-        lr_scheduler.step()
-        if ema:
-            ema.step(unet.parameters())
-        progress.step += 1
-        bar.update()
+    with bar:
+        while progress.step < max_train_steps:
+            if accelerator.sync_gradients and interruption.agreed():
+                break
+            batch = next(batches)
+            original_samples = data.normalization.normalize(batch["values"])
+            conditions = conditions_of(data, batch)
+            if args.random_flip:
+                original_samples, conditions = flip_half(original_samples, conditions)
+            model = with_condition(unet, conditions.get("condition"))
+            labels = {"class_labels": conditions["class_labels"]} if args.class_conditional else {}
+            noise = torch.randn_like(original_samples)
+            timesteps = draw_timesteps(noise_scheduler, len(original_samples))
+            with accelerator.accumulate(unet):
+                output = loss_fn(
+                    model,
+                    original_samples,
+                    noise=noise,
+                    timesteps=timesteps,
+                    model_kwargs={"return_dict": False, **labels},
+                    **conditions,
+                )
+                accelerator.backward(bad_steps.spread(output.loss, timesteps, batch["ids"]))
+                if accelerator.sync_gradients:
+                    gradient_norm = accelerator.clip_grad_norm_(unet.parameters(), args.max_grad_norm)
+                    bad_steps.mark(progress.step + 1, optimizer, gradient_norm)
+                optimizer.step()
+                optimizer.zero_grad()
+            metrics.add({"loss": output.loss, **output.terms})
+            if not accelerator.sync_gradients:
+                continue
+            lr_scheduler.step()
+            if ema:
+                ema.step(unet.parameters())
+            progress.step += 1
+            bar.update()
 
-        if progress.step % LOG_INTERVAL == 0 or progress.step == max_train_steps:
-            means = metrics.write(
-                progress.step, lr=lr_scheduler.get_last_lr()[0], **loss_fn.regularization.nonfinite.counts()
-            )
-            check_finite(means, progress.step, bar)
-            accelerator.log(means, step=progress.step)
-            bar.set_postfix({name: f"{means[name]:.4f}" for name in output.terms})
-        if progress.step % preview_steps == 0 or progress.step == max_train_steps:
-            with ema_weights(ema, unet):
-                path = output_dir / "samples" / f"step-{progress.step:06d}.png"
-                save_preview(accelerator, pipeline, shown, path, args)
-        if progress.step % save_model_steps == 0 and accelerator.is_main_process:
-            with ema_weights(ema, unet):
-                pipeline.save_pretrained(str(output_dir))
-        if progress.step % args.checkpointing_steps == 0:
-            save_checkpoint(accelerator, output_dir, progress.step, args.checkpoints_total_limit)
-            if uploads and args.hub_strategy == "checkpoint" and progress.step < max_train_steps:
+            is_last, is_checkpoint = progress.step == max_train_steps, progress.step % args.checkpointing_steps == 0
+            is_logged = is_last or progress.step % LOG_INTERVAL == 0
+            if is_logged or is_checkpoint:
+                for line in bad_steps.look():
+                    bar.write(line)
+            if is_logged:
+                means = metrics.write(
+                    progress.step,
+                    lr=lr_scheduler.get_last_lr()[0],
+                    bad_steps=bad_steps.count,
+                    **loss_fn.regularization.nonfinite.counts(),
+                )
+                accelerator.log(means, step=progress.step)
+                bar.set_postfix({name: f"{means[name]:.4f}" for name in output.terms})
+            if bad_steps.too_many:
+                checkpoints.save(progress.step, bar.write)
+                raise UsageError(bad_steps.advice())
+            if progress.step % preview_steps == 0 or is_last:
                 with ema_weights(ema, unet):
-                    uploads.in_background(pipeline, output_dir, progress.step)
+                    path = output_dir / "samples" / f"step-{progress.step:06d}.png"
+                    save_preview(accelerator, pipeline, shown, path, args)
+            if progress.step % save_model_steps == 0 and accelerator.is_main_process:
+                with ema_weights(ema, unet):
+                    save_pipeline(pipeline, output_dir)
+            if is_checkpoint:
+                checkpoints.save(progress.step, bar.write)
+                if uploads and args.hub_strategy == "checkpoint" and not is_last:
+                    with ema_weights(ema, unet):
+                        uploads.in_background(pipeline, output_dir, progress.step)
 
-    bar.close()
     # A comparison may be interrupted in its second half, when this model is done.
     if (interruption or (args.compare and terms)) and progress.step % args.checkpointing_steps:
-        save_checkpoint(accelerator, output_dir, progress.step, args.checkpoints_total_limit)
+        bad_steps.look()
+        checkpoints.save(progress.step)
     if ema:
         ema.copy_to(unet.parameters())
     unet.eval()
     if accelerator.is_main_process:
-        pipeline.save_pretrained(str(output_dir))
+        save_pipeline(pipeline, output_dir)
     accelerator.wait_for_everyone()
     for tracker in accelerator.trackers:
         tracker.finish()

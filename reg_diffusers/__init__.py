@@ -20,6 +20,7 @@ _HOME = {
     "TermError": "term",
     "X0Regularization": "objective",
     "add_noise": "prediction",
+    "draw_timesteps": "objective",
     "load_regularizer": "specs",
     "load_weighting": "specs",
     "model_output_for": "prediction",

@@ -28,22 +28,26 @@ class NonFiniteGuard:
         self.dropped: dict[str, Tensor] = {}
         self._in_a_row: dict[str, Tensor] = {}
         self._before: dict[str, Tensor | int] = {}  # what _in_a_row was before this step
-        self._last: dict[str, tuple[Tensor, Tensor]] = {}
+        self._last: dict[str, tuple[Tensor, Tensor, Tensor]] = {}
         self._steps = 0
 
-    def drop_values(self, name: str, values: Tensor, timesteps: Tensor) -> Tensor:
+    def drop_values(self, name: str, values: Tensor, x0_hat: Tensor, timesteps: Tensor) -> Tensor:
         """The (n,) values of L' with 0 for every image where it is not finite; once per step and term.
+
+        An image that was not finite before L' saw it is dropped too, but not counted: that is the network's doing.
 
         Args:
             name: the term's name.
             values: (n,) L' of each image.
+            x0_hat: (n, C, ...) what L' was given.
             timesteps: (n,) the images' timesteps, for the message.
         """
+        given = x0_hat.detach().isfinite().flatten(1).all(1)
         bad = ~values.detach().isfinite()
-        self.dropped[name] = self.dropped.get(name, 0) + bad.sum()
+        self.dropped[name] = self.dropped.get(name, 0) + (bad & given).sum()
         self._before[name] = self._in_a_row.get(name, 0)
-        self._in_a_row[name] = (self._before[name] + 1) * bad.any()
-        self._last[name] = (bad, timesteps)
+        self._in_a_row[name] = (self._before[name] + 1) * (bad & given).any()
+        self._last[name] = (bad & given, given, timesteps)
         return torch.where(bad, 0, values)
 
     def drop_gradients(self, name: str, gradients: Tensor) -> Tensor:
@@ -53,15 +57,28 @@ class NonFiniteGuard:
         value is not counted again.
         """
         bad = ~gradients.isfinite().flatten(1).all(1)
-        already, timesteps = self._last[name]
-        self.dropped[name] = self.dropped[name] + (bad & ~already).sum()
-        self._in_a_row[name] = (self._before[name] + 1) * (bad | already).any()
-        self._last[name] = (bad | already, timesteps)
+        already, given, timesteps = self._last[name]
+        counted = bad & given
+        self.dropped[name] = self.dropped[name] + (counted & ~already).sum()
+        self._in_a_row[name] = (self._before[name] + 1) * (counted | already).any()
+        self._last[name] = (counted | already, given, timesteps)
         return torch.where(bad.reshape(-1, *(1,) * (gradients.ndim - 1)), 0, gradients)
 
     def counts(self) -> dict[str, int]:
         """Images dropped so far, by "nonfinite/" and the term's name; waits for the accelerator."""
         return {f"nonfinite/{name}": int(count) for name, count in self.dropped.items()}
+
+    def state_dict(self) -> dict[str, dict[str, int]]:
+        """What has been counted, as plain numbers; waits for the accelerator."""
+        return {
+            "dropped": {name: int(count) for name, count in self.dropped.items()},
+            "in_a_row": {name: int(count) for name, count in self._in_a_row.items()},
+        }
+
+    def load_state_dict(self, state: dict[str, dict[str, int]]) -> None:
+        """Goes on counting from what `state_dict` returned."""
+        self.dropped = {name: torch.tensor(count) for name, count in state["dropped"].items()}
+        self._in_a_row = {name: torch.tensor(count) for name, count in state["in_a_row"].items()}
 
     def check(self) -> None:
         """Raises `FloatingPointError` if a term was not finite for `max_steps` steps in a row."""
@@ -70,7 +87,7 @@ class NonFiniteGuard:
             due = in_a_row.device.type == "cpu" or self._steps % self.check_interval == 0
             # Whether a step's gradients were bad is known only in the step after it.
             if due and max(int(in_a_row), int(self._before[name])) >= self.max_steps:
-                bad, timesteps = self._last[name]
+                bad, _, timesteps = self._last[name]
                 at = timesteps[bad.to(timesteps.device)]
                 span = f" (last at timesteps {at.min():g} to {at.max():g})" if len(at) else ""
                 raise FloatingPointError(

@@ -32,7 +32,7 @@ from .prediction import (
 )
 from .term import Term, TermError, checked_values, checked_weights, term_context
 
-__all__ = ["LossOutput", "RegularizedLoss", "Term", "TermError", "X0Regularization"]
+__all__ = ["LossOutput", "RegularizedLoss", "Term", "TermError", "X0Regularization", "draw_timesteps"]
 
 
 @dataclass(frozen=True)
@@ -168,7 +168,7 @@ class X0Regularization(nn.Module):
         if x0_hat.requires_grad:
             x0_hat.register_hook(lambda gradient: self.nonfinite.drop_gradients(term.name, gradient))
         values = checked_values(term, x0_hat, context)
-        return self.nonfinite.drop_values(term.name, values, timesteps)
+        return self.nonfinite.drop_values(term.name, values, x0_hat, timesteps)
 
 
 class RegularizedLoss(nn.Module):
@@ -229,7 +229,7 @@ class RegularizedLoss(nn.Module):
         if noise is None:
             noise = torch.randn_like(original_samples)
         if timesteps is None:
-            timesteps = _draw_timesteps(self.scheduler, len(original_samples))
+            timesteps = draw_timesteps(self.scheduler, len(original_samples))
         timesteps = torch.as_tensor(timesteps).expand(len(original_samples))
         noisy_samples = add_noise(self.scheduler, original_samples, noise, timesteps)
         model_input = scale_model_input(self.scheduler, noisy_samples, timesteps)
@@ -253,10 +253,21 @@ class RegularizedLoss(nn.Module):
         return (weights.to(squared_error, non_blocking=True) * squared_error).mean()
 
 
-def _draw_timesteps(scheduler, batch_size: int) -> Tensor:
-    """Uniform over the training schedule, (B,), on the CPU: what depends on them alone never waits for an accelerator.
+def draw_timesteps(scheduler, batch_size: int) -> Tensor:
+    """Timesteps to train at, uniform over the training schedule, on the CPU.
 
-    Flow matching draws sigma from {1/T, ..., 1}, then shifts it as the scheduler does for its own training schedule.
+    There, what depends on them alone never waits for an accelerator. Flow matching draws sigma from {1/T, ..., 1}, and
+    shifts it as the scheduler does for its own training schedule.
+
+    Args:
+        scheduler: the noise scheduler of the training.
+        batch_size: B, one for each image.
+
+    Returns:
+        (B,) integers, or for flow matching numbers of the kind that its scheduler counts in.
+
+    Raises:
+        ValueError: the scheduler has no training schedule to draw from.
     """
     kind, steps = prediction_type(scheduler), scheduler.config.num_train_timesteps
     if kind == "trigflow" or hasattr(scheduler, "precondition_outputs"):

@@ -284,10 +284,19 @@ def test_a_comparison_whose_second_half_was_lost_is_finished_by_resuming(train):
     assert (out / "comparison.json").is_file() and len(metrics(out)) == 1
 
 
-def test_a_run_that_is_no_number_any_more_stops_and_saves_no_pipeline(train, capsys, tmp_path):
-    error = refusal(train, capsys, "--max_train_steps", 20, "--learning_rate", 1e30)
-    assert "denoising loss is nan at step 10" in error and "--learning_rate" in error
-    assert not (tmp_path / "out" / "model_index.json").exists()
+def test_a_run_that_is_no_number_any_more_stops_and_keeps_the_weights_before(train, capsys, tmp_path):
+    flags = ("--max_train_steps", 30, "--max_bad_steps", 5, "--checkpointing_steps", 7, "--no-use_ema")
+    error = refusal(train, capsys, *flags, "--learning_rate", 1e30)
+    assert "5 steps in a row had a loss or gradient that is not finite" not in error  # they are read every 10 steps
+    assert re.search(r"\d+ steps in a row had a loss or gradient that is not finite", error)
+    assert "--learning_rate" in error
+    out = tmp_path / "out"
+    assert not (out / "model_index.json").exists()
+    kept = load_file(out / "checkpoint-7" / "model.safetensors")
+    assert all(value.isfinite().all() for value in kept.values())
+    bad = [json.loads(line) for line in (out / "bad_steps.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in bad] == list(range(bad[0]["step"], 8))
+    assert all(len(line["images"]) == len(line["timesteps"]) == 8 for line in bad)
 
 
 def test_a_resumed_run_ends_in_the_same_weights(train):
@@ -300,7 +309,8 @@ def test_a_resumed_run_ends_in_the_same_weights(train):
 
 
 def test_a_signal_saves_and_the_printed_command_goes_on(command_line, tmp_path):
-    flags = [*QUICK, "--no-compare", "--max_train_steps", "100000", "--output_dir", "out", "--preview_steps", "100000"]
+    flags = [*QUICK, *"--no-compare --max_train_steps 100000 --output_dir out --preview_steps 100000".split()]
+    flags += ["--lr_scheduler", "constant"]  # so that the run may become shorter
     process = subprocess.Popen(
         [sys.executable, str(ROOT / "train_reg.py"), *flags],
         cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,

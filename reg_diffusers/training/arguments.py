@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import difflib
 import math
+import re
 import sys
 from pathlib import Path
 
@@ -193,6 +194,12 @@ def _optimization(parser) -> None:
     add("--adam_beta2", type=_fraction, default=0.999, help="decay of AdamW's second moment")
     add("--adam_weight_decay", type=_nonnegative, default=1e-6, help="AdamW's weight decay")
     add("--adam_epsilon", type=_positive, default=1e-8, help="AdamW's denominator term")
+    add(
+        "--max_bad_steps",
+        type=_positive_int,
+        default=10,
+        help="stop after so many steps in a row whose loss or gradient is not finite; each of them is left out",
+    )
     add("--max_grad_norm", type=_positive, default=1.0, help="gradients are clipped to this norm")
     add(
         "--use_ema",
@@ -226,6 +233,25 @@ def _output(parser) -> None:
     add("--checkpointing_steps", type=_positive_int, default=500, help="steps between checkpoints to resume from")
     add("--checkpoints_total_limit", type=_positive_int, help="number of checkpoints kept; default: all")
     add("--resume_from_checkpoint", metavar="PATH", help="a checkpoint folder, or 'latest' of --output_dir")
+    add(
+        "--resume",
+        dest="resume_from_checkpoint",
+        metavar="auto",
+        type=_auto,
+        help="auto: go on from the newest checkpoint of --output_dir that is whole, or start if there is none; so one"
+        " and the same command starts a run and goes on with it",
+    )
+    add(
+        "--allow_changed_settings",
+        action="store_true",
+        help="resume although settings that change the mathematics differ from those of the checkpoint",
+    )
+    add(
+        "--max_train_time",
+        type=_duration,
+        metavar="TIME",
+        help="save and end after so long, such as 90m, 3h30m or 03:30:00; --resume auto goes on",
+    )
     add("--logger", choices=["tensorboard", "wandb"], help="also log there; metrics.jsonl is always written")
     add("--logging_dir", default="logs", help="folder in --output_dir for the logger's files")
 
@@ -268,7 +294,7 @@ def _as_flags(path: str, parser: argparse.ArgumentParser) -> list[str]:
         raise UsageError(f"{path}: not YAML: {' '.join(str(error).split())}") from None
     if not isinstance(settings, dict):
         raise UsageError(f"{path}: must hold entries like 'resolution: 32'")
-    known = {action.dest: action for action in parser._actions if action.option_strings}
+    known = {name.lstrip("-"): action for action in parser._actions for name in action.option_strings}
     flags = []
     for name, value in settings.items():
         if name not in known:
@@ -340,6 +366,24 @@ def _positive_int(text: str) -> int:
 
 def _natural(text: str) -> int:
     return _number(text, int, lambda value: value >= 0, "a whole number of at least 0")
+
+
+def _auto(text: str) -> str:
+    if text != "auto":
+        raise argparse.ArgumentTypeError(f"{text!r} is not 'auto'; a folder is named by --resume_from_checkpoint")
+    return "latest"
+
+
+def _duration(text: str) -> int:
+    """Seconds, from "90m", "3h30m", "45" (seconds), "03:30:00" or "1-12:00:00" (days first, as SLURM writes it)."""
+    units = re.fullmatch(r"(?:(\d+)d)?(?:(\d+)h)?(?:(\d+)m)?(?:(\d+)s?)?", text)
+    clock = re.fullmatch(r"(?:(\d+)-)?(\d+):(\d\d):(\d\d)", text)
+    parts = (units or clock).groups() if units or clock else ()
+    days, hours, minutes, seconds = (int(part or 0) for part in parts) if parts else (0, 0, 0, 0)
+    total = ((days * 24 + hours) * 60 + minutes) * 60 + seconds
+    if total == 0:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a time such as 90m, 3h30m or 03:30:00")
+    return total
 
 
 def _number(text: str, kind: type, accepts, expected: str):

@@ -75,10 +75,10 @@ class PictureData(torch.utils.data.Dataset):
     def __getitems__(self, indices: list[int]) -> dict[str, Tensor]:
         """The batch of these indices, in one look-up.
 
-        {"values": (B, C, H, W) uint8, "condition": (B, K, H, W) uint8, "class_labels": (B,)}
+        {"values": (B, C, H, W) uint8, "ids": (B,), "condition": (B, K, H, W) uint8, "class_labels": (B,)}
         """
         rows = self._table[indices]
-        batch = {"values": _pixels(rows["pixels"], self.shape)}
+        batch = {"values": _pixels(rows["pixels"], self.shape), "ids": torch.tensor(indices)}
         if self.condition_channels:
             batch["condition"] = _pixels(rows["condition"], (self.condition_channels, *self.shape[1:]))
         if self.classes is not None:
@@ -113,8 +113,9 @@ class FieldData(torch.utils.data.Dataset):
         return len(self._array)
 
     def __getitems__(self, indices: list[int]) -> dict[str, Tensor]:
-        """The batch of these indices: {"values": (B, C, H, W) float32}."""
-        return {"values": torch.from_numpy(np.asarray(self._array[indices], dtype=np.float32))}
+        """The batch of these indices: {"values": (B, C, H, W) float32, "ids": (B,)}."""
+        values = torch.from_numpy(np.asarray(self._array[indices], dtype=np.float32))
+        return {"values": values, "ids": torch.tensor(indices)}
 
 
 def load_training_data(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import functools
 import os
 import sys
@@ -21,7 +22,7 @@ class UsageError(ValueError):
 
 
 def exit_on_usage_error(main):
-    """Decorates a script's `main`: a `UsageError` becomes one line on stderr and exit status 2."""
+    """Decorates a script's `main`: a `UsageError` or a full disk becomes one line on stderr and exit status 2."""
 
     @functools.wraps(main)
     def guarded(*args, **kwargs):
@@ -32,6 +33,12 @@ def exit_on_usage_error(main):
                 if error.show_cause:
                     traceback.print_exception(error.__cause__)
                 print(f"{os.path.basename(sys.argv[0])}: error: {error}", file=sys.stderr)
+            sys.exit(2)
+        except OSError as error:
+            if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+                raise
+            where = f" ({error.filename})" if error.filename else ""
+            print(f"{os.path.basename(sys.argv[0])}: error: {error.strerror}{where}: make room", file=sys.stderr)
             sys.exit(2)
 
     return guarded

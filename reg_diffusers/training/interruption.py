@@ -1,40 +1,59 @@
-"""Signals that ask a run to end: it finishes its step and saves."""
+"""What asks a run to end before its last step: a signal, or its time. It finishes its step and saves."""
 
 from __future__ import annotations
 
+import os
 import signal
+import sys
+import time
 
 import torch
-from accelerate import Accelerator
+import torch.distributed as dist
+from accelerate import PartialState
 
 __all__ = ["Interruption"]
 
 
 class Interruption:
-    """Remembers that SIGINT (Ctrl-C), SIGTERM or SIGUSR1 arrived; a second one acts as usual, at once.
+    """Remembers that SIGINT (Ctrl-C), SIGTERM or SIGUSR1 arrived, or that the time is over.
 
-    Use as a context manager around the training; the handlers before it are put back.
+    A second signal acts as usual, at once. Use as a context manager around the training; the handlers before it are
+    put back. It is true when all processes have agreed to end, which `agreed` finds out.
+
+    Args:
+        state: the processes of the launch.
+        max_seconds: from now on.
     """
 
-    def __init__(self):
+    def __init__(self, state: PartialState, max_seconds: float | None = None):
         self.name: str | None = None
+        self._state = state
+        self._deadline = None if max_seconds is None else time.monotonic() + max_seconds
+        self._agreed = False
         self._before: dict = {}
+        self._asked: tuple | None = None
+        # Of its own and on CPUs, so that asking neither waits for an accelerator nor meets other messages.
+        self._group = dist.new_group(backend="gloo") if state.num_processes > 1 else None
 
     def __bool__(self) -> bool:
-        return self.name is not None
+        return self._agreed
 
-    def seen_by_any(self, accelerator: Accelerator, step: int, interval: int = 10) -> bool:
-        """Whether a signal reached any process, the same answer on all; several processes ask every `interval` steps,
-        because asking waits for all of them.
+    def agreed(self) -> bool:
+        """Whether all processes end here; to be asked by all of them before each step.
+
+        Several processes get the answer to the question of the step before, which has travelled meanwhile: nobody
+        waits, and they end one step later.
         """
-        if accelerator.num_processes == 1:
-            return bool(self)
-        if step % interval:
-            return False
-        seen = accelerator.reduce(torch.tensor(float(bool(self)), device=accelerator.device))
-        if seen and not self:
-            self.name = "a signal to another process"
-        return bool(self)
+        if self._deadline is not None and time.monotonic() > self._deadline:
+            self.name = self.name or "the time limit"
+        if self._group is None:
+            self._agreed = self.name is not None
+            return self._agreed
+        self._hear()
+        if not self._agreed:
+            wanted = torch.tensor(int(self.name is not None))
+            self._asked = dist.all_reduce(wanted, dist.ReduceOp.MAX, self._group, async_op=True), wanted
+        return self._agreed
 
     def __enter__(self) -> Interruption:
         names = [name for name in ("SIGINT", "SIGTERM", "SIGUSR1") if hasattr(signal, name)]
@@ -43,12 +62,27 @@ class Interruption:
         }
         return self
 
-    def __exit__(self, *_) -> None:
+    def __exit__(self, kind, *_) -> None:
         self._restore()
+        if kind is None:  # after an error the others may never answer
+            self._hear()
+
+    def _hear(self) -> None:
+        if self._asked is None:
+            return
+        work, wanted = self._asked
+        self._asked = None
+        work.wait()
+        if wanted.item():
+            self._agreed = True
+            self.name = self.name or "a signal to another process"
 
     def _remember(self, number: int, _frame) -> None:
         self.name = signal.Signals(number).name
         self._restore()
+        if self._state.is_local_main_process:
+            # Not by print, which must not be entered twice.
+            os.write(sys.stderr.fileno(), f"\n{self.name}: ending after this step; again ends at once\n".encode())
 
     def _restore(self) -> None:
         for number, handler in self._before.items():

@@ -15,65 +15,85 @@ from torch import Tensor
 from .errors import UsageError
 from .output import write_whole
 
-__all__ = ["MetricsLog", "check_finite", "check_logger"]
+__all__ = ["JsonLines", "MetricsLog", "check_logger"]
+
+_COUNT = "batches"  # among the sums: how many batches they are of
+
+
+class JsonLines:
+    """A file of one JSON object per line, each with the step that it is about; made by its first line.
+
+    Args:
+        path: of the file.
+    """
+
+    def __init__(self, path: Path):
+        self.path = path
+
+    def append(self, line: dict) -> None:
+        """Adds a line; what is no number becomes null, because JSON has no word for it."""
+        finite = {
+            name: None if isinstance(value, float) and not math.isfinite(value) else value
+            for name, value in line.items()
+        }
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        with self.path.open("a") as file:
+            file.write(json.dumps(finite) + "\n")
+
+    def drop_later_than(self, step: int) -> None:
+        """Leaves out the lines of later steps, which were lost with an interrupted run."""
+        if not self.path.is_file():
+            return
+        # A line that was cut off by a kill is later than the checkpoint, too.
+        lines = [line for line in self.path.read_text().splitlines() if line.endswith("}")]
+        kept = [f"{line}\n" for line in lines if json.loads(line)["step"] <= step]
+        write_whole(self.path, lambda temporary: temporary.write_text("".join(kept)))
 
 
 class MetricsLog:
     """Means of scalars over the steps since the last writing.
 
-    Values are summed on their device and read only when written, so that no step waits for them.
+    Values are summed on their device and read only when written, so that no step waits for them. A batch whose loss
+    is not finite does not count.
 
     Args:
         accelerator: joins the means of all processes.
         path: a file to which the main process appends one JSON object per writing.
-        step: where the run begins; what the file says of later steps was lost with an interrupted run.
     """
 
-    def __init__(self, accelerator: Accelerator, path: Path, step: int):
+    def __init__(self, accelerator: Accelerator, path: Path):
         self._accelerator = accelerator
-        self._path = path
-        if path.is_file() and accelerator.is_main_process:
-            # A line that was cut off by a kill is later than the checkpoint, too.
-            kept = [
-                line
-                for line in path.read_text().splitlines()
-                if line.endswith("}") and json.loads(line)["step"] <= step
-            ]
-            write_whole(path, lambda temporary: temporary.write_text("".join(f"{line}\n" for line in kept)))
-        path.parent.mkdir(parents=True, exist_ok=True)
+        self._log = JsonLines(path)
         self._sums: dict[str, Tensor] = {}
-        self._steps = 0
 
     def add(self, values: dict[str, Tensor]) -> None:
-        """Adds the scalars of one step."""
-        for name, value in values.items():
-            self._sums[name] = self._sums.get(name, 0) + value.detach()
-        self._steps += 1
+        """Adds the scalars of one batch, with its "loss" among them."""
+        finite = values["loss"].detach().isfinite()
+        for name, value in {_COUNT: finite.float(), **values}.items():
+            self._sums[name] = self._sums.get(name, 0) + torch.where(finite, value.detach(), 0)
 
     def write(self, step: int, **more: float) -> dict[str, float]:
         """The means since the last call over all processes, which are also appended to the file."""
         names = list(self._sums)
-        sums = self._accelerator.reduce(torch.stack([self._sums[name].float() for name in names]), "mean")
-        means = {name: value / self._steps for name, value in zip(names, sums.tolist(), strict=True)} | more
-        self._sums, self._steps = {}, 0
+        sums = self._accelerator.reduce(torch.stack([self._sums[name].float() for name in names]), "sum")
+        sums = dict(zip(names, sums.tolist(), strict=True))
+        count = sums.pop(_COUNT)
+        means = {name: value / count if count else math.nan for name, value in sums.items()} | more
+        self._sums = {}
         if self._accelerator.is_main_process:
-            with self._path.open("a") as file:
-                file.write(json.dumps({"step": step, **means}) + "\n")
+            self._log.append({"step": step, **means})
         return means
 
+    def state_dict(self) -> dict[str, float]:
+        return {name: value.item() for name, value in self._sums.items()}
 
-def check_finite(means: dict[str, float], step: int, bar) -> None:
-    """Stops a run whose denoising loss is no longer a number, before it overwrites what was good.
+    def load_state_dict(self, state: dict[str, float]) -> None:
+        self._sums = {name: torch.tensor(value, device=self._accelerator.device) for name, value in state.items()}
 
-    Raises:
-        UsageError: with what to try.
-    """
-    if not math.isfinite(means["denoising"]):
-        bar.close()  # so that the message has a line of its own
-        raise UsageError(
-            f"the denoising loss is {means['denoising']} at step {step}: try a smaller --learning_rate or"
-            " --max_grad_norm, or a longer --lr_warmup_steps; checkpoints and pipeline are those from before"
-        )
+    def forget_later_than(self, step: int) -> None:
+        """Drops from the file what a run that was cut off had written of later steps."""
+        if self._accelerator.is_main_process:
+            self._log.drop_later_than(step)
 
 
 def check_logger(args: argparse.Namespace) -> None:

@@ -11,10 +11,10 @@ from pathlib import Path
 import yaml
 from accelerate import PartialState
 
-from .checkpoint import find_checkpoint
+from .checkpoint import named_checkpoint
 from .errors import UsageError
 
-__all__ = ["SETTINGS_FILE", "prepare_output_dir", "write_settings", "write_whole"]
+__all__ = ["SETTINGS_FILE", "prepare_output_dir", "save_pipeline", "write_settings", "write_whole"]
 
 SETTINGS_FILE = "reg_settings.yaml"
 
@@ -38,7 +38,7 @@ def prepare_output_dir(args: argparse.Namespace, state: PartialState) -> Path:
             f"{flag} holds an earlier run: name another, or pass --resume_from_checkpoint latest to go on, or"
             " --overwrite_output_dir to start anew"
         )
-    find_checkpoint(args, folder)
+    named_checkpoint(args, folder)
     state.wait_for_everyone()  # nobody touches the folder before all have looked at it
     if holds_files and not args.resume_from_checkpoint and state.is_main_process:
         _remove_earlier_run(args, folder)
@@ -54,12 +54,27 @@ def prepare_output_dir(args: argparse.Namespace, state: PartialState) -> Path:
 def _remove_earlier_run(args: argparse.Namespace, folder: Path) -> None:
     """Deletes what a run of this script writes, and nothing else."""
     written = ["plain", "samples", "unet", "scheduler", "model_index.json", "pipeline.py", "metrics.jsonl"]
-    written += ["reg_config.json", "comparison.json", "comparison.png", ".upload", args.logging_dir]
+    written += ["bad_steps.jsonl", "reg_config.json", "comparison.json", "comparison.png", args.logging_dir]
+    written += [".upload", ".pipeline"]
     for path in [*(folder / name for name in written), *folder.glob("checkpoint-*"), *folder.glob(".checkpoint-*")]:
         if path.is_dir():
             shutil.rmtree(path)
         else:
             path.unlink(missing_ok=True)
+
+
+def save_pipeline(pipeline, folder: Path) -> None:
+    """Saves a pipeline file by file, each whole or not at all, so that the one before is there until the new one is."""
+    temporary = folder / ".pipeline"
+    shutil.rmtree(temporary, ignore_errors=True)
+    try:
+        pipeline.save_pretrained(str(temporary))
+        for path in [path for path in temporary.rglob("*") if path.is_file()]:
+            target = folder / path.relative_to(temporary)
+            target.parent.mkdir(parents=True, exist_ok=True)
+            path.replace(target)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
 
 
 def write_settings(args: argparse.Namespace, folder: Path) -> None:
@@ -68,6 +83,7 @@ def write_settings(args: argparse.Namespace, folder: Path) -> None:
     Without tokens, and without what was said for this start only.
     """
     left_out = ("config", "hub_token", "local_rank", "resume_from_checkpoint", "overwrite_output_dir")
+    left_out += ("allow_changed_settings",)
     left_out += ("push_to_hub", "hub_strategy")  # else an upload would be repeated by whoever repeats the training
     settings = {name: value for name, value in vars(args).items() if name not in left_out}
     if not settings["regularizer"]:

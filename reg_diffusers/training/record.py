@@ -5,9 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import platform
-import shlex
 import subprocess
-import sys
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
@@ -19,6 +17,7 @@ from ..card import CONFIG_FILE
 from ..prediction import noise_level, prediction_type
 from ..term import Term, checked_weights
 from .data import FieldData, PictureData
+from .launch import launch_command
 from .output import write_whole
 
 __all__ = ["write_record"]
@@ -40,7 +39,7 @@ def write_record(
     source = args.dataset_name or args.train_data_dir
     given = zip(terms, args.regularizer, args.reg_weighting, strict=True)
     record = {
-        "command": _command(sys.argv[1:] if argv is None else argv, state.num_processes),
+        "command": launch_command(argv, state),
         "seed": args.seed,
         "processes": state.num_processes,
         "device": state.device.type,
@@ -85,17 +84,6 @@ def _gate(term: Term, noise_scheduler) -> str:
         return "no noise level"
     first, last = timesteps[active].min().item(), timesteps[active].max().item()
     return f"t = {first} to {last} of {steps} (SNR at least {level.snr[active].min().item():.3g})"
-
-
-def _command(argv: list[str], processes: int) -> str:
-    """The command line of this run, to be pasted; a token given on it is left out."""
-    kept, skip = [], False
-    for word in argv:
-        if not skip and word.split("=")[0] != "--hub_token":
-            kept.append(word)
-        skip = word == "--hub_token"
-    launcher = "accelerate launch" + (f" --num_processes {processes}" if processes > 1 else "")
-    return shlex.join([*launcher.split(), "train_reg.py", *kept])
 
 
 def _versions() -> dict[str, str]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import shlex
 from pathlib import Path
 
 import torch
@@ -104,12 +103,11 @@ def compare(
     print("", *said, "", sep="\n")
 
 
-def describe_result(args: argparse.Namespace, output_dir: Path, interruption: Interruption) -> str:
+def describe_result(args: argparse.Namespace, output_dir: Path, interruption: Interruption, resume: str) -> str:
     """Where everything is, and the line of Python that loads it; after an interruption, how to go on."""
     lines = []
     if interruption:
-        command = f"accelerate launch train_reg.py {shlex.quote(str(output_dir / SETTINGS_FILE))}"
-        lines.append(f"stopped by {interruption.name}; go on with: {command} --resume_from_checkpoint latest")
+        lines.append(f"stopped by {interruption.name}; go on with: {resume}")
     shown = {
         "pipeline": output_dir / "model_index.json",
         "samples": output_dir / "samples",
