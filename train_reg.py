@@ -19,6 +19,7 @@ from reg_diffusers.hub import Uploads, check_upload
 from reg_diffusers.training.arguments import parse_args
 from reg_diffusers.training.bad_steps import BadSteps
 from reg_diffusers.training.checkpoint import Checkpoints, Progress, endless_batches
+from reg_diffusers.training.checks import check_terms
 from reg_diffusers.training.data import flip_half, load_training_data, make_dataloader
 from reg_diffusers.training.ema import build_ema, ema_weights
 from reg_diffusers.training.errors import UsageError, exit_on_usage_error
@@ -32,7 +33,7 @@ from reg_diffusers.training.preview import conditions_of, preview_conditions, sa
 from reg_diffusers.training.record import write_record
 from reg_diffusers.training.report import compare, describe, describe_result
 from reg_diffusers.training.settings import check_settings, mathematical_settings
-from reg_diffusers.training.terms import build_terms, check_terms
+from reg_diffusers.training.terms import build_terms
 
 LOG_INTERVAL = 10  # steps between two readings of the metrics; reading waits for an accelerator
 
@@ -50,7 +51,7 @@ def main(argv=None):
         )
     # What cannot work is said here, before anything is written.
     noise_scheduler = build_noise_scheduler(args, given)
-    check_terms(terms, noise_scheduler, data)
+    on_data = check_terms(terms, noise_scheduler, data, state.device, mixed_precision)
     unet = build_unet(args, given, data)
     check_logger(args)
     repo_id = check_upload(args)
@@ -62,7 +63,7 @@ def main(argv=None):
     if state.is_main_process:
         write_settings(args, output_dir)
         write_record(args, argv, state, data, noise_scheduler, terms, mixed_precision, output_dir)
-        print(describe(args, state, data, unet, noise_scheduler, terms, mixed_precision, threads), flush=True)
+        print(describe(args, state, data, unet, noise_scheduler, terms, on_data, mixed_precision, threads), flush=True)
 
     del given, unet
     with Interruption(state, args.max_train_time) as interruption:

@@ -8,7 +8,7 @@ import os
 import sys
 import traceback
 
-__all__ = ["UsageError", "exit_on_usage_error"]
+__all__ = ["UsageError", "exit_on_usage_error", "warn"]
 
 
 class UsageError(ValueError):
@@ -42,3 +42,9 @@ def exit_on_usage_error(main):
             sys.exit(2)
 
     return guarded
+
+
+def warn(message: str) -> None:
+    """One line on stderr, from one process of each machine."""
+    if os.environ.get("LOCAL_RANK", "0") == "0":
+        print(f"{os.path.basename(sys.argv[0])}: warning: {message}", file=sys.stderr, flush=True)

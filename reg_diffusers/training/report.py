@@ -14,6 +14,7 @@ from ..measurement import table, write_comparison
 from ..pipeline import RegDDPMPipeline
 from ..prediction import prediction_type
 from ..term import Term
+from .checks import OnData
 from .data import FieldData, PictureData
 from .interruption import Interruption
 from .output import SETTINGS_FILE, write_whole
@@ -32,6 +33,7 @@ def describe(
     unet,
     noise_scheduler,
     terms: tuple[Term, ...],
+    on_data: dict[str, OnData],
     mixed_precision: str,
     threads: int,
 ) -> str:
@@ -46,6 +48,7 @@ def describe(
     return "\n".join(
         [
             f"data       {len(data):,} {kind} of {channels} x {height} x {width} from {source}",
+            *(f"data       {name} {values}" for name, values in on_data.items()),
             *([f"classes    {classes}"] if classes else []),
             *([f"condition  images of {data.condition_channels} channels"] if data.condition_channels else []),
             f"model      UNet2DModel, {parameters:.2f}M parameters, {type(noise_scheduler).__name__},"
