@@ -43,6 +43,7 @@ def main(argv=None):
     args = parse_args(argv)
     mixed_precision, threads = choose_mixed_precision(args), set_threads(args)
     state = join_processes()
+    repo_id = check_upload(args) if state.is_main_process else None
     terms = build_terms(args)
     with state.main_process_first():
         given = load_given_model(args)
@@ -54,7 +55,6 @@ def main(argv=None):
     on_data = check_terms(terms, noise_scheduler, data, state.device, mixed_precision)
     unet = build_unet(args, given, data)
     check_logger(args)
-    repo_id = check_upload(args)
     output_dir = prepare_output_dir(args, state)
     settings = mathematical_settings(args, data, state, mixed_precision)
     check_settings(args, output_dir, settings)
@@ -74,11 +74,11 @@ def main(argv=None):
         if (args.compare or uploads) and state.is_main_process and not interruption:
             compare(args, data, terms, plain, pipeline, output_dir)
     if state.is_main_process and not interruption:
-        write_card(output_dir, repo_id or output_dir.resolve().name, uploads and uploads.old_card, args.hub_license)
+        write_card(output_dir, repo_id or args.output_dir, uploads and uploads.old_card(), args.hub_license)
     if state.is_main_process:
         print(describe_result(args, output_dir, interruption, resume))
-        if uploads and not interruption:
-            print(uploads.finish(output_dir))
+        if uploads:
+            print(uploads.stop(output_dir) if interruption else uploads.finish(output_dir))
     leave_processes(state)
 
 

@@ -3,25 +3,24 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
+import shlex
 import shutil
-import threading
-import time
-from collections.abc import Callable
 from pathlib import Path
 
-from huggingface_hub import HfApi
+from huggingface_hub import HfApi, ModelCard, ModelCardData
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalTokenNotFoundError
-from huggingface_hub.utils import disable_progress_bars, enable_progress_bars, validate_repo_id
+from huggingface_hub.utils import validate_repo_id
 
-from .card import copy_evidence, remote_card, write_card
+from .card import copy_evidence, merge_cards, write_card
+from .repository import STALE, open_repository, remote_card
 from .training.errors import UsageError
+from .upload import Upload, reason
 
 __all__ = ["Uploads", "check_upload"]
 
 _NOT_UPLOADED = ("checkpoint-*", "plain/*", ".*")
-# The client itself repeats a request that finds no server, for 23 s; an upload that fails sooner is begun anew.
-_WAITS = (1, 4, 10)
-_PATIENCE = 20
+_STAGING = ".upload"
 
 
 def check_upload(args: argparse.Namespace) -> str | None:
@@ -35,17 +34,21 @@ def check_upload(args: argparse.Namespace) -> str | None:
     name = args.hub_model_id or Path(args.output_dir).resolve().name
     try:
         validate_repo_id(name)
-        user = HfApi(token=args.hub_token).whoami()["name"]
     except HFValidationError as error:
-        raise UsageError(f"--hub_model_id: {error}") from None
+        flag = f"--hub_model_id {name}" if args.hub_model_id else "--push_to_hub takes the name of --output_dir"
+        fix = "" if args.hub_model_id else "; pass --hub_model_id"
+        raise UsageError(f"{flag}: {' '.join(str(error).split())}{fix}") from None
+    try:
+        user = HfApi(token=args.hub_token).whoami()["name"]
     except LocalTokenNotFoundError:
         raise UsageError("--push_to_hub: no token: run `hf auth login`, or set HF_TOKEN") from None
-    except HfHubHTTPError as error:
-        raise UsageError(
-            f"--push_to_hub: the Hub does not accept the token ({_status(error)}): run `hf auth login`"
-        ) from None
     except Exception as error:  # what it raises without a network depends on its HTTP library
-        raise UsageError(f"--push_to_hub: the Hub cannot be reached ({type(error).__name__})") from error
+        if isinstance(error, HfHubHTTPError) and error.response.status_code in (401, 403):
+            status = error.response.status_code
+            raise UsageError(
+                f"--push_to_hub: the Hub does not accept the token ({status}): run `hf auth login`"
+            ) from None
+        raise UsageError(f"--push_to_hub: the Hub cannot be reached ({reason(error)})") from error
     return name if "/" in name else f"{user}/{name}"
 
 
@@ -58,30 +61,36 @@ class Uploads:
         args: the settings of the run.
         repo_id: user/name.
 
-    Attributes:
-        old_card: the card that the repository had before.
-
     Raises:
-        UsageError: the token may not write there.
+        UsageError: the token may not write there; a licence that the Hub does not know; a card that cannot be read; a
+            private repository is wanted, and it is public.
     """
 
     def __init__(self, args: argparse.Namespace, repo_id: str):
         self.repo_id = repo_id
-        self._license = args.hub_license
+        self._args = args
         self._api = HfApi(token=args.hub_token)
         self._ignored = [*_NOT_UPLOADED, f"{args.logging_dir}/*"]
-        self._thread: threading.Thread | None = None
+        self._upload: Upload | None = None
+        self._step = self._done = self._skipped = 0
         self._failures: list[str] = []
-        self._done = self._skipped = 0
+        flag = f"--hub_model_id {repo_id}"
         try:
-            self._api.create_repo(repo_id, private=args.hub_private_repo or None, exist_ok=True)
-            self.old_card = remote_card(self._api, repo_id)
+            open_repository(self._api, repo_id, args.hub_private_repo or None)
+            self._old_card = remote_card(self._api, repo_id)
+        except ValueError as error:
+            raise UsageError(f"{flag}: {error}") from error
         except Exception as error:
-            reason = _status(error) if isinstance(error, HfHubHTTPError) else type(error).__name__
-            raise UsageError(
-                f"--hub_model_id {repo_id}: the repository cannot be opened ({reason}): the token needs the right to"
-                " write there"
-            ) from error
+            refused = isinstance(error, HfHubHTTPError) and error.response.status_code in (401, 403)
+            fix = ": the token needs the right to write there" if refused else ""
+            raise UsageError(f"{flag}: the repository cannot be opened ({reason(error)}){fix}") from error
+        self._check_license()
+
+    def old_card(self) -> ModelCard | None:
+        """The card that the repository has: as it is now or, without a network, as it was at the beginning."""
+        with contextlib.suppress(Exception):
+            self._old_card = remote_card(self._api, self.repo_id)
+        return self._old_card
 
     def in_background(self, pipeline, output_dir: Path, step: int) -> None:
         """Uploads the pipeline as it is now, with samples and metrics so far, while the training goes on.
@@ -89,49 +98,47 @@ class Uploads:
         Left out while the upload before is still under way. The files are copied first, so that later steps do not
         change them.
         """
-        if self._thread is not None and self._thread.is_alive():
+        if self._upload is not None and self._upload.is_alive:
             self._skipped += 1
             return
-        staging = output_dir / ".upload"
-        shutil.rmtree(staging, ignore_errors=True)
-        pipeline.save_pretrained(str(staging))
-        copy_evidence(output_dir, staging)
-        write_card(staging, self.repo_id, self.old_card, self._license)
-        disable_progress_bars()  # they would write over the bar of the training
-        self._thread = threading.Thread(target=self._upload_staged, args=(staging, step), daemon=True)
-        self._thread.start()
+        self._count()
+        staging = output_dir / _STAGING
+        try:
+            shutil.rmtree(staging, ignore_errors=True)
+            pipeline.save_pretrained(str(staging))
+            copy_evidence(output_dir, staging)
+            write_card(staging, self.repo_id, self._old_card, self._args.hub_license)
+            self._step, self._upload = step, self._start(staging, f"Upload step {step}", show_progress=False)
+        except Exception as error:  # whatever it is, the training is more important
+            self._failures.append(f"step {step}: {reason(error)}")
 
     def finish(self, output_dir: Path) -> str:
         """Uploads the finished run and returns what to tell the user, with the command that does it later."""
-        if self._thread is not None:
-            self._thread.join()
-        shutil.rmtree(output_dir / ".upload", ignore_errors=True)
-        enable_progress_bars()
-        told = self._told()
-        error = _tried(lambda: self._upload(output_dir, "Upload a training run"))
-        if error is not None:
-            excluded = " ".join(f"--exclude '{pattern}'" for pattern in self._ignored)
-            command = f"hf upload {self.repo_id} {output_dir} {excluded}"
-            return f"{told}upload      failed ({_reason(error)}); upload it later with: {command}"
-        return f"{told}uploaded    {self._api.endpoint}/{self.repo_id}"
+        final = None
+        try:
+            if self._upload is not None and self._upload.is_alive:
+                print(f"waiting for the upload of step {self._step}", flush=True)
+                self._upload.wait()
+            final = self._start(output_dir, "Upload a training run", show_progress=True)
+            failure = final.wait()
+        except KeyboardInterrupt:
+            failure = "interrupted"
+        except OSError as error:  # no process can be started
+            failure = reason(error)
+        if final is not None:
+            final.stop()
+        told = self.stop(output_dir)
+        if not failure:
+            return f"{told}uploaded    {self._api.endpoint}/{self.repo_id}"
+        token = " (with the same token: HF_TOKEN, or hf auth login)" if self._args.hub_token else ""
+        return f"{told}upload      failed ({failure}); upload it later{token} with: {self._command(output_dir)}"
 
-    def _upload(self, folder: Path, message: str) -> None:
-        self._api.upload_folder(
-            repo_id=self.repo_id,
-            folder_path=folder,
-            ignore_patterns=list(self._ignored),  # the client adds to it
-            commit_message=message,
-        )
-
-    def _upload_staged(self, staging: Path, step: int) -> None:
-        error = _tried(lambda: self._upload(staging, f"Upload step {step}"))
-        if error is None:
-            self._done += 1
-        else:
-            self._failures.append(f"step {step}: {_reason(error)}")
-
-    def _told(self) -> str:
-        """A line on the uploads during the training, if there were any."""
+    def stop(self, output_dir: Path) -> str:
+        """Ends what is under way, and returns a line on the uploads during the training, if there were any."""
+        if self._upload is not None:
+            self._upload.stop()
+        self._count()
+        shutil.rmtree(output_dir / _STAGING, ignore_errors=True)
         tried = self._done + len(self._failures)
         if not tried:
             return ""
@@ -139,26 +146,42 @@ class Uploads:
         skipped = f", {self._skipped} left out while another was under way" if self._skipped else ""
         return f"uploads     {self._done} of {tried} during the training{failed}{skipped}\n"
 
+    def _start(self, folder: Path, message: str, show_progress: bool) -> Upload:
+        return Upload(
+            self._args.hub_token,
+            show_progress,
+            repo_id=self.repo_id,
+            folder_path=str(folder.resolve()),
+            ignore_patterns=self._ignored,
+            delete_patterns=STALE,
+            commit_message=message,
+        )
 
-def _tried(upload: Callable[[], None]) -> Exception | None:
-    """Calls `upload`, again after a while if it fails for a reason that may pass; returns the last error, if any."""
-    started = time.monotonic()
-    for wait in (*_WAITS, None):
-        try:
-            upload()
-        except Exception as error:  # whatever it is, the trained model is more important
-            refused = isinstance(error, HfHubHTTPError) and 400 <= (_status(error) or 500) < 500
-            if wait is None or refused or time.monotonic() - started > _PATIENCE:
-                return error
-            time.sleep(wait)
+    def _count(self) -> None:
+        """Takes note of how the upload in the background ended, if there was one."""
+        if self._upload is None:
+            return
+        failure = self._upload.wait()
+        if failure:
+            self._failures.append(f"step {self._step}: {failure}")
         else:
-            return None
+            self._done += 1
+        self._upload = None
 
+    def _command(self, output_dir: Path) -> str:
+        excluded = [word for pattern in self._ignored for word in ("--exclude", pattern)]
+        private = ["--private"] if self._args.hub_private_repo else []
+        return shlex.join(["hf", "upload", self.repo_id, str(output_dir), *excluded, *private])
 
-def _status(error: HfHubHTTPError) -> int | None:
-    return getattr(error.response, "status_code", None)
-
-
-def _reason(error: Exception) -> str:
-    status = _status(error) if isinstance(error, HfHubHTTPError) else None
-    return f"{type(error).__name__}{f' {status}' if status else ''}"
+    def _check_license(self) -> None:
+        """Asks the Hub, which refuses a card with a licence that it does not know."""
+        license = self._args.hub_license
+        if license is None:
+            return
+        card = ModelCard(f"---\n{ModelCardData(license=license, tags=[]).to_yaml()}\n---\n")
+        try:
+            merge_cards(card, self._old_card).validate()
+        except ValueError as error:
+            raise UsageError(f"--hub_license {license}: {' '.join(str(error).split())}") from error
+        except Exception:  # it will be tried again with the first upload
+            return

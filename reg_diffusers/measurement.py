@@ -6,10 +6,13 @@ Always in pairs: L' alone says nothing, a model that draws only grey has no vari
 from __future__ import annotations
 
 import json
+import math
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-__all__ = ["Measurement", "markdown_table", "read_comparison", "table", "write_comparison"]
+__all__ = ["COMPARISON_FILE", "Measurement", "markdown_table", "read_comparison", "table", "write_comparison"]
+
+COMPARISON_FILE = "comparison.json"
 
 
 @dataclass(frozen=True)
@@ -41,7 +44,7 @@ def table(rows: dict[str, Measurement]) -> str:
 def markdown_table(rows: dict[str, Measurement]) -> str:
     """What `table` shows, in Markdown."""
     lines = _cells(rows)
-    head, *body = (f"| {' | '.join(line)} |" for line in lines)
+    head, *body = (f"| {' | '.join(line)} |".replace("<", "&lt;") for line in lines)
     return "\n".join([head, "|---" * len(lines[0]) + "|", *body])
 
 
@@ -51,13 +54,17 @@ def _cells(rows: dict[str, Measurement]) -> list[list[str]]:
     body = [
         [
             title,
-            *(f"{row.terms[name]:.4f} ± {row.standard_errors[name]:.4f}" for name in names),
+            *(_with_error(row.terms[name], row.standard_errors[name]) for name in names),
             f"{row.distance:.4f}",
             "" if row.denoising_loss is None else f"{row.denoising_loss:.5f}",
         ]
         for title, row in rows.items()
     ]
     return [head, *body]
+
+
+def _with_error(mean: float, error: float) -> str:
+    return f"{mean:.4f}" if math.isnan(error) else f"{mean:.4f} ± {error:.4f}"  # of a single image there is none
 
 
 def write_comparison(path: Path, rows: dict[str, Measurement], **settings) -> None:

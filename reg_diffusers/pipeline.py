@@ -25,12 +25,13 @@ from diffusers.utils.torch_utils import randn_tensor
 from huggingface_hub import HfApi
 from torch import Tensor
 
-from .card import copy_evidence, remote_card, write_card
+from .card import CARD_FILE, write_card
 from .conditioning import with_condition
 from .guidance import Guidance
 from .model_index import as_saved, saved_normalization
 from .prediction import predict_original_sample, prediction_type
 from .regularizers import Regularizer, regularizer_name, score
+from .repository import STALE, fetch_evidence, open_repository, remote_card
 from .standalone import standalone_source
 from .term import Term
 
@@ -230,7 +231,8 @@ class RegDDPMPipeline(DiffusionPipeline):
     ) -> str:
         """Uploads the pipeline with a card, and with the evidence of its training where it was loaded from a run.
 
-        The card of the repository keeps what its owner wrote outside of the marks.
+        The card of the repository keeps what its owner wrote outside of the marks. Where the weights are not those
+        that were loaded there is no evidence on them, and what the repository has of it is deleted.
 
         Args:
             repo_id: user/name, or a name of the token's user; made if need be.
@@ -244,21 +246,29 @@ class RegDDPMPipeline(DiffusionPipeline):
 
         Returns:
             The URL of the commit.
+
+        Raises:
+            ValueError: `private`, but the repository is there and public; a card there that cannot be read.
+            HfHubHTTPError: no network, or no right to write there.
         """
         api = HfApi(token=token)
-        repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
+        repo_id = open_repository(api, repo_id, private, write=not create_pr)
         with TemporaryDirectory() as temporary:
             folder = Path(temporary)
-            copy_evidence(Path(self.name_or_path or ""), folder)
             self.save_pretrained(folder, safe_serialization, variant)
+            if self.name_or_path:
+                fetch_evidence(api, self.name_or_path, folder)
             if subfolder is None:
                 write_card(folder, repo_id, remote_card(api, repo_id))
+            else:
+                (folder / CARD_FILE).unlink(missing_ok=True)
             return api.upload_folder(
                 repo_id=repo_id,
                 folder_path=folder,
                 path_in_repo=subfolder,
                 commit_message=commit_message or "Upload RegDDPMPipeline",
                 create_pr=create_pr,
+                delete_patterns=list(STALE),
             )
 
     @classmethod

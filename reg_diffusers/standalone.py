@@ -11,7 +11,7 @@ __all__ = ["standalone_source"]
 # In the order of their imports: each needs only those before it.
 _MODULES = (
     *("prediction", "weighting", "regularizers", "term", "conditioning", "guidance"),
-    *("model_index", "measurement", "card", "pipeline"),
+    *("model_index", "measurement", "card_text", "card", "repository", "pipeline"),
 )
 
 _HEAD = '''"""RegDDPMPipeline of reg_diffusers {version} in one file, made from its sources; licence: Apache-2.0.

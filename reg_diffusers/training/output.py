@@ -54,8 +54,8 @@ def prepare_output_dir(args: argparse.Namespace, state: PartialState) -> Path:
 def _remove_earlier_run(args: argparse.Namespace, folder: Path) -> None:
     """Deletes what a run of this script writes, and nothing else."""
     written = ["plain", "samples", "unet", "scheduler", "model_index.json", "pipeline.py", "metrics.jsonl"]
-    written += ["bad_steps.jsonl", "reg_config.json", "comparison.json", "comparison.png", args.logging_dir]
-    written += [".upload", ".pipeline"]
+    written += ["bad_steps.jsonl", "reg_config.json", "comparison.json", "comparison.png", "evaluation.png"]
+    written += [args.logging_dir, ".upload", ".pipeline"]
     for path in [*(folder / name for name in written), *folder.glob("checkpoint-*"), *folder.glob(".checkpoint-*")]:
         if path.is_dir():
             shutil.rmtree(path)
@@ -64,7 +64,7 @@ def _remove_earlier_run(args: argparse.Namespace, folder: Path) -> None:
 
 
 def save_pipeline(pipeline, folder: Path) -> None:
-    """Saves a pipeline file by file, each whole or not at all, so that the one before is there until the new one is."""
+    """Saves a pipeline file by file, each whole or not at all: until a new one is there, the old one is."""
     temporary = folder / ".pipeline"
     shutil.rmtree(temporary, ignore_errors=True)
     try:

@@ -14,6 +14,7 @@ from accelerate import PartialState
 
 from .. import __version__
 from ..card import CONFIG_FILE
+from ..measurement import COMPARISON_FILE
 from ..prediction import noise_level, prediction_type
 from ..term import Term, checked_weights
 from .data import FieldData, PictureData
@@ -22,6 +23,7 @@ from .output import write_whole
 
 __all__ = ["write_record"]
 
+_MEASUREMENTS = (COMPARISON_FILE, "comparison.png", "evaluation.png")
 _PACKAGES = ("torch", "diffusers", "accelerate", "datasets", "transformers", "huggingface_hub")
 
 
@@ -35,7 +37,12 @@ def write_record(
     mixed_precision: str,
     folder: Path,
 ) -> None:
-    """Writes reg_config.json, from which the model card is made. It holds no token."""
+    """Writes reg_config.json, from which the model card is made; it holds no token.
+
+    Deletes measurements that an earlier start left: they are of the model as it was then.
+    """
+    for name in _MEASUREMENTS:
+        (folder / name).unlink(missing_ok=True)
     source = args.dataset_name or args.train_data_dir
     given = zip(terms, args.regularizer, args.reg_weighting, strict=True)
     record = {
@@ -45,6 +52,7 @@ def write_record(
         "device": state.device.type,
         "mixed_precision": mixed_precision,
         "base_model": _hub_id(args.pretrained_model_name_or_path),
+        "fine_tuned": args.pretrained_model_name_or_path is not None,
         "data": {
             "name": Path(source).name if source and Path(source).exists() else source or "Fashion-MNIST (a part)",
             "hub_id": _hub_id(args.dataset_name),

@@ -10,7 +10,8 @@ from accelerate import PartialState
 from torch import Tensor
 
 from ..evaluation.comparison import denoising_loss, draw_comparison, measure, verdict
-from ..measurement import table, write_comparison
+from ..evaluation.trade_off import draw_evaluation
+from ..measurement import COMPARISON_FILE, table, write_comparison
 from ..pipeline import RegDDPMPipeline
 from ..prediction import prediction_type
 from ..term import Term
@@ -72,8 +73,8 @@ def compare(
 ) -> None:
     """Measures the trained model, and a plain one if there is one, against the data.
 
-    Prints the table, writes comparison.json and comparison.png. Samples are conditioned as the images they are
-    compared with.
+    Prints the table, writes comparison.json, comparison.png and, if there is a loss, evaluation.png. Samples are
+    conditioned as the images they are compared with.
     """
     number = min(_IMAGES_MEASURED, len(data) // 2) or len(data)
     order = torch.randperm(len(data), generator=torch.Generator().manual_seed(args.seed)).tolist()
@@ -98,8 +99,10 @@ def compare(
             for term, weighting in zip(terms, args.reg_weighting, strict=True)
         },
     }
-    write_whole(output_dir / "comparison.json", lambda path: write_comparison(path, rows, **settings))
+    write_whole(output_dir / COMPARISON_FILE, lambda path: write_comparison(path, rows, **settings))
     write_whole(output_dir / "comparison.png", lambda path: draw_comparison(path, pictures, rows))
+    if rows["data"].terms:
+        write_whole(output_dir / "evaluation.png", lambda path: draw_evaluation(path, rows))
     said = [f"L' and distances over {number} images each, ± standard error; same noise and steps:", table(rows)]
     if plain is not None:
         said.append(verdict(rows["without"], rows[name]))
@@ -115,6 +118,7 @@ def describe_result(args: argparse.Namespace, output_dir: Path, interruption: In
         "pipeline": output_dir / "model_index.json",
         "samples": output_dir / "samples",
         "comparison": output_dir / "comparison.png",
+        "evaluation": output_dir / "evaluation.png",
         "plain model": output_dir / "plain",
         "metrics": output_dir / "metrics.jsonl",
         "settings": output_dir / SETTINGS_FILE,

@@ -1,0 +1,273 @@
+"""The text of a model card: what was optimised, what came out, how to use it, how to make it again."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+
+from .measurement import Measurement, markdown_table
+
+__all__ = ["CardFacts", "card_text"]
+
+_FORMULAS = {  # by prediction type: what the network is to put out, what that is, the image that it implies
+    "epsilon": ("eps", None, "(x_t - sigma(t) * model(x_t, t)) / alpha(t)"),
+    "sample": ("x_0", None, "model(x_t, t)"),
+    "v_prediction": ("v", "alpha(t) * eps - sigma(t) * x_0", "alpha(t) * x_t - sigma(t) * model(x_t, t)"),
+    "flow_prediction": ("(eps - x_0)", None, "x_t - sigma(t) * model(x_t, t)"),
+}
+_WEIGHTINGS = {
+    "constant": "1",
+    "snr": "SNR(t) = alpha(t)^2 / sigma(t)^2",
+    "matched": "min(w(t), 100) / (1 + (10 / SNR(t))^2), 0 at high noise; the first term is w(t) * ||x_0 - x0_hat||^2",
+    "alpha_bar": "alpha(t)^2 / (alpha(t)^2 + sigma(t)^2)",
+    "truncated_snr": "max(SNR(t), 1)",
+    "low_noise": "1 for t < 200, else 0",
+}
+_DDIM = 'pipeline.scheduler = DDIMScheduler.from_config(pipeline.scheduler.config, timestep_spacing="trailing")'
+_CLASSES_NAMED = 50
+_MANY_STEPS = 50
+
+
+@dataclass(frozen=True)
+class CardFacts:
+    """What the files beside a saved pipeline tell, as far as there are any.
+
+    Attributes:
+        record: reg_config.json, what a run optimised and how.
+        unet: the config of the network.
+        scheduler: the config of the scheduler.
+        is_field: whether the samples are fields, not pictures.
+        settings: under which the rows were measured.
+        rows: what was measured, the model's own row last.
+        pictures: paths of the pictures to show, by what they show.
+    """
+
+    record: dict
+    unet: dict
+    scheduler: dict
+    is_field: bool
+    settings: dict
+    rows: dict[str, Measurement]
+    pictures: dict[str, str]
+
+    @property
+    def by_class(self) -> bool:
+        return bool(self.unet.get("num_class_embeds"))
+
+    @property
+    def by_image(self) -> bool:
+        return self.condition_channels > 0
+
+    @property
+    def condition_channels(self) -> int:
+        return self.unet["in_channels"] - self.channels if self.unet else 0
+
+    @property
+    def channels(self) -> int:
+        learned = str(self.scheduler.get("variance_type")).startswith("learned")
+        return self.unet["out_channels"] // 2 if learned else self.unet["out_channels"]
+
+    @property
+    def size(self) -> tuple[int, int]:
+        """Height and width."""
+        size = self.unet["sample_size"]
+        return (size, size) if isinstance(size, int) else tuple(size)
+
+
+def card_text(facts: CardFacts, repo_id: str) -> str:
+    """Markdown.
+
+    Args:
+        facts: about the pipeline.
+        repo_id: a repository, or a folder, that the code loads the pipeline from.
+    """
+    sections = [
+        f"# {repo_id.rstrip('/').split('/')[-1]}",
+        _introduction(facts),
+        _objective(facts.record.get("objective")),
+        _evidence(facts),
+        _usage(facts, repo_id),
+        _reproduction(facts.record),
+    ]
+    return "\n\n".join(section for section in sections if section)
+
+
+def _introduction(facts: CardFacts) -> str:
+    height, width = facts.size
+    kind = "fields" if facts.is_field else "images"
+    drawn = f"{height} x {width} {kind}" + (f" of {facts.channels} channels" if facts.is_field else "")
+    given = [*(["of a given class"] if facts.by_class else []), *(["from a given image"] if facts.by_image else [])]
+    network = f"a `{facts.unet.get('_class_name', 'UNet2DModel')}`"
+    data = facts.record.get("data")
+    trained = f", {_start(facts.record)} on {data['images']:,} {kind} of {_data_name(data)}" if data else ""
+    return f"A diffusion model that draws {' '.join([drawn, *given])}: {network}{trained}."
+
+
+def _start(record: dict) -> str:
+    base = record.get("base_model")
+    if base:
+        return f"fine-tuned from [{base}](https://huggingface.co/{base})"
+    return "fine-tuned from another model" if record.get("fine_tuned") else "trained"
+
+
+def _data_name(data: dict) -> str:
+    name = data["name"]
+    return f"[{name}](https://huggingface.co/datasets/{data['hub_id']})" if data.get("hub_id") else name
+
+
+def _objective(objective: dict | None) -> str:
+    if not objective:
+        return ""
+    output, meaning, implied = _FORMULAS[objective["prediction_type"]]
+    terms, gamma = objective["terms"], objective.get("snr_gamma")
+    plain = f"min(SNR(t), {gamma:g}) * ||x_0 - x0_hat||^2" if gamma else f"||{output} - model(x_t, t)||^2"
+    extra = [f" + {term['weight']:g} * {_function(term['weighting'])}(t) * {term['name']}(x0_hat)" for term in terms]
+    definitions = {"x_t": "alpha(t) * x_0 + sigma(t) * eps, a training sample x_0 with noise eps"}
+    if meaning and not gamma:
+        definitions[output] = meaning
+    if terms or gamma:
+        definitions["x0_hat"] = f"{implied}, the sample that the output of the network implies"
+    if gamma:
+        definitions["SNR(t)"] = "alpha(t)^2 / sigma(t)^2"
+    for weighting in dict.fromkeys(term["weighting"] for term in terms):
+        definitions[f"{_function(weighting)}(t)"] = _WEIGHTINGS.get(weighting, f"{weighting}, the author's own")
+    width = max(map(len, definitions))
+    lines = [f"L = {plain}{''.join(extra)}", "", *(f"{name:<{width}} = {text}" for name, text in definitions.items())]
+    sections = ["## What was optimised", _block("text", *lines)]
+    if terms:
+        sections += [_terms_table(terms), _note_on_own_code(terms)]
+    return "\n\n".join(section for section in sections if section)
+
+
+def _function(spec: str) -> str:
+    """The last name of `module:attribute`."""
+    return spec.replace(".", ":").split(":")[-1]
+
+
+def _terms_table(terms: list[dict]) -> str:
+    rows = [
+        f"| `{term['name']}` | `{term['regularizer']}` | {term['weight']:g} | `{term['weighting']}` | {term['gate']} |"
+        for term in terms
+    ]
+    return "\n".join(["| loss | given as | weight | weighting | acts at |", "|---|---|---|---|---|", *rows])
+
+
+def _note_on_own_code(terms: list[dict]) -> str:
+    given = [spec for term in terms for spec in (term["regularizer"], term["weighting"])]
+    modules = dict.fromkeys(spec.split(":")[0] for spec in given if ":" in spec)
+    if not modules:
+        return ""
+    named = " and ".join(f"`{name}`" for name in modules)
+    return f"{named} {'is' if len(modules) == 1 else 'are'} code of the author's, which is not in this repository."
+
+
+def _evidence(facts: CardFacts) -> str:
+    sections = ["## What came out"]
+    if facts.rows:
+        sections += [_how_measured(facts), markdown_table(facts.rows)]
+    sections += [f"![{shown}]({path})" for shown, path in facts.pictures.items()]
+    return "\n\n".join(sections) if len(sections) > 1 else ""
+
+
+def _how_measured(facts: CardFacts) -> str:
+    first, *_ = facts.rows.values()
+    kind = "fields" if facts.is_field else "images"
+    steps, seed = facts.settings["num_inference_steps"], facts.settings["seed"]
+    sentences = [
+        f"Each row is measured on {first.images} {kind}; samples are drawn in {steps} steps from seed {seed}.",
+    ]
+    if first.terms:
+        name = next(iter(first.terms))
+        column = f"The column {name} has" if len(first.terms) == 1 else "The columns of the losses have"
+        sentences.append(f"{column} the mean and its standard error; the goal is the value of the data, not less.")
+    sentences.append(
+        "The distance is the sliced Wasserstein distance in values that run from -1 to 1; that of the data is the one"
+        " between two halves of them, which no model is expected to beat."
+    )
+    if "without" in facts.rows:
+        sentences.append("*without* is the same training, with the same noise, without the extra loss.")
+    return " ".join(sentences)
+
+
+def _usage(facts: CardFacts, repo_id: str) -> str:
+    """Code to be pasted: with reg_diffusers, with diffusers alone, and with the class in this repository."""
+    repo = json.dumps(repo_id)
+    is_flow = "shift" in facts.scheduler
+    setup, call = _call(facts)
+    with_torch = ["import torch"] if setup else []
+    names = [] if is_flow else ["DDIMScheduler"]
+    ddim = [] if is_flow else [_DDIM]
+    package = [
+        *([*with_torch, ""] if setup else []),
+        "from reg_diffusers import RegDDPMPipeline",
+        "from reg_diffusers.pipeline import fast_scheduler",
+        "",
+        f"pipeline = RegDDPMPipeline.from_pretrained({repo})",
+        "pipeline.scheduler = fast_scheduler(pipeline.scheduler)",
+    ]
+    plain = [
+        f"from diffusers import {', '.join([*names, 'DDPMPipeline'])}",
+        "",
+        f"pipeline = DDPMPipeline.from_pretrained({repo})",
+        *ddim,
+    ]
+    remote = [
+        *with_torch,
+        f"from diffusers import {', '.join([*names, 'DiffusionPipeline'])}",
+        "",
+        f"repo = {repo}",
+        "pipeline = DiffusionPipeline.from_pretrained(repo, custom_pipeline=repo, trust_remote_code=True)",
+        *ddim,
+    ]
+    sections = ["## How to use it", "With reg_diffusers:", _block("python", *package, *setup, *call)]
+    if not (facts.by_class or facts.by_image or facts.is_field):
+        sections += ["With diffusers alone:", _block("python", *plain, *call)]
+    sections += [
+        "Without reg_diffusers, but with all that its pipeline can do, such as any scheduler, conditions and guidance"
+        " by a loss. This runs the file pipeline.py of this repository on your machine: read it first.",
+        _block("python", *remote, *setup, *call),
+    ]
+    classes = (facts.record.get("data") or {}).get("classes")
+    if facts.by_class and classes:
+        named = [f"{number} {name}" for number, name in enumerate(classes[:_CLASSES_NAMED])]
+        sections.append(f"Classes: {', '.join(named)}{', ...' if len(classes) > _CLASSES_NAMED else '.'}")
+    return "\n\n".join(sections)
+
+
+def _call(facts: CardFacts) -> tuple[list[str], list[str]]:
+    """The lines that prepare the call of the pipeline, and those of the call."""
+    steps = facts.settings.get("num_inference_steps", _MANY_STEPS)
+    arguments, setup = [f"num_inference_steps={steps}"], []
+    if facts.by_class:
+        arguments.append("class_labels=0")
+    if facts.by_image:
+        height, width = facts.size
+        setup.append(f"condition = torch.zeros(1, {facts.condition_channels}, {height}, {width})  # yours, in [-1, 1]")
+        arguments.append("condition=condition")
+    if facts.is_field:
+        arguments.append('output_type="np"')
+        show = "print(output.images[0].shape)  # height, width, channels"
+    else:
+        show = 'output.images[0].save("sample.png")'
+    return setup, [f"output = pipeline({', '.join(arguments)})", show]
+
+
+def _reproduction(record: dict) -> str:
+    if not record:
+        return ""
+    command = record["command"]
+    versions = ", ".join(f"{name} {version}" for name, version in record["versions"].items())
+    commit = f", commit {record['commit']}" if record.get("commit") else ""
+    processes = "1 process" if record["processes"] == 1 else f"{record['processes']} processes"
+    sentences = [
+        f"Seed {record['seed']}, {processes} on {record['device']}, mixed precision {record['mixed_precision']};"
+        f" {versions}{commit}.",
+        "All settings, defaults included, are in `reg_settings.yaml`, which train_reg.py takes as its first argument.",
+    ]
+    if "--push_to_hub" in command:
+        sentences.append("`--push_to_hub` uploads to the author's repository: leave it out, or name one of yours.")
+    return "\n\n".join(["## How to make it again", _block("bash", command), " ".join(sentences)])
+
+
+def _block(language: str, *lines: str) -> str:
+    return "\n".join([f"```{language}", *lines, "```"])
