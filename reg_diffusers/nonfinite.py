@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-__all__ = ["NonFiniteGuard"]
+__all__ = ["NonFiniteGuard", "advice"]
 
 
 class NonFiniteGuard:
@@ -15,14 +15,15 @@ class NonFiniteGuard:
     steps elsewhere, because reading waits for the accelerator.
 
     Args:
-        max_steps: steps in a row with non-finite values or gradients of one term after which `check` raises.
+        max_steps: steps in a row with non-finite values or gradients of one term after which `check` raises; None:
+            it never does.
         check_interval: steps between two readings on an accelerator.
 
     Attributes:
         dropped: by term, how many images were dropped so far, a scalar tensor on the device.
     """
 
-    def __init__(self, max_steps: int, check_interval: int = 100):
+    def __init__(self, max_steps: int | None, check_interval: int = 100):
         self.max_steps = max_steps
         self.check_interval = check_interval
         self.dropped: dict[str, Tensor] = {}
@@ -64,34 +65,38 @@ class NonFiniteGuard:
         self._last[name] = (counted | already, given, timesteps)
         return torch.where(bad.reshape(-1, *(1,) * (gradients.ndim - 1)), 0, gradients)
 
-    def counts(self) -> dict[str, int]:
-        """Images dropped so far, by "nonfinite/" and the term's name; waits for the accelerator."""
-        return {f"nonfinite/{name}": int(count) for name, count in self.dropped.items()}
-
-    def state_dict(self) -> dict[str, dict[str, int]]:
-        """What has been counted, as plain numbers; waits for the accelerator."""
-        return {
-            "dropped": {name: int(count) for name, count in self.dropped.items()},
-            "in_a_row": {name: int(count) for name, count in self._in_a_row.items()},
-        }
-
-    def load_state_dict(self, state: dict[str, dict[str, int]]) -> None:
-        """Goes on counting from what `state_dict` returned."""
-        self.dropped = {name: torch.tensor(count) for name, count in state["dropped"].items()}
-        self._in_a_row = {name: torch.tensor(count) for name, count in state["in_a_row"].items()}
+    def last_timesteps(self, name: str) -> list[float]:
+        """Timesteps of the images dropped for a term in its last step; waits for the accelerator."""
+        if name not in self._last:
+            return []
+        bad, _, timesteps = self._last[name]
+        return timesteps[bad.to(timesteps.device)].tolist()
 
     def check(self) -> None:
         """Raises `FloatingPointError` if a term was not finite for `max_steps` steps in a row."""
+        if self.max_steps is None:
+            return
         self._steps += 1
         for name, in_a_row in self._in_a_row.items():
             due = in_a_row.device.type == "cpu" or self._steps % self.check_interval == 0
             # Whether a step's gradients were bad is known only in the step after it.
             if due and max(int(in_a_row), int(self._before[name])) >= self.max_steps:
-                bad, _, timesteps = self._last[name]
-                at = timesteps[bad.to(timesteps.device)]
-                span = f" (last at timesteps {at.min():g} to {at.max():g})" if len(at) else ""
                 raise FloatingPointError(
-                    f"regularizer {name!r} was not finite for {self.max_steps} steps in a row{span},"
-                    f" {int(self.dropped[name])} images in all. Look for a division, logarithm or root of values that"
-                    " can be 0, or leave these noise levels out by another weighting"
+                    advice(name, self.max_steps, int(self.dropped[name]), self.last_timesteps(name))
                 )
+
+
+def advice(name: str, steps: int, images: int, timesteps: list[float]) -> str:
+    """What to tell of a term that is not finite, and what to try.
+
+    Args:
+        name: of the term.
+        steps: in a row.
+        images: dropped in all.
+        timesteps: of those dropped last.
+    """
+    span = f" (last at timesteps {min(timesteps):g} to {max(timesteps):g})" if timesteps else ""
+    return (
+        f"regularizer {name!r} was not finite for {steps} steps in a row{span}, {images} images in all. Look for a"
+        " division, logarithm or root of values that can be 0, or leave these noise levels out by another weighting"
+    )
