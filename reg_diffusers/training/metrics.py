@@ -12,8 +12,8 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor
 
+from ..files import write_whole
 from .errors import UsageError
-from .output import write_whole
 
 __all__ = ["JsonLines", "MetricsLog", "check_logger"]
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import os
 import shutil
 import tempfile
 from pathlib import Path
@@ -11,10 +10,11 @@ from pathlib import Path
 import yaml
 from accelerate import PartialState
 
+from ..files import write_whole
 from .checkpoint import named_checkpoint
 from .errors import UsageError
 
-__all__ = ["SETTINGS_FILE", "prepare_output_dir", "save_pipeline", "write_settings", "write_whole"]
+__all__ = ["SETTINGS_FILE", "prepare_output_dir", "save_pipeline", "write_settings"]
 
 SETTINGS_FILE = "reg_settings.yaml"
 
@@ -90,14 +90,3 @@ def write_settings(args: argparse.Namespace, folder: Path) -> None:
         settings["regularizer"] = ["none"]
         del settings["reg_weight"], settings["reg_weighting"]
     write_whole(folder / SETTINGS_FILE, lambda path: path.write_text(yaml.safe_dump(settings, sort_keys=False)))
-
-
-def write_whole(path: Path, write) -> None:
-    """Calls `write(temporary path)` and renames the result to `path`, so that no reader ever sees half a file."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.stem}.{os.getpid()}{path.suffix}")
-    try:
-        write(temporary)
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)

@@ -11,9 +11,9 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor
 
+from ..files import write_whole
 from ..pipeline import RegDDPMPipeline, fast_scheduler
 from .data import FieldData, PictureData
-from .output import write_whole
 
 __all__ = ["conditions_of", "draw_samples", "grid", "preview_conditions", "sampling_pipeline", "save_preview"]
 

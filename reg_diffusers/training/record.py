@@ -14,12 +14,12 @@ from accelerate import PartialState
 
 from .. import __version__
 from ..card import CONFIG_FILE
+from ..files import write_whole
 from ..measurement import COMPARISON_FILE
 from ..prediction import noise_level, prediction_type
 from ..term import Term, checked_weights
 from .data import FieldData, PictureData
 from .launch import launch_command
-from .output import write_whole
 
 __all__ = ["write_record"]
 

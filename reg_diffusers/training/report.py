@@ -11,6 +11,7 @@ from torch import Tensor
 
 from ..evaluation.comparison import denoising_loss, draw_comparison, measure, verdict
 from ..evaluation.trade_off import draw_evaluation
+from ..files import write_whole
 from ..measurement import COMPARISON_FILE, table, write_comparison
 from ..pipeline import RegDDPMPipeline
 from ..prediction import prediction_type
@@ -18,7 +19,7 @@ from ..term import Term
 from .checks import OnData
 from .data import FieldData, PictureData
 from .interruption import Interruption
-from .output import SETTINGS_FILE, write_whole
+from .output import SETTINGS_FILE
 from .preview import conditions_of, draw_samples, grid
 
 __all__ = ["compare", "describe", "describe_result"]
