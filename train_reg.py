@@ -9,7 +9,7 @@ import math
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import DataLoaderConfiguration, set_seed
+from accelerate.utils import DataLoaderConfiguration, GradientAccumulationPlugin, set_seed
 from diffusers.optimization import get_scheduler
 from tqdm.auto import tqdm
 
@@ -21,6 +21,7 @@ from reg_diffusers.training.bad_steps import BadSteps
 from reg_diffusers.training.checkpoint import Checkpoints, Progress, endless_batches
 from reg_diffusers.training.checks import check_terms
 from reg_diffusers.training.data import flip_half, load_training_data, make_dataloader
+from reg_diffusers.training.dropped_images import DroppedImages
 from reg_diffusers.training.ema import build_ema, ema_weights
 from reg_diffusers.training.errors import UsageError, exit_on_usage_error
 from reg_diffusers.training.hardware import choose_mixed_precision, join_processes, leave_processes, set_threads
@@ -74,11 +75,11 @@ def main(argv=None):
         if (args.compare or uploads) and state.is_main_process and not interruption:
             compare(args, data, terms, plain, pipeline, output_dir)
     if state.is_main_process and not interruption:
-        write_card(output_dir, repo_id or args.output_dir, uploads and uploads.old_card(), args.hub_license)
+        write_card(output_dir, repo_id or args.output_dir, uploads and uploads.old_card, args.hub_license)
     if state.is_main_process:
         print(describe_result(args, output_dir, interruption, resume))
         if uploads:
-            print(uploads.stop(output_dir) if interruption else uploads.finish(output_dir))
+            uploads.finish(output_dir, interrupted=bool(interruption))
     leave_processes(state)
 
 
@@ -86,7 +87,10 @@ def train(args, data, settings, resume, interruption, output_dir, terms=(), uplo
     """Trains and saves one model; weights, batches and noise are the same whatever its terms. Returns its pipeline."""
     accelerator = Accelerator(
         mixed_precision=choose_mixed_precision(args),
-        gradient_accumulation_steps=args.gradient_accumulation_steps,
+        # A step is so many batches, across the end of an epoch too: each image counts as in a single larger batch.
+        gradient_accumulation_plugin=GradientAccumulationPlugin(
+            num_steps=args.gradient_accumulation_steps, sync_with_dataloader=False
+        ),
         log_with=args.logger,
         project_dir=output_dir / args.logging_dir,
         dataloader_config=DataLoaderConfiguration(use_seedable_sampler=True, data_seed=args.seed, non_blocking=True),
@@ -98,7 +102,8 @@ def train(args, data, settings, resume, interruption, output_dir, terms=(), uplo
     noise_scheduler = build_noise_scheduler(args, given)
     unet = build_unet(args, given, data)
     ema = build_ema(args, unet, accelerator.device)
-    loss_fn = RegularizedLoss(noise_scheduler, terms, snr_gamma=args.snr_gamma).to(accelerator.device)
+    loss_fn = RegularizedLoss(noise_scheduler, terms, snr_gamma=args.snr_gamma, max_nonfinite_steps=None)
+    loss_fn.to(accelerator.device)
     optimizer = torch.optim.AdamW(
         unet.parameters(),
         lr=args.learning_rate,
@@ -110,7 +115,9 @@ def train(args, data, settings, resume, interruption, output_dir, terms=(), uplo
     dataloader = make_dataloader(args, data, accelerator.num_processes)
     unet, optimizer, dataloader = accelerator.prepare(unet, optimizer, dataloader)
     steps_per_epoch = math.ceil(len(dataloader) / args.gradient_accumulation_steps)
-    max_train_steps = args.max_train_steps or args.num_epochs * steps_per_epoch
+    max_train_steps = args.max_train_steps or math.ceil(
+        args.num_epochs * len(dataloader) / args.gradient_accumulation_steps
+    )
     lr_scheduler = get_scheduler(
         args.lr_scheduler,
         optimizer.optimizer,
@@ -123,7 +130,9 @@ def train(args, data, settings, resume, interruption, output_dir, terms=(), uplo
     set_seed(args.seed, device_specific=True)  # other noise on each process
     metrics = MetricsLog(accelerator, output_dir / "metrics.jsonl")
     bad_steps = BadSteps(accelerator, output_dir / "bad_steps.jsonl", args.max_bad_steps)
-    counters = {"metrics": metrics, "bad_steps": bad_steps, "nonfinite": loss_fn.regularization.nonfinite}
+    regularization = loss_fn.regularization
+    dropped = DroppedImages(accelerator, regularization.nonfinite, regularization.names, args.max_bad_steps)
+    counters = {"metrics": metrics, "bad_steps": bad_steps, "nonfinite": dropped}
     checkpoints = Checkpoints(
         accelerator, output_dir, lr_scheduler, settings, args.checkpoints_total_limit, counters, resume
     )
@@ -135,7 +144,7 @@ def train(args, data, settings, resume, interruption, output_dir, terms=(), uplo
     pipeline = sampling_pipeline(accelerator.unwrap_model(unet), noise_scheduler, data)
     shown = preview_conditions(data, args.eval_batch_size)
     bar = tqdm(
-        desc=" + ".join(["denoising", *loss_fn.regularization.names]),
+        desc=" + ".join(["denoising", *regularization.names]),
         total=max_train_steps,
         initial=progress.step,
         disable=not accelerator.is_local_main_process,
@@ -175,6 +184,7 @@ def train(args, data, settings, resume, interruption, output_dir, terms=(), uplo
             metrics.add({"loss": output.loss, **output.terms})
             if not accelerator.sync_gradients:
                 continue
+            dropped.mark()
             lr_scheduler.step()
             if ema:
                 ema.step(unet.parameters())
@@ -183,7 +193,9 @@ def train(args, data, settings, resume, interruption, output_dir, terms=(), uplo
 
             is_last, is_checkpoint = progress.step == max_train_steps, progress.step % args.checkpointing_steps == 0
             is_logged = is_last or progress.step % LOG_INTERVAL == 0
-            if is_logged or is_checkpoint:
+            is_looked_at = is_logged or is_checkpoint
+            if is_looked_at:
+                dropped.look()
                 for line in bad_steps.look():
                     bar.write(line)
             if is_logged:
@@ -191,13 +203,13 @@ def train(args, data, settings, resume, interruption, output_dir, terms=(), uplo
                     progress.step,
                     lr=lr_scheduler.get_last_lr()[0],
                     bad_steps=bad_steps.count,
-                    **loss_fn.regularization.nonfinite.counts(),
+                    **dropped.counts(),
                 )
                 accelerator.log(means, step=progress.step)
                 bar.set_postfix({name: f"{means[name]:.4f}" for name in output.terms})
-            if bad_steps.too_many:
+            if is_looked_at and (problem := bad_steps.advice() if bad_steps.too_many else dropped.problem()):
                 checkpoints.save(progress.step, bar.write)
-                raise UsageError(bad_steps.advice())
+                raise UsageError(problem)
             if progress.step % preview_steps == 0 or is_last:
                 with ema_weights(ema, unet):
                     path = output_dir / "samples" / f"step-{progress.step:06d}.png"
@@ -214,6 +226,7 @@ def train(args, data, settings, resume, interruption, output_dir, terms=(), uplo
     # A comparison may be interrupted in its second half, when this model is done.
     if (interruption or (args.compare and terms)) and progress.step % args.checkpointing_steps:
         bad_steps.look()
+        dropped.look()
         checkpoints.save(progress.step)
     if ema:
         ema.copy_to(unet.parameters())

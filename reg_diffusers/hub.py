@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import contextlib
 import shlex
 import shutil
 from pathlib import Path
@@ -12,12 +11,12 @@ from huggingface_hub import HfApi, ModelCard, ModelCardData
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalTokenNotFoundError
 from huggingface_hub.utils import validate_repo_id
 
-from .card import copy_evidence, merge_cards, write_card
-from .repository import STALE, open_repository, remote_card
+from .card import copy_evidence, merge_cards
+from .repository import open_repository, remote_card
 from .training.errors import UsageError
 from .upload import Upload, reason
 
-__all__ = ["Uploads", "check_upload"]
+__all__ = ["Uploads", "check_upload", "hub_user"]
 
 _NOT_UPLOADED = ("checkpoint-*", "plain/*", ".*")
 _STAGING = ".upload"
@@ -38,8 +37,18 @@ def check_upload(args: argparse.Namespace) -> str | None:
         flag = f"--hub_model_id {name}" if args.hub_model_id else "--push_to_hub takes the name of --output_dir"
         fix = "" if args.hub_model_id else "; pass --hub_model_id"
         raise UsageError(f"{flag}: {' '.join(str(error).split())}{fix}") from None
+    user = hub_user(args.hub_token)
+    return name if "/" in name else f"{user}/{name}"
+
+
+def hub_user(token: str | None) -> str:
+    """The name of the user whom a token belongs to, as the Hub says; None for the stored token.
+
+    Raises:
+        UsageError: there is no token, the Hub does not know it, or there is no Hub in reach.
+    """
     try:
-        user = HfApi(token=args.hub_token).whoami()["name"]
+        return HfApi(token=token).whoami()["name"]
     except LocalTokenNotFoundError:
         raise UsageError("--push_to_hub: no token: run `hf auth login`, or set HF_TOKEN") from None
     except Exception as error:  # what it raises without a network depends on its HTTP library
@@ -49,17 +58,19 @@ def check_upload(args: argparse.Namespace) -> str | None:
                 f"--push_to_hub: the Hub does not accept the token ({status}): run `hf auth login`"
             ) from None
         raise UsageError(f"--push_to_hub: the Hub cannot be reached ({reason(error)})") from error
-    return name if "/" in name else f"{user}/{name}"
 
 
 class Uploads:
     """All uploads of one run to one repository; makes the repository.
 
-    No failure of the network ends the training: it is counted, and told by `finish`.
+    No failure of the network ends the training: it is counted, and told at the end.
 
     Args:
         args: the settings of the run.
         repo_id: user/name.
+
+    Attributes:
+        old_card: the card that the repository had before.
 
     Raises:
         UsageError: the token may not write there; a licence that the Hub does not know; a card that cannot be read; a
@@ -77,7 +88,7 @@ class Uploads:
         flag = f"--hub_model_id {repo_id}"
         try:
             open_repository(self._api, repo_id, args.hub_private_repo or None)
-            self._old_card = remote_card(self._api, repo_id)
+            self.old_card = remote_card(self._api, repo_id)
         except ValueError as error:
             raise UsageError(f"{flag}: {error}") from error
         except Exception as error:
@@ -85,12 +96,6 @@ class Uploads:
             fix = ": the token needs the right to write there" if refused else ""
             raise UsageError(f"{flag}: the repository cannot be opened ({reason(error)}){fix}") from error
         self._check_license()
-
-    def old_card(self) -> ModelCard | None:
-        """The card that the repository has: as it is now or, without a network, as it was at the beginning."""
-        with contextlib.suppress(Exception):
-            self._old_card = remote_card(self._api, self.repo_id)
-        return self._old_card
 
     def in_background(self, pipeline, output_dir: Path, step: int) -> None:
         """Uploads the pipeline as it is now, with samples and metrics so far, while the training goes on.
@@ -107,55 +112,51 @@ class Uploads:
             shutil.rmtree(staging, ignore_errors=True)
             pipeline.save_pretrained(str(staging))
             copy_evidence(output_dir, staging)
-            write_card(staging, self.repo_id, self._old_card, self._args.hub_license)
-            self._step, self._upload = step, self._start(staging, f"Upload step {step}", show_progress=False)
+            self._step, self._upload = step, self._start(staging, f"Upload step {step}")
         except Exception as error:  # whatever it is, the training is more important
             self._failures.append(f"step {step}: {reason(error)}")
 
-    def finish(self, output_dir: Path) -> str:
-        """Uploads the finished run and returns what to tell the user, with the command that does it later."""
+    def finish(self, output_dir: Path, interrupted: bool = False) -> None:
+        """Uploads the finished run, and prints where it is or why it is not, with the command that does it later.
+
+        Args:
+            output_dir: the folder of the run.
+            interrupted: the run is to be gone on with: only end what is under way.
+        """
+        failure = "" if interrupted else self._upload_result(output_dir)
+        if self._upload is not None:
+            self._upload.stop()
+        self._count()
+        shutil.rmtree(output_dir / _STAGING, ignore_errors=True)
+        if tried := self._done + len(self._failures):
+            failed = f", {len(self._failures)} failed ({'; '.join(self._failures)})" if self._failures else ""
+            skipped = f", {self._skipped} left out while another was under way" if self._skipped else ""
+            print(f"uploads     {self._done} of {tried} during the training{failed}{skipped}")
+        if failure:
+            token = " (with the same token: HF_TOKEN, or hf auth login)" if self._args.hub_token else ""
+            print(f"upload      failed ({failure}); upload it later{token} with: {self._command(output_dir)}")
+        elif not interrupted:
+            print(f"uploaded    {self._api.endpoint}/{self.repo_id}")
+
+    def _upload_result(self, output_dir: Path) -> str:
+        """Uploads the finished run; returns the reason of a failure, or ""."""
         final = None
         try:
             if self._upload is not None and self._upload.is_alive:
                 print(f"waiting for the upload of step {self._step}", flush=True)
                 self._upload.wait()
             final = self._start(output_dir, "Upload a training run", show_progress=True)
-            failure = final.wait()
+            return final.wait()
         except KeyboardInterrupt:
-            failure = "interrupted"
+            if final is not None:
+                final.stop()
+            return "interrupted"
         except OSError as error:  # no process can be started
-            failure = reason(error)
-        if final is not None:
-            final.stop()
-        told = self.stop(output_dir)
-        if not failure:
-            return f"{told}uploaded    {self._api.endpoint}/{self.repo_id}"
-        token = " (with the same token: HF_TOKEN, or hf auth login)" if self._args.hub_token else ""
-        return f"{told}upload      failed ({failure}); upload it later{token} with: {self._command(output_dir)}"
+            return reason(error)
 
-    def stop(self, output_dir: Path) -> str:
-        """Ends what is under way, and returns a line on the uploads during the training, if there were any."""
-        if self._upload is not None:
-            self._upload.stop()
-        self._count()
-        shutil.rmtree(output_dir / _STAGING, ignore_errors=True)
-        tried = self._done + len(self._failures)
-        if not tried:
-            return ""
-        failed = f", {len(self._failures)} failed ({'; '.join(self._failures)})" if self._failures else ""
-        skipped = f", {self._skipped} left out while another was under way" if self._skipped else ""
-        return f"uploads     {self._done} of {tried} during the training{failed}{skipped}\n"
-
-    def _start(self, folder: Path, message: str, show_progress: bool) -> Upload:
-        return Upload(
-            self._args.hub_token,
-            show_progress,
-            repo_id=self.repo_id,
-            folder_path=str(folder.resolve()),
-            ignore_patterns=self._ignored,
-            delete_patterns=STALE,
-            commit_message=message,
-        )
+    def _start(self, folder: Path, message: str, show_progress: bool = False) -> Upload:
+        license, token = self._args.hub_license, self._args.hub_token
+        return Upload(folder, self.repo_id, message, self._ignored, license, token, show_progress)
 
     def _count(self) -> None:
         """Takes note of how the upload in the background ended, if there was one."""
@@ -180,7 +181,7 @@ class Uploads:
             return
         card = ModelCard(f"---\n{ModelCardData(license=license, tags=[]).to_yaml()}\n---\n")
         try:
-            merge_cards(card, self._old_card).validate()
+            merge_cards(card, self.old_card).validate()
         except ValueError as error:
             raise UsageError(f"--hub_license {license}: {' '.join(str(error).split())}") from error
         except Exception:  # it will be tried again with the first upload

@@ -55,7 +55,7 @@ def remote_card(api: HfApi, repo_id: str) -> ModelCard | None:
         ValueError: its metadata cannot be read.
     """
     try:
-        path = api.hf_hub_download(repo_id, CARD_FILE)
+        path = api.hf_hub_download(repo_id, CARD_FILE, force_download=True)  # not the one in the cache
     except EntryNotFoundError:
         return None
     return read_card(Path(path))

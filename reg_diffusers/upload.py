@@ -1,4 +1,4 @@
-"""Uploads a folder to the Hub in a process of its own, which neither slows a training down nor keeps it from ending.
+"""Uploads a saved run to the Hub in a process of its own, which neither slows a training nor keeps it from ending.
 
 `python -m reg_diffusers.upload` reads its task from stdin, which no other user can see, and tells on stdout why it
 failed, if it did.
@@ -11,8 +11,15 @@ import json
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
+
+from huggingface_hub import HfApi
+from huggingface_hub.errors import HfHubHTTPError
+from huggingface_hub.utils import get_session
+
+from .card import write_card
+from .repository import STALE, remote_card
 
 __all__ = ["Upload", "reason"]
 
@@ -26,13 +33,28 @@ _PASSING = (408, 409, 412, 429)  # refusals that may be over a little later
 class Upload:
     """An upload that has begun.
 
+    The card is written first, and keeps what the owner of the repository has written there by now.
+
     Args:
+        folder: the pipeline, with the evidence of its training.
+        repo_id: user/name.
+        message: of the commit.
+        ignored: patterns of paths in the folder that are not uploaded.
+        license: for the card.
         token: of the Hub; None for the stored one.
         show_progress: draw bars on stderr; else nothing is written there.
-        **arguments: of `HfApi.upload_folder`, paths as strings.
     """
 
-    def __init__(self, token: str | None, show_progress: bool, **arguments):
+    def __init__(
+        self,
+        folder: Path,
+        repo_id: str,
+        message: str,
+        ignored: Sequence[str],
+        license: str | None = None,
+        token: str | None = None,
+        show_progress: bool = False,
+    ):
         self._process = subprocess.Popen(
             [sys.executable, "-m", __name__],
             cwd=Path(__file__).parents[1],  # where this package is, even if it is not installed
@@ -44,7 +66,8 @@ class Upload:
         )
         self._failure: str | None = None
         atexit.register(self._process.kill)
-        self._process.stdin.write(json.dumps({"token": token, "arguments": arguments}))
+        task = {"folder": str(folder.resolve()), "repo_id": repo_id, "message": message, "ignored": list(ignored)}
+        self._process.stdin.write(json.dumps({**task, "license": license, "token": token}))
         self._process.stdin.close()
 
     @property
@@ -65,17 +88,20 @@ class Upload:
 
 
 def reason(error: BaseException) -> str:
-    """An error of the client in one line, which holds no address that a token is part of."""
-    while error.__cause__ is not None:
+    """An error of the client in one line, without the address of the request, which may grant a right."""
+    error = _root(error)
+    is_answer = isinstance(error, HfHubHTTPError)
+    text = error.server_message if is_answer else str(error)
+    told = " ".join((text or "").split())[:200]
+    status = f" {error.response.status_code}" if is_answer else ""
+    return f"{type(error).__name__}{status}{f': {told}' if told else ''}"
+
+
+def _root(error: BaseException) -> BaseException:
+    """The answer of the Hub, or else the first error, that was the cause of an error."""
+    while error.__cause__ is not None and not isinstance(error, HfHubHTTPError):
         error = error.__cause__
-    status = _status(error)
-    text = getattr(error, "server_message", None) if status else str(error)
-    text = " ".join((text or "").split())[:200]
-    return f"{type(error).__name__}{f' {status}' if status else ''}{f': {text}' if text else ''}"
-
-
-def _status(error: BaseException) -> int | None:
-    return getattr(getattr(error, "response", None), "status_code", None)
+    return error
 
 
 def _tried(upload: Callable[[], None]) -> str:
@@ -85,7 +111,8 @@ def _tried(upload: Callable[[], None]) -> str:
         try:
             upload()
         except Exception as error:
-            status = _status(error) or 0
+            root = _root(error)
+            status = root.response.status_code if isinstance(root, HfHubHTTPError) else 0
             refused = 400 <= status < 500 and status not in _PASSING
             if wait is None or refused or time.monotonic() - started > _PATIENCE:
                 return reason(error)
@@ -95,15 +122,20 @@ def _tried(upload: Callable[[], None]) -> str:
 
 
 def main() -> int:
-    from huggingface_hub import HfApi
-    from huggingface_hub.utils import get_session
-
     task = json.load(sys.stdin)
+    folder, repo_id = Path(task["folder"]), task["repo_id"]
     api = HfApi(token=task["token"])
 
     def upload() -> None:
         get_session().timeout = _SILENCE
-        api.upload_folder(**task["arguments"])
+        write_card(folder, repo_id, remote_card(api, repo_id), task["license"])
+        api.upload_folder(
+            repo_id=repo_id,
+            folder_path=folder,
+            ignore_patterns=list(task["ignored"]),  # the client adds to it
+            delete_patterns=list(STALE),
+            commit_message=task["message"],
+        )
 
     failure = _tried(upload)
     print(failure)

@@ -7,9 +7,11 @@ import socket
 from http.server import BaseHTTPRequestHandler
 from urllib.parse import parse_qs, unquote, urlsplit
 
+import yaml
 from hub_storage import Refusal, Repository, etag, is_large, sha256
 
-TOKEN = "hf_test_token"
+TOKEN, OWNER = "hf_test_token", "tester"
+LICENSES = ("apache-2.0", "mit", "cc-by-4.0", "openrail", "other", "unknown")  # a few of those that the Hub knows
 ROUTES = []
 REPOSITORY, REVISION, PATH = r"(?P<name>[^/]+/[^/]+)", r"(?P<revision>[^/]+)", r"(?P<path>.+)"
 API = rf"/api/(?P<kind>models|datasets)/{REPOSITORY}"
@@ -43,8 +45,10 @@ class Handler(BaseHTTPRequestHandler):
         self.hub.requests.append((self.command, self.path))
         url = urlsplit(self.path)
         self.query = parse_qs(url.query)
-        if self.command == "PUT" and self.hub.breaks_upload():
-            return self.break_connection()
+        if self.command == "PUT":
+            self.hub.takes_uploads.wait()
+            if self.hub.breaks_upload():
+                return self.break_connection()
         self.body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
         try:
             if self.hub.is_busy(self.path):
@@ -61,7 +65,7 @@ class Handler(BaseHTTPRequestHandler):
             if found and method == self.command.replace("HEAD", "GET"):
                 arguments = {name: unquote(value or "") for name, value in found.groupdict().items()}
                 if writes:
-                    self.check_writer()
+                    self.check_writer(arguments.get("name", f"{OWNER}/").split("/")[0])
                 if "name" in arguments:
                     prefix = "datasets/" if arguments.pop("kind").startswith("datasets") else ""
                     arguments["repository"] = self.repository(prefix + arguments.pop("name"))
@@ -91,11 +95,11 @@ class Handler(BaseHTTPRequestHandler):
             raise Refusal(401, "Invalid credentials in Authorization header")
         return given is not None
 
-    def check_writer(self):
+    def check_writer(self, namespace):
         if not self.check_token():
             raise Refusal(401, "Invalid username or password.")
-        if self.hub.read_only:
-            raise Refusal(403, "You don't have the rights to write under the namespace tester")
+        if self.hub.read_only or namespace != OWNER:
+            raise Refusal(403, f"You don't have the rights to write under the namespace {namespace}")
 
     def repository(self, name):
         known = self.check_token()
@@ -108,17 +112,26 @@ class Handler(BaseHTTPRequestHandler):
     def whoami(self):
         if not self.check_token():
             raise Refusal(401, "Invalid username or password.")
-        self.answer({"name": "tester", "type": "user", "orgs": [], "auth": {"type": "access_token"}})
+        self.answer({"name": OWNER, "type": "user", "orgs": [], "auth": {"type": "access_token"}})
 
     @route("POST", "/api/validate-yaml")
     def validate_card(self):
-        self.answer({"errors": [], "warnings": []})
+        found = re.match(r"---\n(.*?)\n---", json.loads(self.body)["content"], re.DOTALL)
+        license = (yaml.safe_load(found[1]) if found else {}).get("license")
+        if license in (None, *LICENSES):
+            return self.answer({"errors": [], "warnings": []})
+        message = f'"license" must be one of [{", ".join(LICENSES)}]'
+        if self.headers.get("Accept") == "text/plain":
+            return self.answer(message.encode(), 400, content_type="text/plain")
+        self.answer({"errors": [{"message": message}], "warnings": []}, 400)
 
     @route("POST", "/api/repos/create", writes=True)
     def create(self):
         wanted = json.loads(self.body)
         kind = wanted.get("type") or "model"
-        name = f"{wanted.get('organization') or 'tester'}/{wanted['name']}"
+        namespace = wanted.get("organization") or OWNER
+        self.check_writer(namespace)
+        name = f"{namespace}/{wanted['name']}"
         full_name = f"datasets/{name}" if kind == "dataset" else name
         answer = {"url": f"{self.hub.endpoint}/{full_name}", "name": name}
         with self.hub.lock:
@@ -137,6 +150,10 @@ class Handler(BaseHTTPRequestHandler):
             "gated": False, "disabled": False, "tags": [], "downloads": 0, "likes": 0,
             "siblings": [{"rfilename": path} for path in commit.files],
         })  # fmt: skip
+
+    @route("GET", rf"{API}/auth-check/write", writes=True)
+    def check_right_to_write(self, repository):
+        self.answer()
 
     @route("GET", rf"{API}/refs")
     def references(self, repository):

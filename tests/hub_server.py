@@ -25,12 +25,15 @@ class HubServer:
         fails: answer every commit with status 500.
         read_only: the token may not write: answer 403 to whatever would change something.
         broken_uploads: of so many large files the connection breaks in the middle; counts down.
+        takes_uploads: an event; while it is cleared, large files are not read, and nobody is told why.
         busy: answer 503 to so many requests whose path has a match of a pattern, {pattern: number}; counts down.
     """
 
     def __init__(self, fails=False):
         self.fails, self.read_only, self.broken_uploads, self.busy = fails, False, 0, {}
         self.repositories, self.objects, self.requests = {}, {}, []
+        self.takes_uploads = threading.Event()
+        self.takes_uploads.set()
         self.lock = threading.RLock()
         self._connections, self._thread = _Connections(0, self), None
         self.port = self._connections.server_port
@@ -53,6 +56,7 @@ class HubServer:
         return self
 
     def stop(self):
+        self.takes_uploads.set()
         if self._thread is not None:
             self._connections.shutdown()
             self._connections.close_all()
