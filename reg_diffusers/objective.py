@@ -66,7 +66,8 @@ class X0Regularization(nn.Module):
         scheduler: the noise scheduler of the training.
         terms: the extra losses; their names must differ.
         snr_gamma: gamma if the denoising loss is weighted by min-SNR (arXiv:2303.09556), so that `matched` follows it.
-        max_nonfinite_steps: steps in a row with non-finite L' after which `FloatingPointError` is raised.
+        max_nonfinite_steps: steps in a row with non-finite L' after which `FloatingPointError` is raised; None: never,
+            because where several processes train together, an error of one leaves the others waiting.
 
     Raises:
         ValueError: two terms of one name, or one named "denoising".
@@ -78,7 +79,7 @@ class X0Regularization(nn.Module):
         terms: Iterable[Term],
         *,
         snr_gamma: float | None = None,
-        max_nonfinite_steps: int = 10,
+        max_nonfinite_steps: int | None = 10,
     ):
         super().__init__()
         if isinstance(terms, Term):
@@ -192,7 +193,7 @@ class RegularizedLoss(nn.Module):
         terms: Iterable[Term] = (),
         *,
         snr_gamma: float | None = None,
-        max_nonfinite_steps: int = 10,
+        max_nonfinite_steps: int | None = 10,
     ):
         super().__init__()
         if snr_gamma is not None and prediction_type(scheduler) == "epsilon":

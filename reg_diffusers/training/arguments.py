@@ -198,7 +198,8 @@ def _optimization(parser) -> None:
         "--max_bad_steps",
         type=_positive_int,
         default=10,
-        help="stop after so many steps in a row whose loss or gradient is not finite; each of them is left out",
+        help="stop after so many steps in a row whose loss or gradient is not finite, each of which is left out; or in"
+        " which L' of an image is not finite, whose part is left out",
     )
     add("--max_grad_norm", type=_positive, default=1.0, help="gradients are clipped to this norm")
     add(
