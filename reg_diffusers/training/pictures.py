@@ -1,9 +1,12 @@
-"""Decoding of picture files to small uint8 arrays."""
+"""Decoding of picture files, whoever made them, to small uint8 arrays."""
 
 from __future__ import annotations
 
+import functools
+import hashlib
 import io
 import os
+import warnings
 from pathlib import Path
 
 import numpy as np
@@ -12,9 +15,12 @@ import PIL.ImageOps
 
 from .. import __version__
 from .errors import UsageError
+from .source import Source
 
-__all__ = ["decode", "decode_table", "is_grey"]
+__all__ = ["BadImage", "decode", "decode_stored", "decode_table", "has_colour", "is_grey"]
 
+# What Pillow reads by itself: other kinds start programs, such as EPS, or are seldom pictures and seldom looked after.
+_KINDS = "AVIF BMP DIB GIF ICO JPEG JPEG2000 PCX PNG PPM QOI SGI TGA TIFF WEBP XBM".split()
 _GREY_MODES = ("1", "L", "LA", "La", "I", "I;16", "I;16B", "I;16L", "I;16N")
 _IMAGES_LOOKED_AT = 1000
 _IMAGES_PER_PROCESS = 5000
@@ -49,8 +55,47 @@ def decode(image: PIL.Image.Image, resolution: int, channels: int) -> np.ndarray
     return pixels[None] if channels == 1 else pixels.transpose(2, 0, 1)
 
 
+class BadImage(UsageError):
+    """One image that cannot be decoded; a run may go on without it."""
+
+
+def decode_stored(stored: dict | None, row: str, resolution: int, channels: int, source: Source) -> np.ndarray:
+    """An image as it is stored, {"bytes", "path"}, as a picture (C, H, W) uint8; see `decode`.
+
+    Args:
+        stored: the file's content, or where it is.
+        row: name of the row, for the message.
+        resolution: side of the square.
+        channels: 1 or 3.
+        source: where files may lie.
+
+    Raises:
+        BadImage: it cannot be decoded; the message names it.
+        UsageError: it lies outside of the source.
+    """
+    path = (stored or {}).get("path")
+    try:
+        with _open(stored, source) as image:
+            return decode(image, resolution, channels)
+    except UsageError:
+        raise
+    except Exception as error:  # Pillow raises nearly anything on damaged files
+        name = f"{path} ({row})" if path else row
+        raise BadImage(
+            f"image {name} cannot be decoded: {_reason(error)}. Remove it, or pass --skip_bad_images"
+        ) from error
+
+
 def decode_table(
-    table, column: str, into: str, resolution: int, channels: int, cache_dir: Path, *, skip_bad_images: bool
+    table,
+    column: str,
+    into: str,
+    resolution: int,
+    channels: int,
+    source: Source,
+    cache_dir: Path,
+    *,
+    skip_bad_images: bool,
 ):
     """The table with a column of flattened (C, H, W) uint8 in place of the images, mapped into memory.
 
@@ -60,19 +105,22 @@ def decode_table(
         into: name of the new column.
         resolution: side of the square.
         channels: 1 or 3.
+        source: where the images' files may lie.
         cache_dir: keeps the result for the next run; never the folder that the data came from.
         skip_bad_images: leave out images that cannot be decoded, and print how many, instead of stopping.
 
     Raises:
-        UsageError: an image that cannot be decoded, by name; or none that can.
+        UsageError: an image that cannot be decoded, by name; none that can; or one that lies outside of the source.
     """
     from datasets import Features, List, Value
 
     features = {name: feature for name, feature in table.features.items() if name != column}
     features[into] = List(Value("uint8"), length=channels * resolution * resolution)
     features["readable"] = Value("bool")
-    # The fingerprint stands for the rows, the rest for what is done to them.
-    settings = (table._fingerprint, column, into, resolution, channels, skip_bad_images, __version__)
+    # The fingerprint stands for the rows, the rest for what is done to them. It comes with the data, so it is no name
+    # for a file.
+    settings = (table._fingerprint, column, into, resolution, channels, skip_bad_images, source.roots, __version__)
+    cache_name = hashlib.sha256(repr(settings).encode()).hexdigest()
     cache_dir.mkdir(parents=True, exist_ok=True)
     processes = min(os.cpu_count() or 1, len(table) // _IMAGES_PER_PROCESS)
     decoded = table.map(
@@ -83,11 +131,12 @@ def decode_table(
             "into": into,
             "resolution": resolution,
             "channels": channels,
+            "source": source,
             "skip_bad_images": skip_bad_images,
         },
         remove_columns=[column],
         features=Features(features),
-        cache_file_name=str(cache_dir / f"{'-'.join(map(str, settings))}.arrow"),
+        cache_file_name=str(cache_dir / f"{cache_name}.arrow"),
         num_proc=processes if processes > 1 else None,
         desc="decoding images, once",
     )
@@ -101,38 +150,74 @@ def decode_table(
     return decoded.select(np.flatnonzero(readable))
 
 
-def is_grey(table, column: str) -> bool:
+def is_grey(table, column: str, source: Source) -> bool:
     """Whether a thousand images spread over the table, by their headers, are all without colour.
 
     Unreadable ones do not count.
     """
-    modes = set()
-    for row in np.linspace(0, len(table) - 1, min(len(table), _IMAGES_LOOKED_AT)).astype(int):
-        try:
-            with _open(table[int(row)][column]) as image:
-                modes.add(image.mode)
-        except Exception:
-            continue  # named, or counted, when it is decoded
-    return bool(modes) and modes <= set(_GREY_MODES)
+    chosen = np.linspace(0, len(table) - 1, min(len(table), _IMAGES_LOOKED_AT)).astype(int)
+    colours = {has_colour(table[int(row)][column], source) for row in chosen} - {None}
+    return colours == {False}
+
+
+def has_colour(stored: dict | None, source: Source) -> bool | None:
+    """Whether an image has colour, by its header; None if it cannot be read, which is told when it is decoded."""
+    try:
+        with _open(stored, source) as image:
+            return image.mode not in _GREY_MODES
+    except Exception:
+        return None
 
 
 def _decode_row(
-    row: dict, index: int, column: str, into: str, resolution: int, channels: int, skip_bad_images: bool
+    row: dict,
+    index: int,
+    column: str,
+    into: str,
+    resolution: int,
+    channels: int,
+    source: Source,
+    skip_bad_images: bool,
 ) -> dict:
     try:
-        with _open(row[column]) as image:
-            pixels = decode(image, resolution, channels)
-        return {into: pixels.reshape(-1), "readable": True}
-    except Exception as error:  # PIL raises nearly anything on damaged files
-        if skip_bad_images:
-            return {into: np.zeros(channels * resolution * resolution, np.uint8), "readable": False}
-        path = (row[column] or {}).get("path")
-        name = f"{path} (row {index})" if path else f"row {index}"
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise UsageError(f"image {name} cannot be decoded: {reason}. Remove it, or pass --skip_bad_images") from error
+        pixels = decode_stored(row[column], f"row {index}", resolution, channels, source)
+    except BadImage:
+        if not skip_bad_images:
+            raise
+        return {into: np.zeros(channels * resolution * resolution, np.uint8), "readable": False}
+    return {into: pixels.reshape(-1), "readable": True}
 
 
-def _open(stored: dict) -> PIL.Image.Image:
+def _open(stored: dict | None, source: Source) -> PIL.Image.Image:
     if stored is None:
         raise ValueError("no image in this row")
-    return PIL.Image.open(io.BytesIO(stored["bytes"]) if stored["bytes"] is not None else Path(stored["path"]))
+    file = io.BytesIO(stored["bytes"]) if stored["bytes"] is not None else _file(stored["path"], source)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", PIL.Image.DecompressionBombWarning)
+        return PIL.Image.open(file, formats=_kinds())
+
+
+def _file(path: str, source: Source) -> Path | io.BytesIO:
+    source.check(path)
+    if "://" in path:
+        from datasets.utils.file_utils import xopen
+
+        with xopen(path, "rb") as file:
+            return io.BytesIO(file.read())
+    if not os.path.isfile(path):
+        raise FileNotFoundError("there is no such file")  # a pipe or a device would be waited for
+    return Path(path)
+
+
+@functools.cache
+def _kinds() -> list[str]:
+    PIL.Image.init()
+    return [kind for kind in _KINDS if kind in PIL.Image.OPEN]
+
+
+def _reason(error: Exception) -> str:
+    if isinstance(error, PIL.Image.DecompressionBombError | PIL.Image.DecompressionBombWarning):
+        return f"it has more than the {PIL.Image.MAX_IMAGE_PIXELS:,} pixels that are taken from one image"
+    if isinstance(error, PIL.UnidentifiedImageError):
+        return f"it is damaged, or none of {', '.join(_kinds())}"
+    return str(error).splitlines()[0] if str(error) else type(error).__name__
