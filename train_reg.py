@@ -6,6 +6,7 @@ accelerate launch train_reg.py --train_data_dir photos --regularizer my_module:M
 """
 
 import math
+from pathlib import Path
 
 import torch
 from accelerate import Accelerator
@@ -24,13 +25,14 @@ from reg_diffusers.training.data import flip_half, load_training_data, make_data
 from reg_diffusers.training.dropped_images import DroppedImages
 from reg_diffusers.training.ema import build_ema, ema_weights
 from reg_diffusers.training.errors import UsageError, exit_on_usage_error
-from reg_diffusers.training.hardware import choose_mixed_precision, join_processes, leave_processes, set_threads
+from reg_diffusers.training.hardware import choose_mixed_precision, set_threads
 from reg_diffusers.training.interruption import Interruption
 from reg_diffusers.training.launch import resume_command
 from reg_diffusers.training.metrics import MetricsLog, check_logger
 from reg_diffusers.training.model import build_noise_scheduler, build_unet, load_given_model
 from reg_diffusers.training.output import prepare_output_dir, save_pipeline, write_settings
 from reg_diffusers.training.preview import conditions_of, preview_conditions, sampling_pipeline, save_preview
+from reg_diffusers.training.processes import in_turn, join_processes, leave_processes, on_main_process, together
 from reg_diffusers.training.record import write_record
 from reg_diffusers.training.report import compare, describe, describe_result
 from reg_diffusers.training.settings import check_settings, mathematical_settings
@@ -42,25 +44,22 @@ LOG_INTERVAL = 10  # steps between two readings of the metrics; reading waits fo
 @exit_on_usage_error
 def main(argv=None):
     args = parse_args(argv)
-    mixed_precision, threads = choose_mixed_precision(args), set_threads(args)
     state = join_processes()
-    repo_id = check_upload(args) if state.is_main_process else None
-    terms = build_terms(args)
-    with state.main_process_first():
-        given = load_given_model(args)
-        data = load_training_data(
-            args, given.channels, given.resolution, given.normalization, given.condition_channels
-        )
+    mixed_precision, threads = choose_mixed_precision(args), set_threads(args)
+    repo_id = on_main_process(state, lambda: check_upload(args))
+    terms = together(state, lambda: build_terms(args))
+    given, data = in_turn(state, lambda: load(args))
     # What cannot work is said here, before anything is written.
     noise_scheduler = build_noise_scheduler(args, given)
-    on_data = check_terms(terms, noise_scheduler, data, state.device, mixed_precision)
+    on_data = together(state, lambda: check_terms(terms, noise_scheduler, data, state.device, mixed_precision))
     unet = build_unet(args, given, data)
     check_logger(args)
-    output_dir = prepare_output_dir(args, state)
+    output_dir = Path(args.output_dir)
+    on_main_process(state, lambda: prepare_output_dir(args))
     settings = mathematical_settings(args, data, state, mixed_precision)
-    check_settings(args, output_dir, settings)
+    on_main_process(state, lambda: check_settings(args, output_dir, settings))
     resume = resume_command(argv, state)
-    uploads = Uploads(args, repo_id) if repo_id and state.is_main_process else None
+    uploads = on_main_process(state, lambda: Uploads(args, repo_id) if repo_id else None)
     if state.is_main_process:
         write_settings(args, output_dir)
         write_record(args, argv, state, data, noise_scheduler, terms, mixed_precision, output_dir)
@@ -72,15 +71,25 @@ def main(argv=None):
         pipeline = train(*run, output_dir, terms, uploads)
         compared = args.compare and not interruption
         plain = train(*run, output_dir / "plain") if compared else None
-        if (args.compare or uploads) and state.is_main_process and not interruption:
+        interruption.stop_asking()
+        leave_processes(state)
+        if not state.is_main_process:
+            return
+        if (args.compare or uploads) and not interruption:
             compare(args, data, terms, plain, pipeline, output_dir)
-    if state.is_main_process and not interruption:
+    if not interruption:
         write_card(output_dir, repo_id or args.output_dir, uploads and uploads.old_card, args.hub_license)
-    if state.is_main_process:
-        print(describe_result(args, output_dir, interruption, resume))
-        if uploads:
-            uploads.finish(output_dir, interrupted=bool(interruption))
-    leave_processes(state)
+    print(describe_result(args, output_dir, interruption, resume))
+    if uploads:
+        uploads.finish(output_dir, interrupted=bool(interruption))
+
+
+def load(args):
+    """The model to start from, and the data."""
+    given = load_given_model(args)
+    return given, load_training_data(
+        args, given.channels, given.resolution, given.normalization, given.condition_channels
+    )
 
 
 def train(args, data, settings, resume, interruption, output_dir, terms=(), uploads=None):
@@ -112,7 +121,8 @@ def train(args, data, settings, resume, interruption, output_dir, terms=(), uplo
         eps=args.adam_epsilon,
         fused=True,
     )
-    dataloader = make_dataloader(args, data, accelerator.num_processes)
+    progress = Progress()
+    dataloader = make_dataloader(args, data, accelerator, progress)
     unet, optimizer, dataloader = accelerator.prepare(unet, optimizer, dataloader)
     steps_per_epoch = math.ceil(len(dataloader) / args.gradient_accumulation_steps)
     max_train_steps = args.max_train_steps or math.ceil(
@@ -125,7 +135,6 @@ def train(args, data, settings, resume, interruption, output_dir, terms=(), uplo
         num_training_steps=max_train_steps,
     )
 
-    progress = Progress()
     accelerator.register_for_checkpointing(progress, lr_scheduler, *([ema] if ema else []))
     set_seed(args.seed, device_specific=True)  # other noise on each process
     metrics = MetricsLog(accelerator, output_dir / "metrics.jsonl")
@@ -133,6 +142,8 @@ def train(args, data, settings, resume, interruption, output_dir, terms=(), uplo
     regularization = loss_fn.regularization
     dropped = DroppedImages(accelerator, regularization.nonfinite, regularization.names, args.max_bad_steps)
     counters = {"metrics": metrics, "bad_steps": bad_steps, "nonfinite": dropped}
+    if args.streaming:
+        counters["stream"] = dataloader.batch_sampler
     checkpoints = Checkpoints(
         accelerator, output_dir, lr_scheduler, settings, args.checkpoints_total_limit, counters, resume
     )

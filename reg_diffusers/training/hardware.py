@@ -6,34 +6,11 @@ import argparse
 import os
 
 import torch
-from accelerate import PartialState
 from accelerate.utils import parse_flag_from_env
 
 from .errors import UsageError
 
-__all__ = ["choose_mixed_precision", "join_processes", "leave_processes", "set_threads"]
-
-
-def join_processes() -> PartialState:
-    """Joins the processes of one launch.
-
-    Raises:
-        UsageError: they do not know of each other, and would train side by side into one folder.
-    """
-    state = PartialState(cpu=_cpu_is_wanted())
-    launched = int(os.environ.get("WORLD_SIZE", "1"))
-    if launched != state.num_processes:
-        raise UsageError(
-            f"{launched} processes were launched, but accelerate joined {state.num_processes}: without GPUs, launch"
-            " with ACCELERATE_USE_CPU=true in the environment"
-        )
-    return state
-
-
-def leave_processes(state: PartialState) -> None:
-    """Ends what `join_processes` began; processes that just exit may abort while others still talk to them."""
-    state.wait_for_everyone()
-    state.destroy_process_group()
+__all__ = ["choose_mixed_precision", "cpu_is_wanted", "set_threads"]
 
 
 def set_threads(args: argparse.Namespace) -> int:
@@ -58,7 +35,7 @@ def choose_mixed_precision(args: argparse.Namespace) -> str:
     Raises:
         UsageError: fp16 without a GPU.
     """
-    on_cpu = _cpu_is_wanted() or not torch.cuda.is_available()
+    on_cpu = cpu_is_wanted() or not torch.cuda.is_available()
     chosen = args.mixed_precision
     if chosen is None:
         configured = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
@@ -68,7 +45,8 @@ def choose_mixed_precision(args: argparse.Namespace) -> str:
     return chosen
 
 
-def _cpu_is_wanted() -> bool:
+def cpu_is_wanted() -> bool:
+    """Whether accelerate was told to leave GPUs alone."""
     return parse_flag_from_env("ACCELERATE_USE_CPU")
 
 

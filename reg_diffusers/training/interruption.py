@@ -11,6 +11,8 @@ import torch
 import torch.distributed as dist
 from accelerate import PartialState
 
+from . import processes
+
 __all__ = ["Interruption"]
 
 
@@ -33,7 +35,8 @@ class Interruption:
         self._before: dict = {}
         self._asked: tuple | None = None
         # Of its own and on CPUs, so that asking neither waits for an accelerator nor meets other messages.
-        self._group = dist.new_group(backend="gloo") if state.num_processes > 1 else None
+        is_alone = state.num_processes == 1
+        self._group = None if is_alone else dist.new_group(backend="gloo", timeout=processes.PROCESS_TIMEOUT)
 
     def __bool__(self) -> bool:
         return self._agreed
@@ -54,6 +57,11 @@ class Interruption:
             wanted = torch.tensor(int(self.name is not None))
             self._asked = dist.all_reduce(wanted, dist.ReduceOp.MAX, self._group, async_op=True), wanted
         return self._agreed
+
+    def stop_asking(self) -> None:
+        """Before the processes leave each other; to be called by all of them."""
+        self._hear()
+        self._group = None
 
     def __enter__(self) -> Interruption:
         names = [name for name in ("SIGINT", "SIGTERM", "SIGUSR1") if hasattr(signal, name)]

@@ -8,7 +8,6 @@ import tempfile
 from pathlib import Path
 
 import yaml
-from accelerate import PartialState
 
 from ..files import write_whole
 from .checkpoint import named_checkpoint
@@ -19,8 +18,8 @@ __all__ = ["SETTINGS_FILE", "prepare_output_dir", "save_pipeline", "write_settin
 SETTINGS_FILE = "reg_settings.yaml"
 
 
-def prepare_output_dir(args: argparse.Namespace, state: PartialState) -> Path:
-    """The output folder, made if need be; never one that holds somebody else's files. Called by all processes.
+def prepare_output_dir(args: argparse.Namespace) -> None:
+    """Makes the output folder if need be; refuses one that holds somebody else's files. For the main process alone.
 
     Raises:
         UsageError: it holds other files, or an earlier run that neither --overwrite_output_dir nor
@@ -39,8 +38,7 @@ def prepare_output_dir(args: argparse.Namespace, state: PartialState) -> Path:
             " --overwrite_output_dir to start anew"
         )
     named_checkpoint(args, folder)
-    state.wait_for_everyone()  # nobody touches the folder before all have looked at it
-    if holds_files and not args.resume_from_checkpoint and state.is_main_process:
+    if holds_files and not args.resume_from_checkpoint:
         _remove_earlier_run(args, folder)
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -48,7 +46,6 @@ def prepare_output_dir(args: argparse.Namespace, state: PartialState) -> Path:
             pass
     except OSError as error:
         raise UsageError(f"{flag} cannot be written: {error.strerror}") from error
-    return folder
 
 
 def _remove_earlier_run(args: argparse.Namespace, folder: Path) -> None:
