@@ -23,8 +23,9 @@ from reg_diffusers.training.checkpoint import Checkpoints, Progress, endless_bat
 from reg_diffusers.training.checks import check_terms
 from reg_diffusers.training.data import flip_half, load_training_data, make_dataloader
 from reg_diffusers.training.dropped_images import DroppedImages
-from reg_diffusers.training.ema import build_ema, ema_weights
+from reg_diffusers.training.ema import build_ema
 from reg_diffusers.training.errors import UsageError, exit_on_usage_error
+from reg_diffusers.training.gathering import SampledNetwork, whole
 from reg_diffusers.training.hardware import choose_mixed_precision, set_threads
 from reg_diffusers.training.interruption import Interruption
 from reg_diffusers.training.launch import resume_command
@@ -110,7 +111,6 @@ def train(args, data, settings, resume, interruption, output_dir, terms=(), uplo
     given = load_given_model(args)
     noise_scheduler = build_noise_scheduler(args, given)
     unet = build_unet(args, given, data)
-    ema = build_ema(args, unet, accelerator.device)
     loss_fn = RegularizedLoss(noise_scheduler, terms, snr_gamma=args.snr_gamma, max_nonfinite_steps=None)
     loss_fn.to(accelerator.device)
     optimizer = torch.optim.AdamW(
@@ -124,6 +124,7 @@ def train(args, data, settings, resume, interruption, output_dir, terms=(), uplo
     progress = Progress()
     dataloader = make_dataloader(args, data, accelerator, progress)
     unet, optimizer, dataloader = accelerator.prepare(unet, optimizer, dataloader)
+    ema = build_ema(args, unet)  # of what each process holds of the weights
     steps_per_epoch = math.ceil(len(dataloader) / args.gradient_accumulation_steps)
     max_train_steps = args.max_train_steps or math.ceil(
         args.num_epochs * len(dataloader) / args.gradient_accumulation_steps
@@ -152,7 +153,8 @@ def train(args, data, settings, resume, interruption, output_dir, terms=(), uplo
         log.forget_later_than(progress.step)
     preview_steps = args.preview_steps or args.save_images_epochs * steps_per_epoch
     save_model_steps = args.save_model_epochs * steps_per_epoch
-    pipeline = sampling_pipeline(accelerator.unwrap_model(unet), noise_scheduler, data)
+    sampled = SampledNetwork(accelerator, unet, ema)
+    pipeline = sampling_pipeline(sampled.unet, noise_scheduler, data)
     shown = preview_conditions(data, args.eval_batch_size)
     bar = tqdm(
         desc=" + ".join(["denoising", *regularization.names]),
@@ -189,7 +191,7 @@ def train(args, data, settings, resume, interruption, output_dir, terms=(), uplo
                 accelerator.backward(bad_steps.spread(output.loss, timesteps, batch["ids"]))
                 if accelerator.sync_gradients:
                     gradient_norm = accelerator.clip_grad_norm_(unet.parameters(), args.max_grad_norm)
-                    bad_steps.mark(progress.step + 1, optimizer, gradient_norm)
+                    bad_steps.mark(progress.step + 1, optimizer, whole(gradient_norm))
                 optimizer.step()
                 optimizer.zero_grad()
             metrics.add({"loss": output.loss, **output.terms})
@@ -222,26 +224,26 @@ def train(args, data, settings, resume, interruption, output_dir, terms=(), uplo
                 checkpoints.save(progress.step, bar.write)
                 raise UsageError(problem)
             if progress.step % preview_steps == 0 or is_last:
-                with ema_weights(ema, unet):
+                with sampled.ready():
                     path = output_dir / "samples" / f"step-{progress.step:06d}.png"
                     save_preview(accelerator, pipeline, shown, path, args)
-            if progress.step % save_model_steps == 0 and accelerator.is_main_process:
-                with ema_weights(ema, unet):
-                    save_pipeline(pipeline, output_dir)
+            if progress.step % save_model_steps == 0:
+                with sampled.ready():
+                    if accelerator.is_main_process:
+                        save_pipeline(pipeline, output_dir)
             if is_checkpoint:
                 checkpoints.save(progress.step, bar.write)
-                if uploads and args.hub_strategy == "checkpoint" and not is_last:
-                    with ema_weights(ema, unet):
-                        uploads.in_background(pipeline, output_dir, progress.step)
+                if args.hub_strategy == "checkpoint" and not is_last:
+                    with sampled.ready():
+                        if uploads:
+                            uploads.in_background(pipeline, output_dir, progress.step)
 
     # A comparison may be interrupted in its second half, when this model is done.
     if (interruption or (args.compare and terms)) and progress.step % args.checkpointing_steps:
         bad_steps.look()
         dropped.look()
         checkpoints.save(progress.step)
-    if ema:
-        ema.copy_to(unet.parameters())
-    unet.eval()
+    sampled.finish()
     if accelerator.is_main_process:
         save_pipeline(pipeline, output_dir)
     accelerator.wait_for_everyone()

@@ -3,19 +3,26 @@
 from __future__ import annotations
 
 import argparse
-from contextlib import contextmanager
 
 import torch
+from accelerate import PartialState
 from diffusers.training_utils import EMAModel
 
-__all__ = ["build_ema", "ema_weights"]
+from .gathering import divided_like, is_divided, whole
+
+__all__ = ["build_ema"]
 
 
-def build_ema(args: argparse.Namespace, unet: torch.nn.Module, device: torch.device) -> EMAModel | None:
-    """The average of --use_ema and its --ema_* flags, or None."""
+def build_ema(args: argparse.Namespace, unet: torch.nn.Module) -> EMAModel | None:
+    """The average of --use_ema and its --ema_* flags, or None.
+
+    Args:
+        args: the settings.
+        unet: as prepared by accelerate: where each process holds a part of the weights, it averages that part.
+    """
     if not args.use_ema:
         return None
-    ema = EMAModel(
+    return _Average(
         unet.parameters(),
         decay=args.ema_max_decay,
         use_ema_warmup=True,
@@ -23,20 +30,22 @@ def build_ema(args: argparse.Namespace, unet: torch.nn.Module, device: torch.dev
         power=args.ema_power,
         foreach=True,
     )
-    ema.to(device)
-    return ema
 
 
-@contextmanager
-def ema_weights(ema: EMAModel | None, unet: torch.nn.Module):
-    """Inside, the network has the averaged weights, if there is an average, and is in evaluation mode."""
-    if ema is not None:
-        ema.store(unet.parameters())
-        ema.copy_to(unet.parameters())
-    unet.eval()
-    try:
-        yield
-    finally:
-        unet.train()
-        if ema is not None:
-            ema.restore(unet.parameters())
+class _Average(EMAModel):
+    """Saved whole, and loaded to where it was, however the weights are divided among the processes."""
+
+    def state_dict(self) -> dict:
+        """To be called by all processes; where weights are divided, the main one gets all of them, others none."""
+        state = super().state_dict()
+        if any(map(is_divided, self.shadow_params)):
+            is_main_process = PartialState().is_main_process
+            complete = (whole(parameter) for parameter in self.shadow_params)
+            state["shadow_params"] = [tensor.cpu() for tensor in complete if is_main_process]
+        return state
+
+    def load_state_dict(self, state_dict: dict) -> None:
+        before = self.shadow_params
+        super().load_state_dict(state_dict)
+        pairs = zip(self.shadow_params, before, strict=True)
+        self.shadow_params = [divided_like(loaded, parameter) for loaded, parameter in pairs]
