@@ -16,11 +16,11 @@ SCRIPT = PACKAGE.parent / "train_reg.py"
 LAYERS = [
     {"prediction", "weighting", "regularizers", "term", "estimators", "objective", "nonfinite", "balancing", "specs"}
     | {"conditioning"},
-    {"guidance", "model_index", "measurement", "card_text", "card", "repository", "standalone", "pipeline"}
+    {"files", "guidance", "model_index", "measurement", "card_text", "card", "repository", "standalone", "pipeline"}
     | {"samplers"},
-    {"evaluation"},
+    {"evaluation", "generation"},
     {"data", "training"},
-    {"hub", "upload", "demo", "cli", "__main__", "train_reg"},
+    {"hub", "hub_samples", "upload", "demo", "cli", "__main__", "train_reg"},
 ]
 LOSS = LAYERS[0]
 LOSS_MAY_IMPORT = {"torch", "diffusers", "reg_diffusers"}

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import argparse
 
+from .model import add_model_flag, load_pipeline
+
 __all__ = ["add_parser", "run"]
 
 _DEFAULT_REGULARIZER = "total_variation"
@@ -17,9 +19,7 @@ def add_parser(subparsers) -> argparse.ArgumentParser:
         description="Serves a page, to this machine only, that samples from a model with and without guidance by a"
         ' loss on x0_hat. Needs gradio: pip install "reg_diffusers[demo]".',
     )
-    parser.add_argument(
-        "--model", default="reg-ddpm-model", metavar="FOLDER_OR_ID", help="a saved pipeline (default: %(default)s)"
-    )
+    add_model_flag(parser)
     parser.add_argument(
         "--regularizer",
         nargs="+",
@@ -43,7 +43,7 @@ def run(args: argparse.Namespace) -> None:
     from ..training.errors import UsageError
 
     regularizers = _regularizers(args.regularizer)
-    pipeline = _pipeline(args.model)
+    pipeline = load_pipeline(args.model)
     try:
         page = build_demo(pipeline, regularizers)
     except ImportError as error:
@@ -78,22 +78,3 @@ def _regularizers(names: list[str]) -> dict:
         return {name: specs.load_regularizer(name) for name in dict.fromkeys([*names, *regularizers.__all__])}
     except ValueError as error:
         raise UsageError(f"--regularizer: {error}") from error
-
-
-def _pipeline(model: str):
-    """The pipeline, on the accelerator if there is one."""
-    import torch
-
-    from ..pipeline import RegDDPMPipeline
-    from ..training.errors import UsageError
-
-    try:
-        pipeline = RegDDPMPipeline.from_pretrained(model)
-    except (OSError, ValueError) as error:
-        reason = " ".join(str(error).split())
-        raise UsageError(
-            f"--model {model}: no such folder or Hub id with a pipeline (train_reg.py makes one): {reason}"
-        ) from error
-    device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else "cpu"
-    pipeline.unet.requires_grad_(False)  # guidance asks for gradients of the image only
-    return pipeline.to(device)

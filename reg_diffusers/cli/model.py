@@ -1,0 +1,40 @@
+"""Loads the model that --model names."""
+
+from __future__ import annotations
+
+__all__ = ["add_model_flag", "load_pipeline"]
+
+
+def add_model_flag(parser) -> None:
+    """Adds --model."""
+    parser.add_argument(
+        "--model", default="reg-ddpm-model", metavar="FOLDER_OR_ID", help="a saved pipeline (default: %(default)s)"
+    )
+
+
+def load_pipeline(model: str, device=None):
+    """The pipeline, its network frozen.
+
+    Args:
+        model: folder or Hub id.
+        device: to bring it to; default: the accelerator if there is one.
+
+    Raises:
+        UsageError: there is no such pipeline.
+    """
+    import torch
+
+    from ..pipeline import RegDDPMPipeline
+    from ..training.errors import UsageError
+
+    try:
+        pipeline = RegDDPMPipeline.from_pretrained(model)
+    except (OSError, ValueError) as error:
+        reason = " ".join(str(error).split())
+        raise UsageError(
+            f"--model {model}: no such folder or Hub id with a pipeline (train_reg.py makes one): {reason}"
+        ) from error
+    if device is None:
+        device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else "cpu"
+    pipeline.unet.requires_grad_(False)  # guidance asks for gradients of the image only
+    return pipeline.to(device)

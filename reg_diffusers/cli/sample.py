@@ -1,0 +1,305 @@
+"""The subcommand `sample`: images in large numbers, on any number of processes."""
+
+from __future__ import annotations
+
+import argparse
+import shlex
+import sys
+import time
+from pathlib import Path
+
+from .model import add_model_flag, load_pipeline
+
+__all__ = ["add_parser", "run"]
+
+# Through the network the same effect takes a larger scale.
+_GUIDANCE_SCALES = {"mpgd": 0.05, "dps": 2.0, "lgd": 2.0}
+_OF_THE_PICTURES = (
+    *("model", "num_images", "num_inference_steps", "scheduler", "seed", "class_labels", "condition_dir", "guidance"),
+    *("guidance_scale", "guidance_method", "mixed_precision"),
+)
+
+
+def add_parser(subparsers) -> argparse.ArgumentParser:
+    """Adds the subcommand to those of `reg-diffusers`."""
+    parser = subparsers.add_parser(
+        "sample",
+        help="draw many images, on all processes, into a folder, an array file or a data set on the Hub",
+        description="Draws image 0, 1, ... of a model, each from a seed of its own, so that neither --batch_size nor"
+        " the number of processes decides what is drawn. The same command again goes on where it was interrupted. On"
+        " several processes: accelerate launch -m reg_diffusers sample ...",
+        allow_abbrev=False,
+    )
+    add = parser.add_argument
+    add_model_flag(parser)
+    add("--num_images", type=_positive, default=64, metavar="N", help="how many (default: %(default)s)")
+    add(
+        "--batch_size",
+        type=_positive,
+        default=64,
+        metavar="N",
+        help="at once in each process (default: %(default)s)",
+    )
+    add(
+        "--output",
+        default="samples",
+        metavar="PATH",
+        help="a folder, which gets 000000.png and so on, or a file that ends in .npz (default: %(default)s)",
+    )
+    add(
+        "--num_inference_steps",
+        type=_positive,
+        default=50,
+        metavar="N",
+        help="calls of the network for each image (default: %(default)s)",
+    )
+    add("--scheduler", metavar="NAME", help="DDIM, DDPM, Euler, DPM-Solver++ or UniPC (default: DDIM; Euler for flow)")
+    add("--seed", type=_natural, default=0, metavar="N", help="image i has the seed N + i (default: %(default)s)")
+    add(
+        "--class_labels",
+        type=_natural,
+        nargs="+",
+        metavar="LABEL",
+        help="numbers of classes, taken in turn, for a class-conditional model (default: all)",
+    )
+    add(
+        "--condition_dir",
+        metavar="FOLDER",
+        help="images, taken in turn in the order of their names, for a model that is conditioned by images",
+    )
+    add(
+        "--guidance",
+        nargs="+",
+        default=[],
+        metavar="NAME",
+        help="losses on x0_hat that steer the sampler: built-in names or my_module:MyReg",
+    )
+    scales = ", ".join(f"{scale:g} for {method}" for method, scale in _GUIDANCE_SCALES.items())
+    add("--guidance_scale", type=float, metavar="SCALE", help=f"how strongly they steer (default: {scales})")
+    add(
+        "--guidance_method",
+        choices=list(_GUIDANCE_SCALES),
+        help="how they steer: without a gradient through the network, with it, averaged (default: mpgd)",
+    )
+    add(
+        "--mixed_precision",
+        choices=["no", "bf16"],
+        default="no",
+        help="bf16: the network computes in bfloat16, on recent GPUs faster (default: %(default)s)",
+    )
+    add(
+        "--num_threads",
+        type=_positive,
+        metavar="N",
+        help="CPU threads per process (default: the cores, shared)",
+    )
+    add("--push_to_hub", metavar="DATASET_ID", help="upload the folder as a data set when it is complete")
+    add("--hub_private_repo", action="store_true", help="make the data set as a private one")
+    add("--hub_token", metavar="TOKEN", help="for the upload (default: the one that `hf auth login` stored)")
+    parser.set_defaults(run=run)
+    return parser
+
+
+def run(args: argparse.Namespace) -> None:
+    """Draws what is missing; called in every process of a launch.
+
+    Raises:
+        UsageError: settings that do not fit the model, each other or what is there already.
+        SystemExit: with status 130, interrupted by Ctrl-C.
+    """
+    from ..training.hardware import set_threads
+    from ..training.processes import join_processes, leave_processes, on_main_process
+
+    _check(args)
+    state = join_processes()
+    set_threads(args)
+    repo_id = on_main_process(state, lambda: _open_dataset(args)) if args.push_to_hub else None
+    sampler = _sampler(args, load_pipeline(args.model, state.device))
+    store = _store(args, sampler)
+    missing = _missing(args, sampler, store)
+    if state.is_main_process and 0 < len(missing) < args.num_images:
+        print(f"going on: {args.num_images - len(missing):,} of {args.num_images:,} are in {store.path}", flush=True)
+    try:
+        started = time.monotonic()
+        if missing:
+            _draw(args, sampler, store, missing, state)
+        seconds = time.monotonic() - started
+        leave_processes(state)
+        if not state.is_main_process:
+            return
+        _finish(args, store)
+        pace = f", {seconds / len(missing):.3g} s each" if missing else ", all of them were there"
+        print(f"samples     {args.num_images:,} in {store.path}{pace}", flush=True)
+        if repo_id is not None:
+            _upload(args, sampler.settings, store, repo_id)
+    except KeyboardInterrupt:
+        if state.is_main_process:
+            present = len(store.present() & set(range(args.num_images)))
+            print(f"\ninterrupted: {present:,} of {args.num_images:,} are in {store.path}; the same command goes on")
+        sys.exit(130)
+
+
+def _check(args: argparse.Namespace) -> None:
+    from ..training.errors import UsageError
+
+    for flag in ("guidance_scale", "guidance_method"):
+        if getattr(args, flag) is not None and not args.guidance:
+            raise UsageError(f"--{flag}: is about --guidance, which is not given")
+    if args.guidance_scale is not None and not 0 <= args.guidance_scale < float("inf"):
+        raise UsageError(f"--guidance_scale {args.guidance_scale:g}: must be finite and at least 0")
+    if args.push_to_hub and _is_array_file(args):
+        raise UsageError("--push_to_hub uploads pictures: name a folder by --output")
+
+
+def _is_array_file(args: argparse.Namespace) -> bool:
+    return args.output.endswith(".npz")
+
+
+def _sampler(args: argparse.Namespace, pipeline):
+    from ..generation import Sampler, Settings, fingerprint
+    from ..samplers import fitting_samplers
+    from ..training.errors import UsageError
+
+    conditions = _conditions(args, pipeline)
+    method = args.guidance_method or "mpgd"
+    scale = _GUIDANCE_SCALES[method] if args.guidance_scale is None else args.guidance_scale
+    labels = range(pipeline.unet.config.num_class_embeds or 0) if args.class_labels is None else args.class_labels
+    settings = Settings(
+        model=args.model,
+        model_sha256=fingerprint(pipeline),
+        scheduler=args.scheduler or next(iter(fitting_samplers(pipeline))),
+        num_inference_steps=args.num_inference_steps,
+        seed=args.seed,
+        class_labels=tuple(labels),
+        condition_sha256=conditions.fingerprint if conditions is not None else "",
+        guidance=tuple(args.guidance),
+        guidance_scale=scale if args.guidance else 0.0,
+        guidance_method=method,
+        mixed_precision=args.mixed_precision,
+    )
+    try:
+        return Sampler(pipeline, settings, conditions)
+    except ValueError as error:  # its message begins with the name of a setting, which is that of the flag
+        raise UsageError(f"--{error}") from error
+
+
+def _conditions(args: argparse.Namespace, pipeline):
+    from ..training.errors import UsageError
+    from .conditions import ConditionFolder
+
+    channels, size = pipeline.unet.config.in_channels - pipeline._channels, pipeline.unet.config.sample_size
+    if not channels and args.condition_dir:
+        raise UsageError("--condition_dir: the model is not conditioned by images; drop the flag")
+    if not channels:
+        return None
+    if not args.condition_dir:
+        raise UsageError(f"--model {args.model} is conditioned by images: name a folder by --condition_dir")
+    height, width = (size, size) if isinstance(size, int) else size
+    if channels not in (1, 3) or height != width:
+        raise UsageError(
+            f"--condition_dir: pictures are square and of 1 or 3 channels, the condition of this model is {height} x"
+            f" {width} and of {channels}: use RegDDPMPipeline in Python"
+        )
+    return ConditionFolder(Path(args.condition_dir), height, channels)
+
+
+def _store(args: argparse.Namespace, sampler):
+    from ..generation import ArrayFile, PictureFolder
+    from ..training.errors import UsageError
+
+    path = Path(args.output)
+    try:
+        if _is_array_file(args):
+            return ArrayFile(path, sampler.is_field, sampler.settings.class_labels)
+        if not sampler.is_picture:
+            raise ValueError(f"{path}: samples of this model are no pictures: name a file, such as {path}.npz")
+        return PictureFolder(path)
+    except ValueError as error:
+        raise UsageError(f"--output {error}") from error
+
+
+def _missing(args: argparse.Namespace, sampler, store) -> list[int]:
+    from ..generation import find_missing
+    from ..training.errors import UsageError
+
+    try:
+        return find_missing(store, sampler.settings, args.num_images)
+    except ValueError as error:
+        raise UsageError(f"--output {error}") from error
+
+
+def _draw(args: argparse.Namespace, sampler, store, missing: list[int], state) -> None:
+    import torch
+
+    from ..generation import draw_missing
+    from ..term import TermError
+    from ..training.errors import UsageError
+
+    try:
+        draw_missing(sampler, store, missing, args.batch_size, state)
+    except TermError as error:
+        raise UsageError(f"--guidance: {error}") from error
+    except torch.OutOfMemoryError as error:
+        raise UsageError(f"--batch_size {args.batch_size}: too many for the memory of {state.device}") from error
+    except PermissionError as error:
+        raise UsageError(f"--output {args.output} cannot be written: {error.strerror}") from error
+
+
+def _finish(args: argparse.Namespace, store) -> None:
+    from ..training.errors import UsageError
+
+    if lacking := set(range(args.num_images)) - store.present():
+        raise UsageError(
+            f"--output {store.path}: {len(lacking):,} images that other processes have drawn are not here: name a"
+            " place that all machines share"
+        )
+    store.finish(args.num_images)
+
+
+def _open_dataset(args: argparse.Namespace) -> str:
+    from ..hub_samples import open_dataset
+
+    return open_dataset(args.push_to_hub, args.hub_token, args.hub_private_repo)
+
+
+def _upload(args: argparse.Namespace, settings, store, repo_id: str) -> None:
+    from ..hub_samples import upload_samples
+    from ..training.errors import UsageError
+    from ..upload import reason
+
+    try:
+        address = upload_samples(repo_id, store, settings, args.num_images, _command(args), args.hub_token)
+    except Exception as error:  # what it raises without a network depends on its HTTP library
+        raise UsageError(
+            f"--push_to_hub {repo_id}: failed ({reason(error)}); the images are in {store.path}, and the same command"
+            " uploads them"
+        ) from error
+    print(f"uploaded    {address}")
+
+
+def _command(args: argparse.Namespace) -> str:
+    """The command line that draws the same pictures."""
+    words = ["reg-diffusers", "sample"]
+    for name in _OF_THE_PICTURES:
+        value = getattr(args, name)
+        if value not in (None, []):
+            words += [f"--{name}", *map(str, value if isinstance(value, list) else [value])]
+    return shlex.join(words)
+
+
+def _positive(text: str) -> int:
+    return _whole_number(text, 1)
+
+
+def _natural(text: str) -> int:
+    return _whole_number(text, 0)
+
+
+def _whole_number(text: str, least: int) -> int:
+    try:
+        value = int(text)
+    except ValueError:
+        value = least - 1
+    if value < least:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of at least {least}")
+    return value
