@@ -99,7 +99,10 @@ def _introduction(facts: CardFacts) -> str:
     given = [*(["of a given class"] if facts.by_class else []), *(["from a given image"] if facts.by_image else [])]
     network = f"a `{facts.unet.get('_class_name', 'UNet2DModel')}`"
     data = facts.record.get("data")
-    trained = f", {_start(facts.record)} on {data['images']:,} {kind} of {_data_name(data)}" if data else ""
+    trained = ""
+    if data:
+        number = f"a stream of {kind}" if data["images"] is None else f"{data['images']:,} {kind}"
+        trained = f", {_start(facts.record)} on {number} of {_data_name(data)}"
     return f"A diffusion model that draws {' '.join([drawn, *given])}: {network}{trained}."
 
 

@@ -7,9 +7,11 @@ import PIL.Image
 import pyarrow.parquet
 import pytest
 import torch
+from accelerate import Accelerator
 from datasets import Dataset, Features, Image, Value
 
 from reg_diffusers.training.arguments import parse_args
+from reg_diffusers.training.checkpoint import Progress
 from reg_diffusers.training.data import Normalization, flip_half, load_training_data, make_dataloader
 from reg_diffusers.training.errors import UsageError
 from reg_diffusers.training.pictures import decode
@@ -277,7 +279,7 @@ def test_flags_for_pictures_are_refused_with_fields(load, tmp_path):
 def test_an_epoch_shows_every_image_once_in_an_order_of_its_own(load, tmp_path):
     np.save(tmp_path / "f.npy", np.arange(64.0).reshape(64, 1, 1, 1))
     args = parse_args(["--train_data_dir", str(tmp_path), "--train_batch_size", "16"])
-    loader = make_dataloader(args, load("--train_data_dir", tmp_path), num_processes=1)
+    loader = make_dataloader(args, load("--train_data_dir", tmp_path), Accelerator(cpu=True), Progress())
     epochs = [torch.cat([batch["values"].flatten() for batch in loader]) for _ in range(2)]
     assert not torch.equal(*epochs)
     for epoch in epochs:
@@ -287,7 +289,7 @@ def test_an_epoch_shows_every_image_once_in_an_order_of_its_own(load, tmp_path):
 def test_a_batch_larger_than_the_data_set_is_the_data_set(load, tmp_path):
     np.save(tmp_path / "f.npy", np.arange(3.0).reshape(3, 1, 1, 1))
     args = parse_args(["--train_data_dir", str(tmp_path), "--train_batch_size", "16"])
-    batches = list(make_dataloader(args, load("--train_data_dir", tmp_path), num_processes=1))
+    batches = list(make_dataloader(args, load("--train_data_dir", tmp_path), Accelerator(cpu=True), Progress()))
     assert [len(batch["values"]) for batch in batches] == [3]
 
 

@@ -104,6 +104,12 @@ def _data(parser) -> None:
         "--conditioning_image_column",
         help="column with a second image of each row, which the network is given to make the first from it",
     )
+    add(
+        "--streaming",
+        action="store_true",
+        help="read images as they are needed instead of storing all of them decoded: for data that fit neither memory"
+        " nor disk, such as a Hub id. Needs --max_train_steps where the number of images is not known",
+    )
     add("--skip_bad_images", action="store_true", help="leave out images that cannot be decoded, and say how many")
     add("--dataloader_num_workers", type=_natural, default=0, help="processes that fetch data; 0: the main process")
 

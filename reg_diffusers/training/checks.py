@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from ..objective import X0Regularization
 from ..prediction import add_noise, noise_level, prediction_target
 from ..term import Term, TermError, checked_values, checked_weights, term_context
-from .data import FieldData, PictureData
+from .data import TrainingData
 from .errors import UsageError, warn
 from .networks import find_networks, fingerprint
 from .tracing import Trace, line_of_error
@@ -59,7 +59,7 @@ class OnData:
 def check_terms(
     terms: tuple[Term, ...],
     noise_scheduler,
-    data: PictureData | FieldData,
+    data: TrainingData,
     device: torch.device | str = "cpu",
     mixed_precision: str = "no",
 ) -> dict[str, OnData]:
@@ -95,7 +95,7 @@ def check_terms(
 class _Trial:
     """One term, tried on images of the data, and on the same with noise, where it meets nothing special."""
 
-    def __init__(self, term: Term, noise_scheduler, data: PictureData | FieldData, device: torch.device):
+    def __init__(self, term: Term, noise_scheduler, data: TrainingData, device: torch.device):
         self._term, self._noise_scheduler, self._data, self._device = term, noise_scheduler, data, device
         X0Regularization(noise_scheduler, [term]).to(device)  # freezes and moves a network, as the training will
         self._networks = find_networks(term.regularizer)
@@ -103,7 +103,7 @@ class _Trial:
     def run(self, seconds: float) -> OnData:
         checked_weights(self._term, noise_level(self._noise_scheduler, _schedule(self._noise_scheduler)))
         before = {name: fingerprint(network) for name, network in self._networks.items()}
-        images, context = self._images(_spread(len(self._data), _IMAGES_TRIED))
+        images, context = self._images(_spread(len(self._data.examples), _IMAGES_TRIED))
         noisy = images + torch.randn(images.shape, generator=torch.Generator().manual_seed(0)).to(images)
         self._check_gradient(images, noisy, context)
         self._check_precision(noisy, context)
@@ -186,7 +186,7 @@ class _Trial:
 
     def _measure(self, seconds: float) -> OnData:
         """L' of images spread over the data; fewer of them where that takes long."""
-        chosen = _spread(len(self._data), _IMAGES_MEASURED)
+        chosen = _spread(len(self._data.examples), _IMAGES_MEASURED)
         values, end = [], time.monotonic() + seconds
         for start in range(0, len(chosen), _IMAGES_AT_A_TIME):
             if values and time.monotonic() > end:
@@ -225,7 +225,7 @@ class _Trial:
 
     def _images(self, indices: list[int]) -> tuple[Tensor, dict]:
         """Samples (n, C, H, W) in [-1, 1], and what the regularizer wants beside them."""
-        batch = {name: tensor.to(self._device) for name, tensor in self._data.__getitems__(indices).items()}
+        batch = {name: tensor.to(self._device) for name, tensor in self._data.examples.__getitems__(indices).items()}
         original_samples = self._data.normalization.normalize(batch.pop("values"))
         if "condition" in batch:
             batch["condition"] = self._data.normalization.normalize(batch["condition"])

@@ -1,7 +1,8 @@
 """Training data: from whatever the user has to batches of (B, C, H, W).
 
 Pictures are decoded, resized and cropped once, to uint8 in a cache that `datasets` memory-maps; the embedded data set
-takes the same path. Arrays of fields are memory-mapped as they are. Both become samples in [-1, 1] by one affine
+takes the same path. A stream of pictures is decoded as it is read. Arrays of fields are memory-mapped as they are. All
+become samples in [-1, 1] by one affine
 `Normalization`, applied to a whole batch on its device.
 """
 
@@ -12,15 +13,27 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from accelerate import Accelerator
 from torch import Tensor
 
+from .checkpoint import Progress
 from .errors import UsageError
 from .fields import field_file, read_fields
 from .normalization import PICTURES, Normalization
-from .source import source_of
-from .tables import EMBEDDED, image_column, label_column, read_rows, with_class_labels
+from .pictures import decode_table, is_grey
+from .source import Source, source_of
+from .streaming import StreamedPictures, stream_dataloader
+from .tables import EMBEDDED, image_column, label_column, number_of_rows, read_rows, with_class_labels
 
-__all__ = ["FieldData", "Normalization", "PictureData", "flip_half", "load_training_data", "make_dataloader"]
+__all__ = [
+    "FieldData",
+    "Normalization",
+    "PictureData",
+    "TrainingData",
+    "flip_half",
+    "load_training_data",
+    "make_dataloader",
+]
 
 
 class PictureData(torch.utils.data.Dataset):
@@ -31,6 +44,8 @@ class PictureData(torch.utils.data.Dataset):
         normalization: from 0..255 to [-1, 1], of the conditioning images too.
         classes: names of the classes, or None.
         condition_channels: channels K of the conditioning images, 0 without.
+        number: of pictures.
+        examples: pictures for what needs the same ones again and again: all of them.
     """
 
     normalization = PICTURES
@@ -44,6 +59,14 @@ class PictureData(torch.utils.data.Dataset):
 
     def __len__(self) -> int:
         return len(self._table)
+
+    @property
+    def number(self) -> int:
+        return len(self)
+
+    @property
+    def examples(self) -> PictureData:
+        return self
 
     def __getitems__(self, indices: list[int]) -> dict[str, Tensor]:
         """The batch of these indices, in one look-up.
@@ -71,6 +94,8 @@ class FieldData(torch.utils.data.Dataset):
         shape: (C, H, W).
         normalization: the one given, else from each channel's range over the data set to [-1, 1].
         classes: None.
+        number: of fields.
+        examples: fields for what needs the same ones again and again: all of them.
     """
 
     is_picture = False
@@ -85,10 +110,21 @@ class FieldData(torch.utils.data.Dataset):
     def __len__(self) -> int:
         return len(self._array)
 
+    @property
+    def number(self) -> int:
+        return len(self)
+
+    @property
+    def examples(self) -> FieldData:
+        return self
+
     def __getitems__(self, indices: list[int]) -> dict[str, Tensor]:
         """The batch of these indices: {"values": (B, C, H, W) float32, "ids": (B,)}."""
         values = torch.from_numpy(np.asarray(self._array[indices], dtype=np.float32))
         return {"values": values, "ids": torch.tensor(indices)}
+
+
+TrainingData = PictureData | FieldData | StreamedPictures
 
 
 def load_training_data(
@@ -97,7 +133,7 @@ def load_training_data(
     resolution: int | None = None,
     normalization: Normalization | None = None,
     condition_channels: int | None = None,
-) -> PictureData | FieldData:
+) -> TrainingData:
     """The data set that the flags name, ready for a DataLoader whose `collate_fn` leaves batches alone.
 
     Args:
@@ -114,6 +150,8 @@ def load_training_data(
     if fields is not None:
         source_of(args, EMBEDDED).check(str(fields))
         data = FieldData(read_fields(fields), normalization)
+        if args.streaming:
+            raise UsageError("--streaming: fields are read from the disk as they are needed anyway; drop the flag")
         if args.class_conditional:
             raise UsageError("--class_conditional needs class labels, which .npy/.npz fields do not have")
         if args.conditioning_image_column:
@@ -133,15 +171,30 @@ def load_training_data(
     return data
 
 
-def make_dataloader(args: argparse.Namespace, data: PictureData | FieldData, num_processes: int):
-    """Shuffled batches; the last, short one is left out where there is a full one."""
+def make_dataloader(
+    args: argparse.Namespace,
+    data: TrainingData,
+    accelerator: Accelerator,
+    progress: Progress,
+):
+    """Shuffled batches; the last, short one is left out where there is a full one. Those of a stream never end.
+
+    Args:
+        args: the settings of `arguments`.
+        data: of the training.
+        accelerator: which has yet to prepare the loader.
+        progress: of the training; a stream is read from where it is.
+    """
+    if isinstance(data, StreamedPictures):
+        workers = args.dataloader_num_workers
+        return stream_dataloader(data, args.train_batch_size, args.seed, workers, accelerator, progress)
     return torch.utils.data.DataLoader(
         data,
         batch_size=args.train_batch_size,
         shuffle=True,
         num_workers=args.dataloader_num_workers,
         collate_fn=_as_it_is,
-        drop_last=len(data) >= args.train_batch_size * num_processes,
+        drop_last=len(data) >= args.train_batch_size * accelerator.num_processes,
         pin_memory=torch.cuda.is_available(),
         generator=torch.Generator().manual_seed(args.seed),  # else each new epoch or resumed run takes from the noise
         persistent_workers=args.dataloader_num_workers > 0,
@@ -164,39 +217,53 @@ def _as_it_is(batch: dict[str, Tensor]) -> dict[str, Tensor]:
 
 def _load_pictures(
     args: argparse.Namespace, channels: int | None, resolution: int, condition_channels: int | None
-) -> PictureData:
-    from datasets import Image
-    from datasets.config import HF_DATASETS_CACHE
-
-    from .pictures import decode_table, is_grey
+) -> PictureData | StreamedPictures:
+    from datasets import Dataset, Image
 
     source = source_of(args, EMBEDDED)
-    table = read_rows(args, source, streaming=False)
+    table = read_rows(args, source, streaming=args.streaming)
     conditioning = args.conditioning_image_column
     column = image_column(table, args.image_column, other_than=conditioning)
     if conditioning is not None:
         image_column(table, conditioning, flag="--conditioning_image_column")
-    classes = None
-    if args.class_conditional:
-        table, classes = with_class_labels(table, label_column(table, args))
+    label, classes = label_column(table, args) if args.class_conditional else None, None
+    if label is not None:
+        table, label, classes = with_class_labels(table, label)
     columns = {"pixels": (column, channels)}
     if conditioning is not None:
         columns["condition"] = (conditioning, condition_channels or None)
-    table = table.select_columns([name for name, _ in columns.values()] + (["class_label"] if classes else []))
-    found = {}
-    for name, _ in columns.values():
+    if any(wanted not in (None, 1, 3) for _, wanted in columns.values()):
+        wanted = next(wanted for _, wanted in columns.values() if wanted not in (None, 1, 3))
+        raise UsageError(f"the given model has {wanted} channels, pictures have 1 or 3: use .npy fields (N, C, H, W)")
+    images = [name for name, _ in columns.values()]
+    table = table.select_columns(images + ([label] if label else []))
+    for name in images:
         table = table.cast_column(name, Image(decode=False))
+    if not args.streaming:
+        return _decoded(args, table, columns, classes, resolution, source)
+    number = len(table) if isinstance(table, Dataset) else number_of_rows(args, table)
+    if number is None and args.max_train_steps is None:
+        raise UsageError(f"--streaming: nobody knows how many images {source.flag} has: give --max_train_steps")
+    rows = table.to_iterable_dataset(num_shards=min(number, 1024)) if isinstance(table, Dataset) else table
+    return StreamedPictures(
+        rows, columns, label, classes, resolution, number, source, skip_bad_images=args.skip_bad_images
+    )
+
+
+def _decoded(
+    args: argparse.Namespace, table, columns: dict, classes: list[str] | None, resolution: int, source: Source
+) -> PictureData:
+    """The table with all its images decoded, in a cache."""
+    from datasets.config import HF_DATASETS_CACHE
+
     cache_dir = Path(args.cache_dir or HF_DATASETS_CACHE) / "reg_diffusers"
+    channels = {}
     for into, (name, wanted) in columns.items():
-        found[into] = wanted or (1 if is_grey(table, name, source) else 3)
-        if found[into] not in (1, 3):
-            raise UsageError(
-                f"the given model has {found[into]} channels, pictures have 1 or 3: use .npy fields (N, C, H, W)"
-            )
+        channels[into] = wanted or (1 if is_grey(table, name, source) else 3)
         table = decode_table(
-            table, name, into, resolution, found[into], source, cache_dir, skip_bad_images=args.skip_bad_images
+            table, name, into, resolution, channels[into], source, cache_dir, skip_bad_images=args.skip_bad_images
         )
-    return PictureData(table, (found["pixels"], resolution, resolution), classes, found.get("condition", 0))
+    return PictureData(table, (channels["pixels"], resolution, resolution), classes, channels.get("condition", 0))
 
 
 def _range_normalization(array: np.ndarray) -> Normalization:

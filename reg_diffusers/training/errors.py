@@ -8,7 +8,7 @@ import os
 import sys
 import traceback
 
-__all__ = ["UsageError", "exit_on_usage_error", "warn"]
+__all__ = ["DataError", "UsageError", "exit_on_usage_error", "warn"]
 
 
 class UsageError(ValueError):
@@ -21,6 +21,10 @@ class UsageError(ValueError):
     show_cause = False
 
 
+class DataError(UsageError):
+    """Something in the data that one process may meet alone, in the middle of a run."""
+
+
 def exit_on_usage_error(main):
     """Decorates a script's `main`: a `UsageError` or a full disk becomes one line on stderr and exit status 2."""
 
@@ -29,10 +33,11 @@ def exit_on_usage_error(main):
         try:
             return main(*args, **kwargs)
         except UsageError as error:
-            if os.environ.get("LOCAL_RANK", "0") == "0":  # the other processes would say the same
+            # The other processes would say the same, unless it is about data that only one has seen.
+            if os.environ.get("LOCAL_RANK", "0") == "0" or isinstance(error, DataError):
                 if error.show_cause:
                     traceback.print_exception(error.__cause__)
-                print(f"{os.path.basename(sys.argv[0])}: error: {error}", file=sys.stderr)
+                print(f"{os.path.basename(sys.argv[0])}: error: {_line(error)}", file=sys.stderr)
             sys.exit(2)
         except OSError as error:
             if error.errno not in (errno.ENOSPC, errno.EDQUOT):
@@ -42,6 +47,12 @@ def exit_on_usage_error(main):
             sys.exit(2)
 
     return guarded
+
+
+def _line(error: UsageError) -> str:
+    """The message; of an error in a worker of a DataLoader the last line, because its traceback comes with it."""
+    lines = str(error).strip().splitlines() or [""]
+    return lines[-1].removeprefix(f"{type(error).__module__}.{type(error).__qualname__}: ")
 
 
 def warn(message: str) -> None:

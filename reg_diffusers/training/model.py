@@ -11,7 +11,7 @@ from diffusers import DDPMScheduler, DiffusionPipeline, FlowMatchEulerDiscreteSc
 
 from ..model_index import saved_normalization
 from ..prediction import prediction_type, refuse_zero_terminal_snr
-from .data import FieldData, Normalization, PictureData
+from .data import Normalization, TrainingData
 from .errors import UsageError
 
 __all__ = ["GivenModel", "build_noise_scheduler", "build_unet", "load_given_model", "new_unet_config"]
@@ -119,7 +119,7 @@ def build_noise_scheduler(args: argparse.Namespace, given: GivenModel):
     )
 
 
-def build_unet(args: argparse.Namespace, given: GivenModel, data: PictureData | FieldData) -> UNet2DModel:
+def build_unet(args: argparse.Namespace, given: GivenModel, data: TrainingData) -> UNet2DModel:
     """The network: the given one, or a new one for the shape of the data.
 
     Raises:
@@ -199,7 +199,7 @@ def _given_normalization(path: str, cache_dir: str | None) -> Normalization | No
     return None if saved is None else Normalization(tuple(saved["offset"]), tuple(saved["scale"]))
 
 
-def _check_classes(classes: int | None, data: PictureData | FieldData) -> None:
+def _check_classes(classes: int | None, data: TrainingData) -> None:
     wanted = None if data.classes is None else len(data.classes)
     if classes != wanted:
         fix = "pass --class_conditional with data of as many classes" if classes else "drop --class_conditional"

@@ -14,7 +14,7 @@ import PIL.Image
 import PIL.ImageOps
 
 from .. import __version__
-from .errors import UsageError
+from .errors import DataError, UsageError
 from .source import Source
 
 __all__ = ["BadImage", "decode", "decode_stored", "decode_table", "has_colour", "is_grey"]
@@ -55,7 +55,7 @@ def decode(image: PIL.Image.Image, resolution: int, channels: int) -> np.ndarray
     return pixels[None] if channels == 1 else pixels.transpose(2, 0, 1)
 
 
-class BadImage(UsageError):
+class BadImage(DataError):
     """One image that cannot be decoded; a run may go on without it."""
 
 

@@ -13,14 +13,14 @@ from torch import Tensor
 
 from ..files import write_whole
 from ..pipeline import RegDDPMPipeline, fast_scheduler
-from .data import FieldData, PictureData
+from .data import TrainingData
 
 __all__ = ["conditions_of", "draw_samples", "grid", "preview_conditions", "sampling_pipeline", "save_preview"]
 
 _SMALLEST_SIDE = 64  # pixels at which a sample is shown at least
 
 
-def sampling_pipeline(unet, noise_scheduler, data: PictureData | FieldData) -> RegDDPMPipeline:
+def sampling_pipeline(unet, noise_scheduler, data: TrainingData) -> RegDDPMPipeline:
     """The pipeline that is saved: the network with its training scheduler and, for fields, their normalization."""
     normalization = None
     if not data.is_picture:
@@ -57,15 +57,15 @@ def draw_samples(
     return torch.cat(drawn)
 
 
-def preview_conditions(data: PictureData | FieldData, number: int) -> dict[str, Tensor]:
+def preview_conditions(data: TrainingData, number: int) -> dict[str, Tensor]:
     """What to condition `number` samples on: all classes in turn, or the first images of the data."""
     if data.condition_channels:
-        batch = data.__getitems__([index % len(data) for index in range(number)])
+        batch = data.examples.__getitems__([index % len(data.examples) for index in range(number)])
         return conditions_of(data, batch)
     return {"class_labels": torch.arange(number) % len(data.classes)} if data.classes is not None else {}
 
 
-def conditions_of(data: PictureData | FieldData, batch: dict[str, Tensor]) -> dict[str, Tensor]:
+def conditions_of(data: TrainingData, batch: dict[str, Tensor]) -> dict[str, Tensor]:
     """The part of a batch of data that a network is conditioned on, images in [-1, 1]."""
     conditions = {name: batch[name] for name in ("class_labels", "condition") if name in batch}
     if "condition" in conditions:

@@ -18,7 +18,7 @@ from ..files import write_whole
 from ..measurement import COMPARISON_FILE
 from ..prediction import noise_level, prediction_type
 from ..term import Term, checked_weights
-from .data import FieldData, PictureData
+from .data import TrainingData
 from .launch import launch_command
 
 __all__ = ["write_record"]
@@ -31,7 +31,7 @@ def write_record(
     args: argparse.Namespace,
     argv: list[str] | None,
     state: PartialState,
-    data: PictureData | FieldData,
+    data: TrainingData,
     noise_scheduler,
     terms: tuple[Term, ...],
     mixed_precision: str,
@@ -56,7 +56,7 @@ def write_record(
         "data": {
             "name": Path(source).name if source and Path(source).exists() else source or "Fashion-MNIST (a part)",
             "hub_id": _hub_id(args.dataset_name),
-            "images": len(data),
+            "images": data.number,
             "shape": list(data.shape),
             "classes": data.classes,
         },

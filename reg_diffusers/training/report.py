@@ -17,7 +17,7 @@ from ..pipeline import RegDDPMPipeline
 from ..prediction import prediction_type
 from ..term import Term
 from .checks import OnData
-from .data import FieldData, PictureData
+from .data import TrainingData
 from .interruption import Interruption
 from .output import SETTINGS_FILE
 from .preview import conditions_of, draw_samples, grid
@@ -31,7 +31,7 @@ _IMAGES_SHOWN = 36
 def describe(
     args: argparse.Namespace,
     state: PartialState,
-    data: PictureData | FieldData,
+    data: TrainingData,
     unet,
     noise_scheduler,
     terms: tuple[Term, ...],
@@ -43,13 +43,14 @@ def describe(
     channels, height, width = data.shape
     source = args.dataset_name or args.train_data_dir or "embedded Fashion-MNIST"
     kind = "images" if data.is_picture else "fields"
+    number = f"a stream of {kind}" if data.number is None else f"{data.number:,} {kind}"
     parameters = sum(parameter.numel() for parameter in unet.parameters()) / 1e6
     weighted = zip(terms, args.reg_weighting, strict=True)
     extra = [f"{term.weight:g} * {weighting} * {term.name}" for term, weighting in weighted]
     classes = ", ".join(f"{number} {name}" for number, name in enumerate(data.classes or ()))
     return "\n".join(
         [
-            f"data       {len(data):,} {kind} of {channels} x {height} x {width} from {source}",
+            f"data       {number} of {channels} x {height} x {width} from {source}",
             *(f"data       {name} {values}" for name, values in on_data.items()),
             *([f"classes    {classes}"] if classes else []),
             *([f"condition  images of {data.condition_channels} channels"] if data.condition_channels else []),
@@ -66,7 +67,7 @@ def describe(
 @torch.no_grad()
 def compare(
     args: argparse.Namespace,
-    data: PictureData | FieldData,
+    data: TrainingData,
     terms: tuple[Term, ...],
     plain: RegDDPMPipeline | None,
     trained: RegDDPMPipeline,
@@ -77,8 +78,8 @@ def compare(
     Prints the table, writes comparison.json, comparison.png and, if there is a loss, evaluation.png. Samples are
     conditioned as the images they are compared with.
     """
-    number = min(_IMAGES_MEASURED, len(data) // 2) or len(data)
-    order = torch.randperm(len(data), generator=torch.Generator().manual_seed(args.seed)).tolist()
+    number = min(_IMAGES_MEASURED, len(data.examples) // 2) or len(data.examples)
+    order = torch.randperm(len(data.examples), generator=torch.Generator().manual_seed(args.seed)).tolist()
     reference, conditions = _images(data, order[:number], trained.device)
     other_half, _ = _images(data, order[-number:], trained.device)
     name = "with " + " + ".join(term.name for term in terms) if terms else "samples"
@@ -132,7 +133,7 @@ def describe_result(args: argparse.Namespace, output_dir: Path, interruption: In
     return "\n".join(lines)
 
 
-def _images(data: PictureData | FieldData, indices: list[int], device: torch.device) -> tuple[Tensor, dict]:
+def _images(data: TrainingData, indices: list[int], device: torch.device) -> tuple[Tensor, dict]:
     """Samples (N, C, H, W) in [-1, 1] and what they are conditioned on."""
-    batch = {name: tensor.to(device) for name, tensor in data.__getitems__(indices).items()}
+    batch = {name: tensor.to(device) for name, tensor in data.examples.__getitems__(indices).items()}
     return data.normalization.normalize(batch["values"]), conditions_of(data, batch)

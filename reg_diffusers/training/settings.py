@@ -9,7 +9,7 @@ from pathlib import Path
 from accelerate import PartialState
 
 from .checkpoint import changed_settings, named_checkpoint
-from .data import FieldData, PictureData
+from .data import TrainingData
 from .errors import UsageError
 
 __all__ = ["check_settings", "mathematical_settings"]
@@ -28,7 +28,7 @@ _LENGTHS = ("num_epochs", "max_train_steps")
 
 
 def mathematical_settings(
-    args: argparse.Namespace, data: PictureData | FieldData, state: PartialState, mixed_precision: str
+    args: argparse.Namespace, data: TrainingData, state: PartialState, mixed_precision: str
 ) -> dict:
     """The settings by flag, as JSON, with what they mean here: number of images, processes, precision.
 
@@ -43,7 +43,7 @@ def mathematical_settings(
     found["mixed_precision"] = mixed_precision
     flags = {f"--{name}": value for name, value in found.items()}
     return json.loads(
-        json.dumps({**flags, "images": len(data), "shape": list(data.shape), "processes": state.num_processes})
+        json.dumps({**flags, "images": data.number, "shape": list(data.shape), "processes": state.num_processes})
     )
 
 

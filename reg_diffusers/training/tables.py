@@ -9,9 +9,9 @@ from pathlib import Path
 import numpy as np
 
 from .errors import UsageError
-from .source import Source
+from .source import Source, check_parquet
 
-__all__ = ["EMBEDDED", "image_column", "label_column", "read_rows", "with_class_labels"]
+__all__ = ["EMBEDDED", "image_column", "label_column", "number_of_rows", "read_rows", "with_class_labels"]
 
 EMBEDDED = Path(__file__).parents[1] / "data" / "fashion_mnist.parquet"
 
@@ -59,6 +59,17 @@ def _read(args: argparse.Namespace, source: Source, streaming: bool):
         return builder.as_streaming_dataset()
     builder.download_and_prepare()
     return builder.as_dataset()
+
+
+def number_of_rows(args: argparse.Namespace, rows) -> int | None:
+    """How many rows a stream has, where its author or its files say so."""
+    said = (rows.info.splits or {}).get(str(rows.split))
+    if said is not None and said.num_examples:
+        return said.num_examples
+    name = args.dataset_name or (None if args.train_data_dir else str(EMBEDDED))
+    if name is not None and Path(name).is_file() and Path(name).suffix == ".parquet":
+        return check_parquet(Path(name))
+    return None
 
 
 def _builder(args: argparse.Namespace, source: Source):
@@ -118,13 +129,24 @@ def label_column(table, args: argparse.Namespace) -> str:
 
 
 def with_class_labels(table, column: str):
-    """The table with an int64 column "class_label" of 0..n-1, and the names of the n classes.
+    """The table, the name of a column of whole numbers from 0 to n-1, and the names of the n classes.
 
     Labels without names are numbered in their order: 2 before 10, "ant" before "bee".
-    """
-    from datasets import ClassLabel
 
-    feature, values = table.features[column], table.select_columns(column)[column][:]
+    Raises:
+        UsageError: images without a label; labels without names in a stream, which nobody has seen to its end.
+    """
+    from datasets import ClassLabel, Dataset
+
+    feature = table.features[column]
+    if not isinstance(table, Dataset):
+        if isinstance(feature, ClassLabel):
+            return table, column, feature.names
+        raise UsageError(
+            f"--label_column {column}: in a stream the names of the classes must be known (a ClassLabel); this is"
+            f" {_kind(feature)}: drop --streaming, or cast the column"
+        )
+    values = table.select_columns(column)[column][:]
     if any(value is None or isinstance(value, float) for value in values):
         raise UsageError(f"--label_column {column}: every image needs a whole number or a word, some have none")
     if isinstance(feature, ClassLabel):
@@ -135,7 +157,7 @@ def with_class_labels(table, column: str):
         found, labels = np.unique(values, return_inverse=True)
         names = [str(name) for name in found]
     table = table.remove_columns([name for name in ("class_label",) if name in table.column_names])
-    return table.add_column("class_label", labels.astype(np.int64)), names
+    return table.add_column("class_label", labels.astype(np.int64)), "class_label", names
 
 
 def _holds_bytes(feature) -> bool:
