@@ -23,9 +23,8 @@ from .repository import STALE, remote_card
 
 __all__ = ["Upload", "reason"]
 
-# The client itself repeats a request that finds no server, for 23 s; an upload that fails sooner is begun anew.
 _WAITS = (1, 4, 10)
-_PATIENCE = 20
+_PATIENCE = 20  # seconds after which a network that is down has been waited for: the client repeats a request for 23 s
 _SILENCE = 300  # seconds without an answer; the client would wait for ever
 _PASSING = (408, 409, 412, 429)  # refusals that may be over a little later
 
@@ -106,15 +105,18 @@ def _root(error: BaseException) -> BaseException:
 
 def _tried(upload: Callable[[], None]) -> str:
     """Calls `upload`, again after a while if it fails for a reason that may pass; returns the last reason, or ""."""
-    started = time.monotonic()
     for wait in (*_WAITS, None):
+        started = time.monotonic()
         try:
             upload()
         except Exception as error:
             root = _root(error)
-            status = root.response.status_code if isinstance(root, HfHubHTTPError) else 0
-            refused = 400 <= status < 500 and status not in _PASSING
-            if wait is None or refused or time.monotonic() - started > _PATIENCE:
+            if isinstance(root, HfHubHTTPError):
+                status = root.response.status_code
+                is_hopeless = 400 <= status < 500 and status not in _PASSING
+            else:
+                is_hopeless = time.monotonic() - started > _PATIENCE
+            if wait is None or is_hopeless:
                 return reason(error)
             time.sleep(wait)
         else:
