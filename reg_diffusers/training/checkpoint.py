@@ -22,6 +22,8 @@ from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list
 
 from .errors import UsageError
+from .machines import bring_files, check_folder
+from .processes import on_main_process, together
 
 __all__ = ["Checkpoints", "Progress", "changed_settings", "endless_batches", "named_checkpoint"]
 
@@ -106,7 +108,7 @@ class Checkpoints:
         Each process loads the one that the main process has found. New settings win over those in the checkpoint.
 
         Raises:
-            UsageError: the one named is damaged.
+            UsageError: the one named is damaged, or another machine does not see it.
         """
         found = [None, None]
         if self._accelerator.is_main_process:
@@ -119,6 +121,7 @@ class Checkpoints:
             raise UsageError(problem)
         if folder is None:
             return None
+        check_folder(self._accelerator.state, folder)
         new = _hyperparameters(self._lr_scheduler)
         self._accelerator.load_state(str(folder))
         if _read_manifest(folder)["settings"] != self._settings:
@@ -143,19 +146,22 @@ class Checkpoints:
             shutil.rmtree(unfinished, ignore_errors=True)  # of a run that was killed while it saved
         accelerator.wait_for_everyone()
         try:
-            accelerator.save_state(str(unfinished))
-            states = {name: counter.state_dict() for name, counter in self._counters.items()}
-            (unfinished / self._counters_file).write_text(json.dumps(states))
-            accelerator.wait_for_everyone()
-            if accelerator.is_main_process:
-                self._complete(unfinished, folder, step)
+            together(accelerator.state, lambda: self._write(unfinished))
+            bring_files(accelerator.state, unfinished)
+            on_main_process(accelerator.state, lambda: self._complete(unfinished, folder, step))
         except Exception as error:  # which one it is depends on the library that wrote
             shutil.rmtree(unfinished, ignore_errors=True)
             raise _not_saved(folder, error) from error
         if accelerator.is_main_process:
             tell(f"saved {folder}; go on from there with: {self._command}")
-        accelerator.wait_for_everyone()
+        elif accelerator.is_local_main_process:
+            shutil.rmtree(unfinished, ignore_errors=True)  # of a machine that does not see the folder
         return folder
+
+    def _write(self, unfinished: Path) -> None:
+        self._accelerator.save_state(str(unfinished))
+        states = {name: counter.state_dict() for name, counter in self._counters.items()}
+        (unfinished / self._counters_file).write_text(json.dumps(states))
 
     def _complete(self, unfinished: Path, folder: Path, step: int) -> None:
         files = sorted(path for path in unfinished.rglob("*") if path.is_file())
