@@ -24,6 +24,7 @@ from reg_diffusers.training.checks import check_terms
 from reg_diffusers.training.data import flip_half, load_training_data, make_dataloader
 from reg_diffusers.training.dropped_images import DroppedImages
 from reg_diffusers.training.ema import build_ema
+from reg_diffusers.training.engine import check_engine
 from reg_diffusers.training.errors import UsageError, exit_on_usage_error
 from reg_diffusers.training.gathering import SampledNetwork, whole
 from reg_diffusers.training.hardware import choose_mixed_precision, set_threads
@@ -46,6 +47,7 @@ LOG_INTERVAL = 10  # steps between two readings of the metrics; reading waits fo
 def main(argv=None):
     args = parse_args(argv)
     state = join_processes()
+    check_engine(args, state)
     mixed_precision, threads = choose_mixed_precision(args), set_threads(args)
     repo_id = on_main_process(state, lambda: check_upload(args))
     terms = together(state, lambda: build_terms(args))
@@ -113,7 +115,7 @@ def train(args, data, settings, resume, interruption, output_dir, terms=(), uplo
     unet = build_unet(args, given, data)
     loss_fn = RegularizedLoss(noise_scheduler, terms, snr_gamma=args.snr_gamma, max_nonfinite_steps=None)
     loss_fn.to(accelerator.device)
-    optimizer = torch.optim.AdamW(
+    adamw = torch.optim.AdamW(
         unet.parameters(),
         lr=args.learning_rate,
         betas=(args.adam_beta1, args.adam_beta2),
@@ -123,7 +125,7 @@ def train(args, data, settings, resume, interruption, output_dir, terms=(), uplo
     )
     progress = Progress()
     dataloader = make_dataloader(args, data, accelerator, progress)
-    unet, optimizer, dataloader = accelerator.prepare(unet, optimizer, dataloader)
+    unet, optimizer, dataloader = accelerator.prepare(unet, adamw, dataloader)
     ema = build_ema(args, unet)  # of what each process holds of the weights
     steps_per_epoch = math.ceil(len(dataloader) / args.gradient_accumulation_steps)
     max_train_steps = args.max_train_steps or math.ceil(
@@ -131,7 +133,7 @@ def train(args, data, settings, resume, interruption, output_dir, terms=(), uplo
     )
     lr_scheduler = get_scheduler(
         args.lr_scheduler,
-        optimizer.optimizer,
+        adamw,
         num_warmup_steps=args.lr_warmup_steps,
         num_training_steps=max_train_steps,
     )

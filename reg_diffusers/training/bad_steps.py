@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import gather_object
+from accelerate.utils import DistributedType, gather_object
 from torch import Tensor
 
 from .metrics import JsonLines
@@ -20,8 +20,8 @@ class BadSteps:
 
     A loss that is not finite becomes a gradient that is not finite, which reaches every process with the gradients
     themselves; and a fused optimizer leaves out, on the device, a step that is marked by `found_inf`, as it does for
-    gradient scaling. The marks are read at intervals, by `look`. An overflow that a gradient scaler meets is its own
-    affair: then only the loss counts.
+    gradient scaling. The marks are read at intervals, by `look`. An overflow that a gradient scaler or DeepSpeed meets
+    is its own affair: then only the loss counts.
 
     Args:
         accelerator: of the training.
@@ -65,7 +65,8 @@ class BadSteps:
             optimizer: a fused one, as prepared by accelerate.
             gradient_norm: scalar, the same on all processes.
         """
-        if self._accelerator.scaler is None:
+        skips_by_itself = self._accelerator.distributed_type == DistributedType.DEEPSPEED  # and has done so already
+        if self._accelerator.scaler is None and not skips_by_itself:
             bad = ~gradient_norm.isfinite()
             optimizer.optimizer.found_inf = bad.float()
         else:

@@ -35,6 +35,8 @@ def choose_mixed_precision(args: argparse.Namespace) -> str:
     Raises:
         UsageError: fp16 without a GPU.
     """
+    if parse_flag_from_env("ACCELERATE_USE_DEEPSPEED"):
+        return "no"  # else the network itself would be in half precision, and its average too
     on_cpu = cpu_is_wanted() or not torch.cuda.is_available()
     chosen = args.mixed_precision
     if chosen is None:

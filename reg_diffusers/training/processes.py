@@ -8,7 +8,7 @@ from datetime import timedelta
 from typing import TypeVar
 
 from accelerate import PartialState
-from accelerate.utils import gather_object, parse_flag_from_env
+from accelerate.utils import gather_object
 
 from .errors import UsageError
 from .hardware import cpu_is_wanted
@@ -30,8 +30,7 @@ def join_processes() -> PartialState:
     """Joins the processes of one launch.
 
     Raises:
-        UsageError: they do not know of each other, and would train side by side into one folder; or accelerate is
-            configured for an engine that cannot work here.
+        UsageError: they do not know of each other, and would train side by side into one folder.
     """
     state = PartialState(cpu=cpu_is_wanted(), timeout=PROCESS_TIMEOUT)
     launched = int(os.environ.get("WORLD_SIZE", "1"))
@@ -40,7 +39,6 @@ def join_processes() -> PartialState:
             f"{launched} processes were launched, but accelerate joined {state.num_processes}: without GPUs, launch"
             " with ACCELERATE_USE_CPU=true in the environment"
         )
-    _check_engine(state)
     return state
 
 
@@ -91,15 +89,3 @@ def leave_processes(state: PartialState) -> None:
     """
     state.wait_for_everyone()
     state.destroy_process_group()
-
-
-def _check_engine(state: PartialState) -> None:
-    """Refuses what accelerate would silently leave out, and engines whose weights nobody could sample from."""
-    if parse_flag_from_env("ACCELERATE_USE_FSDP"):
-        if state.device.type == "cpu":
-            raise UsageError("FSDP needs GPUs, on CPUs accelerate leaves it out: launch without an FSDP configuration")
-        if os.environ.get("FSDP_VERSION", "1") != "2":
-            raise UsageError("FSDP version 1 is not supported: fsdp_version: 2, as in docs/accelerate/fsdp2.yaml")
-    stage = os.environ.get("ACCELERATE_DEEPSPEED_ZERO_STAGE", "2")
-    if parse_flag_from_env("ACCELERATE_USE_DEEPSPEED") and stage == "3":
-        raise UsageError("DeepSpeed ZeRO stage 3 is not supported: zero_stage: 2, or docs/accelerate/fsdp2.yaml")
