@@ -28,7 +28,7 @@ from torch import Tensor
 from .card import CARD_FILE, write_card
 from .conditioning import with_condition
 from .guidance import Guidance
-from .model_index import as_saved, saved_normalization
+from .model_index import as_saved, check_components, check_weights, saved_normalization
 from .prediction import predict_original_sample, prediction_type
 from .regularizers import Regularizer, regularizer_name, score
 from .repository import STALE, fetch_evidence, open_repository, remote_card
@@ -272,8 +272,20 @@ class RegDDPMPipeline(DiffusionPipeline):
             )
 
     @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: str | Path, **kwargs) -> RegDDPMPipeline:
+        """As in diffusers, but from safetensors alone, unless `use_safetensors=False` is passed.
+
+        Raises:
+            ValueError: the weights are pickled; or model_index.json names a module that is not imported yet.
+        """
+        if kwargs.setdefault("use_safetensors", True) and Path(pretrained_model_name_or_path).is_dir():
+            check_weights(Path(pretrained_model_name_or_path, "unet"))
+        return super().from_pretrained(pretrained_model_name_or_path, **kwargs)
+
+    @classmethod
     def extract_init_dict(cls, config_dict, **kwargs):
         """As in diffusers, with the normalization taken out of the private key."""
+        check_components(config_dict)
         return super().extract_init_dict({**config_dict, "normalization": saved_normalization(config_dict)}, **kwargs)
 
     @property

@@ -3,7 +3,9 @@
 import json
 import os
 import resource
+import shutil
 import struct
+import sys
 import time
 import zipfile
 import zlib
@@ -14,12 +16,17 @@ import PIL.Image
 import pyarrow
 import pyarrow.parquet
 import pytest
+import torch
 from datasets import Dataset, Features, Image, Value
+from diffusers import DDPMScheduler, UNet2DModel
+from test_train_reg import differ, metrics, refusal, train, weights  # noqa: F401
 
+from reg_diffusers import RegDDPMPipeline
 from reg_diffusers.training import fields, source
 from reg_diffusers.training.arguments import parse_args
 from reg_diffusers.training.data import load_training_data
 from reg_diffusers.training.errors import UsageError
+from reg_diffusers.training.model import load_given_model
 
 SECRET = 9  # the grey of an image that nobody may read
 
@@ -301,3 +308,148 @@ def test_a_column_may_have_any_name(load, tmp_path):
     features = Features({"../left/photo": Image(), "n": Value("int64")})
     Dataset.from_dict({"../left/photo": images, "n": [1]}, features).to_parquet(tmp_path / "t.parquet")
     assert len(load("--dataset_name", tmp_path / "t.parquet")) == 1
+
+
+# Models
+
+
+@pytest.fixture
+def model(tmp_path, tiny_unet, monkeypatch):
+    """A saved pipeline; files in it and in the current folder leave a mark when they are run."""
+    monkeypatch.chdir(tmp_path)
+    RegDDPMPipeline(tiny_unet(), DDPMScheduler()).save_pretrained("model")
+    source = f"open({str(tmp_path / 'ran')!r}, 'w')\nfrom diffusers import UNet2DModel as Evil, DDPMPipeline\n"
+    for place in ("hostile.py", "model/hostile.py", "model/unet/hostile.py", "model/pipeline.py"):
+        (tmp_path / place).write_text(source)
+    yield tmp_path / "model"
+    sys.modules.pop("hostile", None)
+    assert not (tmp_path / "ran").exists()
+
+
+def change(path, **entries):
+    path.write_text(json.dumps({**json.loads(path.read_text()), **entries}))
+
+
+HOSTILE = {
+    "none": lambda model: None,
+    "pipeline": lambda model: change(model / "model_index.json", _class_name=["pipeline", "RegDDPMPipeline"]),
+    "module": lambda model: change(model / "model_index.json", _class_name=["hostile", "Evil"]),
+    "unet": lambda model: change(model / "model_index.json", unet=["hostile", "Evil"]),
+    "scheduler": lambda model: change(model / "model_index.json", scheduler=["hostile", "Evil"]),
+    "third": lambda model: change(model / "model_index.json", filter=["hostile", "Evil"]),
+    "unet_class": lambda model: change(model / "unet" / "config.json", _class_name="hostile.Evil"),
+    "auto_map": lambda model: change(model / "unet" / "config.json", auto_map={"AutoModel": "hostile.Evil"}),
+    "scheduler_class": lambda model: change(model / "scheduler" / "scheduler_config.json", _class_name="hostile.Evil"),
+}
+
+
+@pytest.mark.parametrize("change_it", HOSTILE.values(), ids=HOSTILE)
+def test_no_code_that_a_model_names_is_run(model, change_it):
+    """Refused or loaded as what it should be: the fixture looks at what ran."""
+    change_it(model)
+    try:
+        pipeline = RegDDPMPipeline.from_pretrained(str(model))
+        assert type(pipeline.unet).__module__.startswith("diffusers.")
+    except ValueError as error:
+        assert "pipeline" in str(error) or "hostile" in str(error)
+    script_model = load_given_model(parse_args(["--pretrained_model_name_or_path", str(model)]))
+    assert type(script_model.unet) is UNet2DModel and "hostile" not in sys.modules
+
+
+def test_a_module_that_only_a_file_names_is_named(model):
+    HOSTILE["unet"](model)
+    with pytest.raises(ValueError, match=r"model_index\.json: unet is of 'hostile', a module that is not imported"):
+        RegDDPMPipeline.from_pretrained(str(model))
+
+
+class Harm:
+    def __reduce__(self):
+        return (open, ("ran", "w"))
+
+
+@pytest.mark.parametrize("content", [{"weight": Harm()}, {"weight": torch.zeros(1)}], ids=["hostile", "harmless"])
+def test_pickled_weights_are_refused(model, train, capsys, tmp_path, content):  # noqa: F811
+    (model / "unet" / "diffusion_pytorch_model.safetensors").unlink()
+    torch.save(content, model / "unet" / "diffusion_pytorch_model.bin")
+    advice = "pickled weights may run code and are not loaded: convert them to safetensors"
+    with pytest.raises(ValueError, match=advice):
+        RegDDPMPipeline.from_pretrained(str(model))
+    for given in (model, model / "unet"):
+        error = refusal(train, capsys, "--pretrained_model_name_or_path", given, model=())
+        assert "diffusion_pytorch_model.bin" in error and advice in error
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    "file, content",
+    [
+        ("model_index.json", "[]"),
+        ("model_index.json", "{"),
+        ("unet/config.json", '{"_class_name": "UNet2DModel", "block_out_channels": "many"}'),
+        ("unet/config.json", '{"_class_name": "UNet2DModel", "down_block_types": [["hostile", "Evil"]]}'),
+        ("scheduler/scheduler_config.json", '{"_class_name": "DDPMScheduler", "num_train_timesteps": "all"}'),
+        ("unet/diffusion_pytorch_model.safetensors", "not weights"),
+    ],
+)
+def test_a_damaged_model_is_refused_in_one_line(model, train, capsys, file, content):  # noqa: F811
+    (model / file).write_text(content)
+    error = refusal(train, capsys, "--pretrained_model_name_or_path", model, model=())
+    assert f"--pretrained_model_name_or_path {model}" in error
+
+
+@pytest.mark.parametrize("scale", [[0.0], [float("nan")], "x", None])
+def test_a_normalization_that_is_none_is_refused(model, train, capsys, scale):  # noqa: F811
+    change(model / "model_index.json", _reg_diffusers={"normalization": {"offset": [0.0], "scale": scale}})
+    assert "that can be read" in refusal(train, capsys, "--pretrained_model_name_or_path", model, model=())
+
+
+# Odd, not hostile
+
+
+def folder_of(tmp_path, *images):
+    shutil.rmtree(tmp_path / "odd", ignore_errors=True)
+    (tmp_path / "odd").mkdir()
+    for number, image in enumerate(images):
+        image.save(tmp_path / "odd" / f"{number}.png")
+    return tmp_path / "odd"
+
+
+ODD = {
+    "one image": [PIL.Image.fromarray(np.eye(8, dtype=np.uint8) * 255)],
+    "no variance": [PIL.Image.new("L", (8, 8), 77)] * 5,
+    "constant images": [PIL.Image.new("L", (8, 8), value) for value in (0, 255, 9)],
+    "black": [PIL.Image.new("L", (8, 8), 0)] * 2,
+    "one pixel": [PIL.Image.new("L", (1, 1), 3)] * 2,
+}
+
+
+@pytest.mark.parametrize(
+    ("kind", "how"), [*((kind, ()) for kind in ODD), ("one image", ("--streaming",)), ("black", ("--streaming",))]
+)
+def test_odd_data_train_and_are_compared(train, tmp_path, kind, how):  # noqa: F811
+    images = ODD[kind]
+    flags = ("--train_data_dir", folder_of(tmp_path, *images), "--regularizer", "isotropic_total_variation")
+    out = train(*how, *flags, "sparsity", "--max_train_steps", 2, "--compare", "--train_batch_size", 4)
+    assert all(value.isfinite().all() for value in weights(out).values())
+    assert np.isfinite([line["loss"] for line in metrics(out)]).all()
+    rows = json.loads((out / "comparison.json").read_text())["rows"]
+    assert np.isfinite([value for row in rows.values() for value in row["terms"].values()]).all()
+
+
+@pytest.mark.parametrize("size", [1, 64])
+@pytest.mark.parametrize("how", [(), ("--streaming",)], ids=["table", "stream"])
+def test_batches_of_one_and_larger_than_the_data_train(train, tmp_path, size, how):  # noqa: F811
+    generator = np.random.default_rng(0)
+    images = [PIL.Image.fromarray(generator.integers(0, 255, (8, 8), np.uint8)) for _ in range(5)]
+    flags = ("--train_data_dir", folder_of(tmp_path, *images), "--train_batch_size", size, "--max_train_steps", 2)
+    out = train(*how, *flags, output=f"out{size}")
+    assert metrics(out)[-1]["step"] == 2 and metrics(out)[-1]["loss"] > 0
+
+
+@pytest.mark.parametrize("array", [np.zeros((1, 1, 8, 8)), np.full((3, 1, 8, 8), 7.0), np.full((2, 1, 8, 8), 1e30)])
+def test_constant_fields_train(train, tmp_path, array):  # noqa: F811
+    np.save(tmp_path / "f.npy", array)
+    out = train("--train_data_dir", tmp_path / "f.npy", "--max_train_steps", 2, "--compare")
+    assert all(value.isfinite().all() for value in weights(out).values())
+    fields = RegDDPMPipeline.from_pretrained(str(out))(num_inference_steps=2, output_type="pt").images
+    assert fields.isfinite().all()

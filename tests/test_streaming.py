@@ -305,8 +305,7 @@ def kill_when(process, condition):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("processes", [1, 2])
-@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize(("processes", "workers"), [(1, 2), (2, 2)])
 def test_a_killed_training_ends_as_one_that_was_not(command_line, tmp_path, processes, workers):
     data = tables(tmp_path / "tables", sizes=(40, 30, 50))
     flags = [*QUICK, "--no-compare", "--streaming", "--dataset_name", data, "--max_train_steps", 40]

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 from dataclasses import dataclass
 from pathlib import Path
 
 from diffusers import DDPMScheduler, DiffusionPipeline, FlowMatchEulerDiscreteScheduler, UNet2DModel
 
-from ..model_index import saved_normalization
+from ..model_index import check_weights, saved_normalization
 from ..prediction import prediction_type, refuse_zero_terminal_snr
 from .data import Normalization, TrainingData
 from .errors import UsageError
@@ -64,9 +65,9 @@ def load_given_model(args: argparse.Namespace) -> GivenModel:
     try:
         if path is not None:
             if not _is_pipeline(path, cache_dir):
-                return GivenModel(unet=UNet2DModel.from_pretrained(path, cache_dir=cache_dir))
+                return GivenModel(unet=_given_unet(path, cache_dir))
             return GivenModel(
-                unet=UNet2DModel.from_pretrained(path, subfolder="unet", cache_dir=cache_dir),
+                unet=_given_unet(path, cache_dir, subfolder="unet"),
                 scheduler=_given_scheduler(path, cache_dir),
                 normalization=_given_normalization(path, cache_dir),
             )
@@ -78,7 +79,7 @@ def load_given_model(args: argparse.Namespace) -> GivenModel:
             return GivenModel(config=config)
         if path is not None:
             return GivenModel(config=dict(UNet2DModel.load_config(path, cache_dir=cache_dir)))
-    except (OSError, ValueError) as error:
+    except Exception as error:  # any kind, for the files are anybody's
         is_pretrained = args.pretrained_model_name_or_path is not None
         flag = "--pretrained_model_name_or_path" if is_pretrained else "--model_config_name_or_path"
         reason = " ".join(str(error).split()) or type(error).__name__
@@ -186,6 +187,11 @@ def _is_pipeline(path: str, cache_dir: str | None) -> bool:
     return True
 
 
+def _given_unet(path: str, cache_dir: str | None, subfolder: str = "") -> UNet2DModel:
+    check_weights(Path(path, subfolder))
+    return UNet2DModel.from_pretrained(path, subfolder=subfolder, cache_dir=cache_dir, use_safetensors=True)
+
+
 def _given_scheduler(path: str, cache_dir: str | None):
     """The saved schedule as one to train with: a pipeline may have been saved with any sampler."""
     config = DDPMScheduler.load_config(path, subfolder="scheduler", cache_dir=cache_dir)
@@ -196,7 +202,12 @@ def _given_scheduler(path: str, cache_dir: str | None):
 
 def _given_normalization(path: str, cache_dir: str | None) -> Normalization | None:
     saved = saved_normalization(DiffusionPipeline.load_config(path, cache_dir=cache_dir))
-    return None if saved is None else Normalization(tuple(saved["offset"]), tuple(saved["scale"]))
+    if saved is None:
+        return None
+    offset, scale = (tuple(map(float, saved[name])) for name in ("offset", "scale"))
+    if not (all(map(math.isfinite, offset + scale)) and all(number > 0 for number in scale)):
+        raise ValueError("model_index.json: its normalization must be finite, its scale above 0")
+    return Normalization(offset, scale)
 
 
 def _check_classes(classes: int | None, data: TrainingData) -> None:
