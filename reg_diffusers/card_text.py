@@ -188,7 +188,8 @@ def _how_measured(facts: CardFacts) -> str:
         " between two halves of them, which no model is expected to beat."
     )
     if "without" in facts.rows:
-        sentences.append("*without* is the same training, with the same noise, without the extra loss.")
+        losses = "loss" if len(first.terms) <= 1 else "losses"
+        sentences.append(f"*without* is the same training, with the same noise, without the extra {losses}.")
     return " ".join(sentences)
 
 
@@ -233,7 +234,7 @@ def _usage(facts: CardFacts, repo_id: str) -> str:
     classes = (facts.record.get("data") or {}).get("classes")
     if facts.by_class and classes:
         named = [f"{number} {name}" for number, name in enumerate(classes[:_CLASSES_NAMED])]
-        sections.append(f"Classes: {', '.join(named)}{', ...' if len(classes) > _CLASSES_NAMED else '.'}")
+        sections.append(f"The classes: {', '.join(named)}{', ...' if len(classes) > _CLASSES_NAMED else '.'}")
     return "\n\n".join(sections)
 
 

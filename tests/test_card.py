@@ -181,7 +181,7 @@ def test_a_model_with_several_losses(save):
     assert "`own.losses` is code of the author's, which is not in this repository." in card
     assert "The columns of the losses have the mean and its standard error; the goal is the value of the data" in card
     assert "| with total_variation + symmetry + mine | 0.2000 ± 0.0100 | 0.2000 ± 0.0100 |" in card
-    assert "*without* is the same training, with the same noise, without the extra loss." in card
+    assert "*without* is the same training, with the same noise, without the extra losses." in card
 
 
 def test_a_loss_and_a_weighting_of_ones_own_in_two_modules(save):
@@ -250,7 +250,7 @@ def test_a_single_image_has_no_standard_error_and_a_lambda_is_not_taken_for_a_ta
 
 def test_classes_are_named_beside_their_numbers(save):
     few = text_of(save("classes", record(data={"classes": ["cat", "dog", "bee"]})))
-    assert "Classes: 0 cat, 1 dog, 2 bee.\n" in few and "class_labels=0" in few
+    assert "The classes: 0 cat, 1 dog, 2 bee.\n" in few and "class_labels=0" in few
     many = text_of(save("classes", record(data={"classes": [f"c{number}" for number in range(60)]})))
     assert "48 c48, 49 c49, ...\n" in many
 

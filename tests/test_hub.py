@@ -3,6 +3,7 @@
 import json
 import re
 import shlex
+import shutil
 
 import numpy as np
 import PIL.Image
@@ -259,6 +260,22 @@ def test_the_owners_text_metadata_and_results_stay(client, refused):
     assert data.license == "cc-by-4.0" and data.language == "en"
     assert data.tags == ["diffusers", "unconditional-image-generation", "reg_diffusers", "art"]
     assert {result.metric_name for result in data.eval_results} >= {"FID", "L' total_variation"}
+
+
+def test_what_the_owner_wrote_while_the_training_went_on_stays(hub, client, run, tmp_path):
+    at_home = shutil.ignore_patterns("checkpoint-*", "plain")
+    folder = shutil.copytree(client.folder / OUT, tmp_path / "run", ignore=at_home)
+    hub.repositories["tester/edited"] = Repository("tester/edited")
+    hub.repositories["tester/edited"].commit("main", "Mine", {"README.md": b"Written meanwhile."})
+    script = """
+        import json, sys
+        from pathlib import Path
+        from reg_diffusers.upload import Upload
+        print(json.dumps({"failure": Upload(Path(sys.argv[1]), "tester/edited", "Late", [], "mit").wait()}))
+    """
+    assert client.python(script, folder, prelude="")["failure"] == ""
+    card = ModelCard(hub.files["tester/edited"]["README.md"].decode())
+    assert card.text.strip().startswith("Written meanwhile.\n\n<!-- reg_diffusers") and card.data.license == "mit"
 
 
 # What cannot work, and what goes wrong

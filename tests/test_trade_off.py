@@ -45,3 +45,13 @@ def test_it_is_drawn_of_a_single_image_and_of_equal_values_too(tmp_path):
     same = Measurement(1, {"a": 0.0}, {"a": math.nan}, 0.0)
     draw_evaluation(tmp_path / "evaluation.png", {"data": same, "with a": same})
     assert PIL.Image.open(tmp_path / "evaluation.png").size[0] > 400
+
+
+def test_what_is_not_finite_is_named_and_ends_no_run(tmp_path, monkeypatch):
+    titles = []
+    monkeypatch.setattr(Figure, "savefig", lambda figure, path, **_: titles.extend(a.get_title() for a in figure.axes))
+    for value, distance in ((math.inf, 0.1), (0.2, math.nan)):
+        broken = Measurement(4, {"a": value}, {"a": math.nan}, distance)
+        draw_evaluation(tmp_path / "evaluation.png", {**rows("a"), "without": broken})
+        draw_evaluation(tmp_path / "evaluation.png", {"data": broken})
+    assert titles == ["a\nwithout: not finite", "a\ndata: not finite"] * 2

@@ -51,22 +51,26 @@ def draw_evaluation(path: Path, rows: dict[str, Measurement]) -> None:
 
 def _draw_panel(axes, name: str, rows: dict[str, Measurement]) -> list[tuple[str, float, float, float, str]]:
     """Draws the points of one term; returns them with what they are to be called."""
-    points = []
+    points, missing = [], []
     for index, (title, row) in enumerate(rows.items()):
         color, marker = _COLORS[index % len(_COLORS)], _MARKERS[index % len(_MARKERS)]
         mean, error = row.terms[name], row.standard_errors[name]
+        if not (math.isfinite(mean) and math.isfinite(row.distance)):
+            missing.append(title)
+            continue
         error = error if math.isfinite(error) else 0.0
         axes.errorbar(row.distance, mean, error or None, fmt=marker, color=color, markersize=8, capsize=4, zorder=3)
         points.append((title, row.distance, mean, error, color))
-    number, reference = next(iter(rows.values())).images, points[0][2]
-    axes.axhline(reference, color="0.75", linewidth=1, linestyle="--", zorder=1)
-    low, high = min(mean - error for *_, mean, error, _ in points), max(mean + error for *_, mean, error, _ in points)
-    space = 0.3 * (high - low) or 0.5 * abs(high) or 1.0
-    axes.set_ylim(low - space, high + space)
-    axes.set_xlim(0, 1.4 * max(distance for _, distance, *_ in points) or 1.0)
-    axes.set_title(name)
+    reference = next(iter(rows.values()))
+    if math.isfinite(reference.terms[name]):
+        axes.axhline(reference.terms[name], color="0.75", linewidth=1, linestyle="--", zorder=1)
+    ends = [mean + sign * error for *_, mean, error, _ in points for sign in (-1, 1)] or [0.0]
+    space = 0.3 * (max(ends) - min(ends)) or 0.5 * abs(max(ends)) or 1.0
+    axes.set_ylim(min(ends) - space, max(ends) + space)
+    axes.set_xlim(0, 1.4 * max((distance for _, distance, *_ in points), default=0) or 1.0)
+    axes.set_title("\n".join([name, *(f"{title}: not finite" for title in missing)]))
     axes.set_xlabel("sliced Wasserstein distance to the data,\nin values from -1 to 1 (left is closer)")
-    axes.set_ylabel(f"loss: mean over {number} samples, ± standard error")
+    axes.set_ylabel(f"loss: mean over {reference.images} samples, ± standard error")
     axes.spines[["top", "right"]].set_visible(False)
     return points
 
