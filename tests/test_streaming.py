@@ -17,6 +17,8 @@ import pytest
 import torch
 from accelerate import Accelerator
 from datasets import ClassLabel, Dataset, Features, Image, Value, load_dataset
+from hub_client import TRAIN_REG, Client, asked
+from hub_server import HubServer
 from test_train_reg import ACCELERATE, QUICK, ROOT, differ, metrics, refusal, train, weights  # noqa: F401
 
 from reg_diffusers.training import streaming
@@ -323,6 +325,39 @@ def test_a_killed_training_ends_as_one_that_was_not(command_line, tmp_path, proc
     resume = ("--resume", "auto", "--output_dir", "part")
     command_line(*flags, *resume, launcher=launcher, env=env, check=processes == 1)
     assert not differ(weights(tmp_path / "whole"), weights(tmp_path / "part"))
+
+
+@pytest.mark.slow
+def test_private_data_sets_of_the_hub_are_streamed_or_read(tmp_path, image_folder):
+    quick = [*QUICK, "--no-compare", "--class_conditional", "--train_batch_size", 4]
+    with HubServer() as hub:
+        client = Client(hub, tmp_path / "client")
+        client.python(
+            """
+            from datasets import load_dataset
+            from huggingface_hub import HfApi
+            load_dataset(sys.argv[1], split="train").push_to_hub("tester/table", private=True)
+            HfApi().create_repo("tester/folder", repo_type="dataset", private=True)
+            HfApi().upload_folder(repo_id="tester/folder", folder_path=sys.argv[1], repo_type="dataset")
+            tell()
+            """,
+            image_folder(number=8),
+        )
+        runs = {
+            "table": ("--dataset_name", "tester/table", "--streaming", "--num_epochs", 2),
+            "folder": ("--dataset_name", "tester/folder", "--streaming", "--max_train_steps", 2),
+            "whole": ("--dataset_name", "tester/folder", "--max_train_steps", 2),
+        }
+        said = {
+            name: client.run(sys.executable, TRAIN_REG, *quick, *flags, "--output_dir", name).stdout
+            for name, flags in runs.items()
+        }
+        assert asked(hub, "GET", "/resolve/")
+    assert "data       8 images of 3 x 8 x 8 from tester/table" in said["table"]
+    assert metrics(tmp_path / "client" / "table")[-1]["step"] == 4
+    assert "data       a stream of images of 3 x 8 x 8 from tester/folder" in said["folder"]
+    assert "data       8 images of 3 x 8 x 8 from tester/folder" in said["whole"]
+    assert all("classes    0 cats, 1 dogs" in told for told in said.values())
 
 
 # What is bad

@@ -56,6 +56,8 @@ def _read(args: argparse.Namespace, source: Source, streaming: bool):
     source.check_files(files)
     local_names = builder.name == "imagefolder" and not any("://" in file for file in files)
     if streaming and not local_names:
+        if hasattr(builder.config, "decode_num_threads"):  # files of a Hub repository would come decoded
+            builder.config.decode_num_threads = 0
         return builder.as_streaming_dataset()
     builder.download_and_prepare()
     return builder.as_dataset()
