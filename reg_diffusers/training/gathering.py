@@ -55,9 +55,8 @@ class SampledNetwork:
         self.unet = accelerator.unwrap_model(unet)
         self._is_copy = any(map(is_divided, unet.parameters()))
         if self._is_copy:
-            self.unet = _copy_without_weights(
-                self.unet.config, accelerator.device if self._is_main_process else "meta"
-            )
+            device = accelerator.device if self._is_main_process else "meta"
+            self.unet = _copy_without_weights(self.unet.config).to(device)
 
     @contextmanager
     def ready(self) -> Iterator[None]:
@@ -98,9 +97,7 @@ class SampledNetwork:
                 target.copy_(complete)
 
 
-def _copy_without_weights(config: dict, device: torch.device | str) -> UNet2DModel:
-    is_filled = str(device) != "meta"
-    # Made on the CPU, where what is not among its weights gets its values too; but draws nothing from the noise.
-    with torch.random.fork_rng(devices=[]), torch.device("cpu" if is_filled else "meta"):
-        network = UNet2DModel.from_config(config)
-    return network.to(device).requires_grad_(False).eval()
+def _copy_without_weights(config: dict) -> UNet2DModel:
+    # Made on the CPU, where buffers get their values too; the noise of the training is not touched.
+    with torch.random.fork_rng(devices=[]):
+        return UNet2DModel.from_config(config).requires_grad_(False).eval()

@@ -1,0 +1,352 @@
+"""Several processes train one model: the same whatever their number, and none waits for ever for another."""
+
+import json
+import os
+import re
+import time
+from datetime import timedelta
+
+import numpy as np
+import pytest
+import torch
+import torch.distributed as dist
+from accelerate import Accelerator, PartialState
+from diffusers import DDPMScheduler, UNet2DModel
+from in_processes import in_processes, run_script
+from safetensors.torch import load_file
+
+from reg_diffusers import RegularizedLoss, Term, regularizers, weighting
+from reg_diffusers.training import processes
+from reg_diffusers.training.errors import UsageError
+from reg_diffusers.training.interruption import Interruption
+
+IMAGES = 32
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A folder with data, a tiny network and losses of its own."""
+    folder = tmp_path_factory.mktemp("processes")
+    fill(folder)
+    return folder
+
+
+def fill(folder):
+    np.save(folder / "fields.npy", np.random.default_rng(0).normal(size=(IMAGES, 1, 8, 8)).clip(-2, 2))
+    (folder / "tiny").mkdir()
+    config = {
+        "_class_name": "UNet2DModel",
+        "sample_size": 8,
+        "in_channels": 1,
+        "out_channels": 1,
+        "layers_per_block": 1,
+        "block_out_channels": [8, 16],
+        "down_block_types": ["DownBlock2D", "AttnDownBlock2D"],
+        "up_block_types": ["AttnUpBlock2D", "UpBlock2D"],
+        "norm_num_groups": 4,
+        "attention_head_dim": 8,
+    }
+    (folder / "tiny" / "config.json").write_text(json.dumps(config))
+    (folder / "own_losses.py").write_text(
+        "import os\n"
+        "import torch\n"
+        "def partly_bad(x, /, *, original_samples):\n"  # on the images themselves it is finite
+        "    far = (x - original_samples).abs().flatten(1).mean(1) > 1e-3\n"
+        "    bad = far & (original_samples.flatten(1).mean(1) > 0.02)\n"
+        "    return torch.where(bad, torch.nan, x.square().flatten(1).mean(1))\n"
+        "partly_bad.needs = ('original_samples',)\n"
+        "def bad_on_one_process(x):\n"
+        "    value = x.square().flatten(1).mean(1)\n"
+        "    return value * torch.nan if os.environ.get('BAD') == os.environ['RANK'] else value\n"
+    )
+    return folder
+
+
+def weights(folder):
+    return load_file(folder / "unet" / "diffusion_pytorch_model.safetensors")
+
+
+def metrics(folder):
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+# The same mathematics, however a batch is divided
+
+
+def gradients(folder, number, dtype):
+    """Loss and gradient of a network for a batch of 8 images with fixed noise, to a file, from the main process."""
+    torch.manual_seed(0)
+    accelerator = Accelerator(cpu=True)
+    model = UNet2DModel.from_config(UNet2DModel.load_config(folder / "tiny")).to(dtype)
+    images, noise = torch.randn(2, 8, 1, 8, 8, dtype=dtype).unbind()
+    timesteps = torch.tensor([0, 20, 100, 200, 300, 400, 700, 999])
+    terms = [
+        Term(regularizers.total_variation, 0.3, weighting.constant, "a"),
+        Term(regularizers.total_variation, 0.2, weighting.matched, "b"),
+    ]
+    loss_fn = RegularizedLoss(DDPMScheduler(prediction_type="v_prediction"), terms)
+    model = accelerator.prepare(model)
+    part = slice(accelerator.process_index * 8 // number, (accelerator.process_index + 1) * 8 // number)
+    output = loss_fn(model, images[part], noise=noise[part], timesteps=timesteps[part])
+    accelerator.backward(output.loss)
+    found = {name: parameter.grad for name, parameter in accelerator.unwrap_model(model).named_parameters()}
+    values = {"loss": output.loss, **output.terms}
+    found |= {name: accelerator.reduce(value.detach(), "mean") for name, value in values.items()}
+    if accelerator.is_main_process:
+        torch.save(found, folder / f"gradients-{number}-{dtype}")
+
+
+@pytest.mark.parametrize("dtype, tolerance", [(torch.float64, 1e-13), (torch.float32, 1e-6)], ids=str)
+def test_loss_and_gradient_of_halves_are_those_of_the_whole_batch(folder, dtype, tolerance):
+    """By DDP alone, as in anyone's own loop; the terms' weights and which images they look at differ by timestep."""
+    for number in (1, 2):
+        in_processes(gradients, folder, number, dtype, number=number)
+    expected, found = (torch.load(folder / f"gradients-{number}-{dtype}") for number in (1, 2))
+    assert found["a"] > 0 and found["b"] > 0
+    largest = max(value.abs().max() for name, value in expected.items())
+    for name, value in expected.items():
+        torch.testing.assert_close(found[name], value, rtol=tolerance, atol=tolerance * largest)
+
+
+class FedLoss(RegularizedLoss):
+    """Each image has its own noise and timestep, in whatever batch of whatever process it comes; all in float64."""
+
+    def forward(self, model, original_samples, **arguments):
+        original_samples = original_samples.double()
+        seeds = (original_samples.abs().flatten(1).sum(1) * 1e9).long().tolist()
+        noise = [
+            torch.randn(original_samples.shape[1:], generator=torch.Generator().manual_seed(seed)) for seed in seeds
+        ]
+        arguments.update(noise=torch.stack(noise), timesteps=torch.tensor([seed % 500 for seed in seeds]))
+        return super().forward(model, original_samples, **arguments)
+
+
+def feed(script):
+    torch.set_default_dtype(torch.float64)
+    script.RegularizedLoss = FedLoss
+
+
+DIVISIONS = {
+    "one process": (1, 8, 1),
+    "two processes": (2, 4, 1),
+    "accumulated": (1, 4, 2),
+    "two processes, accumulated": (2, 2, 2),
+}
+
+
+@pytest.fixture(scope="module")
+def divided(folder):
+    """Runs of 6 steps of 8 images, over the end of an epoch, by how the 8 are divided; (weights, metrics)."""
+    runs = {}
+    for name, (number, batch_size, accumulation) in DIVISIONS.items():
+        flags = f"--output_dir {name.replace(' ', '-')} --train_batch_size {batch_size} --max_train_steps 6"
+        flags += (
+            f" --gradient_accumulation_steps {accumulation} --learning_rate 1e-3 --max_grad_norm 0.5 --max_bad_steps 7"
+        )
+        flags += " --regularizer total_variation own_losses:partly_bad --reg_weight 0.3 0.2 --reg_weighting constant"
+        assert run_script(folder, *flags.split(), prepare=feed, number=number) == [0] * number
+        output = folder / name.replace(" ", "-")
+        runs[name] = weights(output), metrics(output)
+    return runs
+
+
+@pytest.mark.parametrize("division", list(DIVISIONS)[1:])
+def test_the_weights_do_not_depend_on_how_a_batch_is_divided(divided, division):
+    """Equal after 6 steps of AdamW, which take gradients apart by their ratios, hence also by each term's weight."""
+    expected, found = divided["one process"][0], divided[division][0]
+    assert {value.dtype for value in found.values()} == {torch.float64}
+    for name, value in expected.items():
+        torch.testing.assert_close(found[name], value, rtol=1e-7, atol=1e-9)
+
+
+@pytest.mark.parametrize("division", list(DIVISIONS)[1:])
+def test_means_and_counts_do_not_depend_on_how_a_batch_is_divided(divided, division):
+    ((expected,), (found,)) = divided["one process"][1], divided[division][1]
+    assert 5 < expected["nonfinite/partly_bad"] < 6 * 8 and expected["nonfinite/total_variation"] == 0
+    assert set(found) == set(expected) and expected["bad_steps"] == 0
+    for name, value in expected.items():
+        assert found[name] == pytest.approx(value, rel=1e-5), name
+
+
+def test_a_step_has_as_many_batches_as_asked_for_across_the_end_of_an_epoch(folder):
+    """32 images in batches of 4 are 8 to an epoch, no multiple of 3; the last ones count as much as all others."""
+    calls = folder / "calls"
+
+    def count(script):
+        class Counted(RegularizedLoss):
+            def forward(self, *args, **kwargs):
+                with calls.open("a") as file:
+                    file.write(".")
+                return super().forward(*args, **kwargs)
+
+        script.RegularizedLoss = Counted
+
+    flags = "--gradient_accumulation_steps 3 --num_epochs 3 --output_dir across"
+    assert run_script(folder, *flags.split(), prepare=count, number=1) == [0]
+    assert metrics(folder / "across")[-1]["step"] == 8 and len(calls.read_text()) == 8 * 3
+
+
+# Different noise, equal weights
+
+
+def record(folder):
+    """Makes the loss of a script note what it is given and which weights it finds."""
+
+    def prepare(script):
+        class Recorded(RegularizedLoss):
+            seen = ()
+
+            def forward(self, model, original_samples, **arguments):
+                first = torch.cat([parameter.detach().flatten() for parameter in model.parameters()])
+                step = (original_samples, arguments["noise"], arguments["timesteps"], first, torch.get_num_threads())
+                Recorded.seen += (step,)
+                torch.save(Recorded.seen, folder / f"seen-{os.environ['RANK']}")
+                return super().forward(model, original_samples, **arguments)
+
+        script.RegularizedLoss = Recorded
+
+    return prepare
+
+
+def test_processes_have_the_same_weights_but_other_images_noise_and_timesteps(folder):
+    assert run_script(folder, "--max_train_steps", 2, "--output_dir", "seen", prepare=record(folder)) == [0, 0]
+    ranks = [torch.load(folder / f"seen-{rank}") for rank in range(2)]
+    for one, other in zip(*ranks, strict=True):
+        images, noise, timesteps, before, threads = (
+            torch.as_tensor(x) != torch.as_tensor(y) for x, y in zip(one, other, strict=True)
+        )
+        assert images.flatten(1).any(1).all() and noise.all() and timesteps.any()
+        assert not before.any() and not threads.any()
+    first, second = ranks[0]
+    assert (first[1] != second[1]).all() and (first[3] != second[3]).any()
+    assert first[4] == 1  # --num_threads, which accelerate would have changed
+
+
+# Nobody waits for ever
+
+
+def arm(at, rank):
+    """Makes `bad_on_one_process` bad on a process, from a call of the loss on."""
+
+    def prepare(script):
+        class Armed(RegularizedLoss):
+            calls = 0
+
+            def forward(self, *args, **kwargs):
+                Armed.calls += 1
+                os.environ["BAD"] = str(rank) if Armed.calls >= at else "none"
+                return super().forward(*args, **kwargs)
+
+        script.RegularizedLoss = Armed
+
+    return prepare
+
+
+def test_a_regularizer_that_is_bad_on_one_process_stops_all_at_the_same_step(folder, capfd):
+    flags = "--regularizer own_losses:bad_on_one_process --reg_weighting constant --max_train_steps 40"
+    flags += " --max_bad_steps 6 --output_dir bad --checkpointing_steps 1000"
+    assert run_script(folder, *flags.split(), prepare=arm(at=8, rank=1)) == [2, 2]
+    error = capfd.readouterr().err
+    assert error.count("error: regularizer 'bad_on_one_process' was not finite for 13 steps in a row") == 1
+    assert re.search(r"last at timesteps \d+ to \d+\), 52 images in all", error)
+    assert [path.name for path in (folder / "bad").glob("checkpoint-*")] == ["checkpoint-20"]
+    assert metrics(folder / "bad")[-1]["nonfinite/bad_on_one_process"] == 52  # of the other process
+    assert all(value.isfinite().all() for value in load_file(folder / "bad/checkpoint-20/model.safetensors").values())
+
+
+def test_a_run_stopped_by_a_bad_regularizer_goes_on_without_it(folder):
+    """The steps in a row that were saved are not held against a regularizer that has been mended."""
+    flags = "--regularizer own_losses:bad_on_one_process --reg_weighting constant --max_train_steps 24 --resume auto"
+    flags += " --max_bad_steps 6 --output_dir bad --allow_changed_settings"
+    assert run_script(folder, *flags.split()) == [0, 0]
+    assert metrics(folder / "bad")[-1]["step"] == 24
+
+
+def test_data_that_one_process_does_not_find_are_everybodys_error(folder, tmp_path, capfd):
+    def move(script):
+        if os.environ["RANK"] == "1":
+            os.chdir(tmp_path)
+
+    started = time.monotonic()
+    assert run_script(folder, "--model_config_name_or_path", folder / "tiny", prepare=move) == [2, 2]
+    assert time.monotonic() - started < 30
+    assert "train_reg.py: error: process 1: fields.npy: no such file" in capfd.readouterr().err
+
+
+def test_any_error_of_one_process_is_everybodys(tmp_path):
+    def work():
+        if PartialState().process_index == 1:
+            raise KeyError("lost")
+        return "done"
+
+    def check():
+        state = processes.join_processes()
+        expected = (KeyError, "lost") if state.process_index == 1 else (UsageError, "process 1: KeyError\\('lost'\\)")
+        with pytest.raises(expected[0], match=expected[1]):
+            processes.together(state, work)
+        assert processes.together(state, lambda: state.process_index) == state.process_index
+        assert processes.on_main_process(state, lambda: "main") == ("main" if state.is_main_process else None)
+        processes.leave_processes(state)
+
+    in_processes(check)
+
+
+def test_the_main_process_goes_first_then_one_of_each_machine_then_all_others(tmp_path):
+    """Two machines with two processes each, which may or may not see the same files."""
+
+    def work(folder):
+        def once():
+            with (folder / "order").open("a") as file:
+                file.write(f"{state.process_index} {'found' if (folder / 'cache').exists() else 'made'}\n")
+            (folder / "cache").touch()
+            return state.process_index
+
+        state = processes.join_processes()
+        assert processes.in_turn(state, once) == state.process_index
+        processes.leave_processes(state)
+
+    def shared():
+        work(tmp_path / "shared")
+
+    def separate():
+        work(tmp_path / f"machine-{int(os.environ['RANK']) // 2}")
+
+    for name in ("shared", "machine-0", "machine-1"):
+        (tmp_path / name).mkdir()
+    in_processes(shared, number=4, machines=2)
+    lines = (tmp_path / "shared" / "order").read_text().splitlines()
+    assert lines[:2] == ["0 made", "2 found"] and sorted(lines[2:]) == ["1 found", "3 found"]
+    in_processes(separate, number=4, machines=2)
+    for machine, expected in enumerate((["0 made", "1 found"], ["2 made", "3 found"])):
+        assert (tmp_path / f"machine-{machine}" / "order").read_text().splitlines() == expected
+
+
+def test_the_main_process_compares_when_the_others_have_left(folder):
+    """So it may take as long as it likes: here until the other has ended."""
+
+    def prepare(script):
+        def compare(*args):
+            deadline = time.monotonic() + 60
+            while not (folder / "exit-1").exists() and time.monotonic() < deadline:
+                time.sleep(0.05)
+            assert (folder / "exit-1").exists() and not dist.is_initialized()
+            real(*args)
+
+        real, script.compare = script.compare, compare
+
+    assert run_script(folder, *"--max_train_steps 2 --output_dir left --compare".split(), prepare=prepare) == [0, 0]
+    assert (folder / "left" / "comparison.json").is_file()
+
+
+def test_work_of_the_main_process_in_the_training_is_waited_for(folder):
+    """PyTorch gives up after 30 minutes, NCCL after 10; a grid of samples or a decoded data set may take longer."""
+
+    def check():
+        state = processes.join_processes()
+        asked = Interruption(state)._group
+        for group in (dist.group.WORLD, asked):
+            assert group._get_backend(torch.device("cpu")).options._timeout == processes.PROCESS_TIMEOUT
+        assert timedelta(hours=1) < processes.PROCESS_TIMEOUT
+        processes.leave_processes(state)
+
+    in_processes(check)
