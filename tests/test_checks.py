@@ -4,12 +4,14 @@ import random
 import re
 import time
 from functools import partial
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 from losses import mean_square, scheduler_of
+from test_train_reg import train  # noqa: F401
 from torch import nn
 
 from reg_diffusers import regularizers
@@ -386,6 +388,33 @@ def test_under_the_autocast_of_the_run_it_computes_in_float32(check):
     assert set(seen) == {(torch.float32, False)}
 
 
+# The page
+
+FAULTS = {
+    "It is cut off by": under_no_grad,
+    "it is not finite for": lambda x0_hat: (-1 - x0_hat.square()).sqrt().flatten(1).mean(1),
+    "depends on the other images of the batch": lambda x0_hat: (x0_hat - x0_hat.mean(0)).square().flatten(1).mean(1),
+    "is not frozen": by_helper,
+    "it draws random numbers": lambda x0_hat: mean_square(x0_hat) * torch.rand(()),
+    "it computes in": in_bfloat16,
+    "its gradient is not finite on": lambda x0_hat: (x0_hat - x0_hat).sqrt().flatten(1).mean(1),
+    "its gradient is 0 wherever it was tried": lambda x0_hat: x0_hat.round().flatten(1).mean(1),
+}
+TESTED_ABOVE = {"changes when it is called", "it keeps a state, or draws random numbers by itself"}
+
+
+def test_messages_are_those_of_the_page(check):
+    page = (Path(__file__).parents[1] / "docs" / "own_regularizer.md").read_text()
+    table = page.split("## What is tried before the first step")[1].split("## ")[0]
+    assert set(re.findall(r"^\| `(.+?)` \|", table, re.MULTILINE)) == FAULTS.keys() | TESTED_ABOVE
+    for message, regularizer in FAULTS.items():
+        try:
+            said = check(regularizer)
+        except UsageError as error:
+            said = str(error)
+        assert message in said
+
+
 # L' on the data
 
 
@@ -400,6 +429,14 @@ def test_the_mean_and_spread_are_those_of_the_images(data):
     spread = values.std(ddof=1)
     expected = f"{values.mean():.3g} ± {spread / 8:.1g} (standard deviation {spread:.2g}, 64 images)"
     assert str(found["mean_square"]) == expected
+
+
+def test_a_run_tells_what_its_losses_are_on_the_data(train, capsys):  # noqa: F811
+    train("--regularizer", "total_variation", "sparsity", "--max_train_steps", 1)
+    told = capsys.readouterr().out
+    for name in ("total_variation", "sparsity"):
+        line = rf"^data       {name} 0\.\d+ ± 0\.\d+ \(standard deviation 0\.\d+, 64 images\)$"
+        assert re.search(line, told, re.MULTILINE)
 
 
 def test_one_image_has_no_spread():

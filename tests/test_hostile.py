@@ -173,6 +173,12 @@ def test_a_saved_data_set_cannot_choose_a_file_to_be_written(load, tmp_path):
     assert [path.name for path in tmp_path.iterdir() if "written" in path.name] == []
 
 
+def test_a_loading_script_is_not_run(refused, folder, tmp_path):
+    (folder / "photos.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')")
+    assert f"--dataset_name {folder}: cannot be read" in refused("--dataset_name", folder)
+    assert not (tmp_path / "ran").exists()
+
+
 def test_pipes_are_not_waited_for(refused, folder):
     (folder / "pipe.png").unlink(missing_ok=True)
     os.mkfifo(folder / "pipe.png")
