@@ -3,6 +3,7 @@
 import json
 import math
 
+import numpy as np
 import PIL.Image
 import pytest
 import yaml
@@ -118,6 +119,38 @@ def test_the_code_of_every_kind_of_card_runs_as_it_is(save, tmp_path):
         for folder, number in (("with", numbers[kind]), ("without", numbers[kind] - 1)):
             pictures = sorted((tmp_path / folder / kind).glob("*/sample.png"))
             assert len(pictures) == number and {PIL.Image.open(path).size for path in pictures} == {(8, 8)}
+
+
+@pytest.mark.slow
+def test_the_code_of_the_cards_of_runs_runs_as_it_is(tmp_path):
+    """Of train_reg.py with classes, with conditioning images and with fields, with the package and without it."""
+    with HubServer() as hub:
+        client = Client(hub, tmp_path / "work")
+        generator, pairs = np.random.default_rng(0), []
+        for index in range(8):
+            for path in (f"classes/{'ab'[index % 2]}/{index}.png", f"pairs/{index}.png", f"pairs/from/{index}.png"):
+                (client.folder / path).parent.mkdir(parents=True, exist_ok=True)
+                PIL.Image.fromarray(generator.integers(0, 256, (8, 8), dtype=np.uint8)).save(client.folder / path)
+            pairs.append({"file_name": f"{index}.png", "conditioning_file_name": f"from/{index}.png"})
+        (client.folder / "pairs" / "metadata.jsonl").write_text("\n".join(map(json.dumps, pairs)))
+        np.save(client.folder / "fields.npy", generator.normal(280, 20, (8, 2, 8, 8)))
+        for flags in (
+            "--train_data_dir classes --class_conditional",
+            "--train_data_dir pairs --conditioning_image_column conditioning",
+            "--train_data_dir fields.npy --prediction_type flow",
+        ):
+            kind = flags.split()[1].removesuffix(".npy")
+            client.train(*flags.split(), "--max_train_steps", 1, "--output_dir", f"out/{kind}", "--hub_model_id", kind)
+        cards = {kind: hub.files[f"tester/{kind}"]["README.md"].decode() for kind in ("classes", "pairs", "fields")}
+        blocks = {kind: code_blocks(card) for kind, card in cards.items()}
+        without = {kind: [code for code in codes if "reg_diffusers" not in code] for kind, codes in blocks.items()}
+        script = RUN + "run(json.loads(sys.argv[1]), sys.argv[2])\ntell()"
+        client.python(script, json.dumps(blocks), tmp_path / "with")
+        client.python(script, json.dumps(without), tmp_path / "without", package=False)
+    assert all(len(blocks[kind]) == 2 and len(without[kind]) == 1 for kind in blocks)
+    assert "draws 8 x 8 images of a given class: " in cards["classes"] and "The classes: 0 a, 1 b." in cards["classes"]
+    assert "draws 8 x 8 images from a given image: " in cards["pairs"]
+    assert "draws 8 x 8 fields of 2 channels: " in cards["fields"] and "on 8 fields of fields.npy" in cards["fields"]
 
 
 def test_the_code_names_the_folder_of_a_run_that_is_not_uploaded(save):

@@ -262,10 +262,19 @@ def test_the_client_tries_again_what_it_stores_but_neither_creates_nor_commits_t
 
 
 def test_a_token_that_may_not_write_opens_what_is_there(hub, client, folder):
-    hub.repositories["tester/old"] = Repository("tester/old")
+    for name in ("tester/old", "other/theirs"):
+        hub.repositories[name] = Repository(name)
+    others = """
+        tell(
+            new=error_of(api.create_repo, "other/new"),
+            right=error_of(api.auth_check, "other/theirs", write=True),
+        )
+    """
+    assert client(hub, others) == dict.fromkeys(("new", "right"), "HfHubHTTPError 403")
     hub.read_only = True
     script = """
         tell(
+            right=error_of(api.auth_check, "tester/old", write=True),
             new=error_of(api.create_repo, "tester/new", exist_ok=True),
             old=error_of(api.create_repo, "tester/old", exist_ok=True),
             upload=error_of(api.upload_folder, repo_id="tester/old", folder_path=sys.argv[1]),
@@ -273,8 +282,27 @@ def test_a_token_that_may_not_write_opens_what_is_there(hub, client, folder):
         )
     """
     told = client(hub, script, folder)
-    assert told == {"new": "HfHubHTTPError 403", "old": None, "upload": "HfHubHTTPError 403", "name": "tester"}
-    assert hub.files == {"tester/old": {}}
+    refused = dict.fromkeys(("right", "new", "upload"), "HfHubHTTPError 403")
+    assert told == {**refused, "old": None, "name": "tester"}
+    assert hub.files == {"tester/old": {}, "other/theirs": {}}
+
+
+def test_a_card_with_a_licence_that_nobody_knows_is_refused(hub, client):
+    script = """
+        api.create_repo("tester/model")
+        errors = []
+        for license in ("mit", "free"):
+            card = f"---\\nlicense: {license}\\n---\\n".encode()
+            call = dict(path_or_fileobj=card, path_in_repo="README.md", repo_id="tester/model")
+            try:
+                errors.append(bool(api.upload_file(**call)))
+            except ValueError as error:
+                errors.append(str(error))
+        tell(errors=errors)
+    """
+    accepted, refused = client(hub, script)["errors"]
+    assert accepted is True and '"license" must be one of [apache-2.0' in refused
+    assert hub.files["tester/model"]["README.md"] == b"---\nlicense: mit\n---\n"
 
 
 def test_a_stopped_server_is_gone_and_comes_back_with_what_it_had(hub, client):
