@@ -167,7 +167,7 @@ def test_a_saved_data_set_cannot_choose_a_file_to_be_written(load, tmp_path):
         tmp_path / "saved"
     )
     state = json.loads((tmp_path / "saved" / "state.json").read_text())
-    state["_fingerprint"] = "../../../written"
+    state["_fingerprint"] = "../../written"
     (tmp_path / "saved" / "state.json").write_text(json.dumps(state))
     assert len(load("--dataset_name", tmp_path / "saved")) == 1
     assert [path.name for path in tmp_path.iterdir() if "written" in path.name] == []

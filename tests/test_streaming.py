@@ -181,6 +181,14 @@ def test_pieces_are_dealt_anew_in_each_pass():
     assert len(set(shares)) > 1
 
 
+def test_a_large_table_is_dealt_and_mixed_by_its_row_groups(load, tmp_path):
+    rows = Dataset.from_dict({"image": pictures(256)}, Features(image=Image()))
+    rows.to_parquet(tmp_path / "t.parquet", batch_size=32)
+    args, data = load(*STREAM, "--dataset_name", tmp_path / "t.parquet", "--train_batch_size", 8)
+    assert data.rows.num_shards == 8 and data.number == 256
+    assert sorted(taken(batches_of(args, data), 32)) == list(range(256))
+
+
 def test_unequal_shares_do_not_make_a_process_wait(tmp_path):
     """3 files for 2 processes: one has 2 of them in a pass, the other 1; both go on for ever."""
     folder = tables(tmp_path / "t", sizes=(20, 2, 2))
@@ -381,9 +389,11 @@ def half_bad(folder, bad=lambda value: value % 2):
 @pytest.mark.parametrize("workers", [0, 2])
 def test_a_bad_image_ends_the_run_with_one_line(train, capsys, tmp_path, workers):  # noqa: F811
     table = half_bad(tmp_path, bad=lambda value: value == 5)
-    flags = ("--dataset_name", table, "--dataloader_num_workers", workers, "--regularizer", "none")
-    error = refusal(train, capsys, *STREAM, *flags, "--train_batch_size", 4, "--max_train_steps", 3)
-    assert error.startswith("train_reg.py: error: image row 5 of piece 0 cannot be decoded: it is damaged")
+    flags = ("--dataset_name", table, "--dataloader_num_workers", workers, "--train_batch_size", 4)
+    for regularizer in ("none", "sparsity"):  # which looks at images before the first step
+        error = refusal(train, capsys, *STREAM, *flags, "--regularizer", regularizer, "--max_train_steps", 3)
+        assert error.startswith("train_reg.py: error: image row 5 of piece 0 cannot be decoded: it is damaged")
+        shutil.rmtree("out", ignore_errors=True)
 
 
 def test_bad_images_are_left_out_and_named(load, tmp_path, capsys):
@@ -394,13 +404,16 @@ def test_bad_images_are_left_out_and_named(load, tmp_path, capsys):
     said = capsys.readouterr().err
     assert "--skip_bad_images: left out image row 3 of piece 0 cannot be decoded" in said
     assert said.count("left out") == 10 and "further ones are not named" in said
-    assert data.examples.__getitems__([0, 1])["values"][:, 0, 0, 0].tolist() == [0, 0]
+    assert data.examples.__getitems__([0, 1, 7])["values"][:, 0, 0, 0].tolist() == [0, 2, 0]
 
 
 def test_nothing_but_bad_images_is_refused(load, tmp_path):
     _, data = load(*STREAM, "--dataset_name", half_bad(tmp_path, bad=bool), "--skip_bad_images")
     with pytest.raises(UsageError, match=r"bad\.parquet: none of 7 images can be decoded"):
         data.decoder.__getitems__([(id, row) for id, row in enumerate(data.rows)][1:])
+    _, data = load(*STREAM, "--dataset_name", half_bad(tmp_path, bad=lambda value: True), "--skip_bad_images")
+    with pytest.raises(UsageError, match="none of the first 8 images can be decoded"):
+        data.examples.__getitems__([3])
 
 
 def test_a_file_that_ends_early_ends_the_run_with_one_line(train, capsys, tmp_path):  # noqa: F811

@@ -85,6 +85,8 @@ def check_terms(
             try:
                 trial = _Trial(term, noise_scheduler, data, device)
                 on_data[term.name] = trial.run(_SECONDS / len(terms))
+            except UsageError:  # about the data
+                raise
             except TermError as error:
                 raise UsageError(f"--regularizer {term.name}: {error}") from error
             except Exception as error:

@@ -1,7 +1,7 @@
 """Pictures from a stream: read as they are needed, never all in memory or on the disk, and resumed exactly.
 
 The main process reads rows, undecoded, in an order that depends on the seed alone; workers decode them, and their
-number changes nothing. The data set is cut into pieces, its shards or groups of them. In each pass over the data they
+number changes nothing. The data set is cut into pieces, its shards or several of them. In each pass over the data they
 are dealt to the processes anew; no process waits for others at the end of a pass, each goes on with the next. Rows are
 shuffled in blocks of about a thousand. A position is the place of a block's first row, in the terms of `datasets`:
 resuming reads one block again, at most.
@@ -123,13 +123,13 @@ class RowDecoder(torch.utils.data.Dataset):
         Raises:
             UsageError: an image that cannot be decoded, or a whole batch of them; a row without a label.
         """
-        decoded = [found for row in rows if (found := self._decode(*row)) is not None]
+        decoded = [found for row in rows if (found := self.decode(*row)) is not None]
         if not decoded:
             raise DataError(f"{self._source.flag}: none of {len(rows)} images can be decoded")
-        decoded = [decoded[place % len(decoded)] for place in range(len(rows))]
-        return {name: torch.from_numpy(np.stack([row[name] for row in decoded])) for name in decoded[0]}
+        return _stack([decoded[place % len(decoded)] for place in range(len(rows))])
 
-    def _decode(self, id: int, row: dict) -> dict | None:
+    def decode(self, id: int, row: dict) -> dict[str, np.ndarray] | None:
+        """One row of a batch; None for a bad image that is left out."""
         where = f"row {id % _ROWS} of piece {id // _ROWS}"
         try:
             found = {
@@ -166,7 +166,14 @@ class _Examples:
         return len(self._rows)
 
     def __getitems__(self, indices: list[int]) -> dict[str, Tensor]:
-        return self._decoder.__getitems__([self._rows[index] for index in indices])
+        return _stack([self._readable(index) for index in indices])
+
+    def _readable(self, index: int) -> dict[str, np.ndarray]:
+        """The row, or where bad images are left out the next one that can be decoded."""
+        for place in range(index, index + len(self)):
+            if (found := self._decoder.decode(*self._rows[place % len(self)])) is not None:
+                return found
+        raise UsageError(f"none of the first {len(self)} images can be decoded")
 
 
 class RowBatches:
@@ -327,6 +334,10 @@ def stream_dataloader(
     )
     loader._is_accelerate_prepared = True
     return loader
+
+
+def _stack(rows: list[dict[str, np.ndarray]]) -> dict[str, Tensor]:
+    return {name: torch.from_numpy(np.stack([row[name] for row in rows])) for name in rows[0]}
 
 
 def _as_it_is(batch: dict[str, Tensor]) -> dict[str, Tensor]:

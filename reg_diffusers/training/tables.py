@@ -58,7 +58,10 @@ def _read(args: argparse.Namespace, source: Source, streaming: bool):
     if streaming and not local_names:
         if hasattr(builder.config, "decode_num_threads"):  # files of a Hub repository would come decoded
             builder.config.decode_num_threads = 0
-        return builder.as_streaming_dataset()
+        found = builder.as_streaming_dataset()
+        if any("://" in file for file in files) or not hasattr(next(iter(found.values())), "reshard"):
+            return found
+        return {name: split.reshard() for name, split in found.items()}  # tables by row groups, which mix better
     builder.download_and_prepare()
     return builder.as_dataset()
 
