@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import os
+import re
 import shlex
 import sys
 
+import psutil
 from accelerate import PartialState
 
 __all__ = ["launch_command", "resume_command"]
@@ -22,15 +24,43 @@ def launch_command(argv: list[str] | None, state: PartialState) -> str:
         argv: arguments of the script; None: those of this process.
         state: of the launch.
     """
-    argv = sys.argv[1:] if argv is None else argv
-    return shlex.join([*_launcher(state), "train_reg.py", *_without(argv, with_value=("--hub_token",))])
+    return _joined(_launcher(state), argv)
 
 
 def resume_command(argv: list[str] | None, state: PartialState) -> str:
-    """How to go on with a run from its newest checkpoint: the same command with --resume auto."""
+    """How to go on with a run from its newest checkpoint: the same command with --resume auto.
+
+    With the very flags of the launcher that started this process, such as its configuration, as far as can be seen.
+    """
     argv = sys.argv[1:] if argv is None else argv
     argv = _without(argv, with_value=_RESUME_FLAGS, alone=("--overwrite_output_dir",))
-    return launch_command([*argv, "--resume", "auto"], state)
+    return _joined(_own_launcher(state) or _launcher(state), [*argv, "--resume", "auto"])
+
+
+def _joined(launcher: list[str], argv: list[str] | None) -> str:
+    argv = sys.argv[1:] if argv is None else argv
+    return shlex.join([*launcher, "train_reg.py", *_without(argv, with_value=("--hub_token",))])
+
+
+def _own_launcher(state: PartialState) -> list[str] | None:
+    """The command of the parent process up to the script, if that is accelerate or torchrun."""
+    try:
+        words = psutil.Process(os.getppid()).cmdline()
+    except psutil.Error:
+        return None
+    names = [os.path.basename(word) for word in words]
+    script = os.path.basename(sys.argv[0])
+    if script not in names or not re.search("accelerate|torchrun|torch.distributed.run", " ".join(names)):
+        return None
+    end = names.index(script)
+    if names[1] in ("accelerate", "accelerate-launch", "torchrun"):  # else python -m ...
+        return [*_on_cpu(state), names[1], *words[2:end]]
+    return [*_on_cpu(state), "python", *words[1:end]]
+
+
+def _on_cpu(state: PartialState) -> list[str]:
+    is_wanted = state.num_processes > 1 and state.device.type == "cpu"
+    return ["env", "ACCELERATE_USE_CPU=true"] if is_wanted else []
 
 
 def _launcher(state: PartialState) -> list[str]:
@@ -39,8 +69,7 @@ def _launcher(state: PartialState) -> list[str]:
     machines = int(os.environ.get("GROUP_WORLD_SIZE", "1"))
     # The launcher takes several processes on CPUs only this way (accelerate 1.15).
     several = ["accelerate", "launch", "--multi_gpu", "--num_processes", str(state.num_processes)]
-    on_cpu = ["env", "ACCELERATE_USE_CPU=true"] if state.device.type == "cpu" else []
-    return [*on_cpu, *several, *(["--num_machines", str(machines)] if machines > 1 else [])]
+    return [*_on_cpu(state), *several, *(["--num_machines", str(machines)] if machines > 1 else [])]
 
 
 def _without(argv: list[str], with_value: tuple[str, ...], alone: tuple[str, ...] = ()) -> list[str]:
