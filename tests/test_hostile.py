@@ -127,6 +127,15 @@ def test_links_out_of_the_folder_are_refused(refused, folder, tmp_path):
     assert "linked/secret.png is not in there" in refused("--train_data_dir", folder)
 
 
+def test_a_relative_name_means_the_current_folder(load, tmp_path, monkeypatch):
+    for name in ("one", "two"):
+        (tmp_path / name / "photos").mkdir(parents=True)
+        monkeypatch.chdir(tmp_path / name)
+        PIL.Image.new("L", (8, 8)).save("photos/image.png")
+        np.save("fields.npy", np.zeros((2, 1, 8, 8)))
+        assert len(load("--train_data_dir", "photos")) == 1 and len(load("--train_data_dir", "fields.npy")) == 2
+
+
 def test_links_within_the_folder_and_a_link_to_the_folder_are_followed(load, folder, tmp_path):
     (folder / "again.png").symlink_to("fine.png")
     (tmp_path / "link").symlink_to(folder)
@@ -140,6 +149,15 @@ def test_a_table_that_names_files_elsewhere_is_refused(refused, folder, tmp_path
     pyarrow.parquet.write_table(pyarrow.table(rows), folder / "table.parquet")
     (folder / "fine.png").unlink()
     assert "is not in there, and is not read" in refused("--dataset_name", folder / "table.parquet")
+
+
+def test_a_way_out_through_a_link_and_back_is_refused(refused, folder, tmp_path):
+    """photos/linked/../secret.png is not photos/secret.png, but lies beside the folder that is linked."""
+    (tmp_path / "others").mkdir()
+    (folder / "linked").symlink_to(tmp_path / "others")
+    rows = {"image": [{"bytes": None, "path": f"{folder}/linked/../secret.png"}]}
+    pyarrow.parquet.write_table(pyarrow.table(rows), folder / "table.parquet")
+    assert "linked/../secret.png is not in there" in refused("--dataset_name", folder / "table.parquet")
 
 
 @pytest.mark.parametrize("files", ["../secret.png", "{}/secret.png", "../*.png"])

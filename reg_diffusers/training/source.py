@@ -40,7 +40,7 @@ class Source:
         if "://" in place:
             inside = any("://" in root and place.startswith(root) for root in self.roots)
         else:
-            inside = any(_is_in(_real_path(place), root) for root in map(_real_folder, self.roots))
+            inside = any(_is_in(_real_path(place), os.path.realpath(root)) for root in self.roots)
         if not inside:
             raise UsageError(
                 f"{self.flag}: {path} is not in there, and is not read: put it in there, or name the folder it is in"
@@ -107,7 +107,7 @@ def check_parquet(path: Path) -> int:
 
 def _real_path(path: str) -> str:
     """The path with links followed; folders are looked at once."""
-    folder, name = os.path.split(path)
+    folder, name = os.path.split(os.path.join(os.getcwd(), path))
     real = os.path.join(_real_folder(folder), name)
     return os.path.realpath(real) if name in ("", ".", "..") or os.path.islink(real) else real
 
