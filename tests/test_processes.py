@@ -3,24 +3,32 @@
 import json
 import os
 import re
+import shlex
+import shutil
+import signal
+import subprocess
+import sys
 import time
 from datetime import timedelta
 
 import numpy as np
+import psutil
 import pytest
 import torch
 import torch.distributed as dist
 from accelerate import Accelerator, PartialState
 from diffusers import DDPMScheduler, UNet2DModel
-from in_processes import in_processes, run_script
+from in_processes import FLAGS, ROOT, free_port, in_processes, run_script
 from safetensors.torch import load_file
 
-from reg_diffusers import RegularizedLoss, Term, regularizers, weighting
+from reg_diffusers import RegDDPMPipeline, RegularizedLoss, Term, regularizers, weighting
 from reg_diffusers.training import processes
 from reg_diffusers.training.errors import UsageError
 from reg_diffusers.training.interruption import Interruption
+from reg_diffusers.training.machines import bring_files
 
 IMAGES = 32
+CONFIGS = ROOT / "docs" / "accelerate"
 
 
 @pytest.fixture(scope="module")
@@ -350,3 +358,190 @@ def test_work_of_the_main_process_in_the_training_is_waited_for(folder):
         processes.leave_processes(state)
 
     in_processes(check)
+
+
+# Machines that do not see each other's files
+
+
+def move_to_own_folder(folder):
+    """Makes each process work in a folder of its machine, of which there are two with one process each."""
+
+    def prepare(script):
+        os.chdir(folder / f"machine-{os.environ['RANK']}")
+
+    return prepare
+
+
+@pytest.fixture(scope="module")
+def separate(folder):
+    for machine in range(2):
+        (folder / f"machine-{machine}").mkdir()
+        fill(folder / f"machine-{machine}")
+    flags = (*SEPARATE, "--max_train_steps", 4)
+    assert run_script(folder, *flags, prepare=move_to_own_folder(folder), machines=2) == [0, 0]
+    return folder
+
+
+SEPARATE = ("--output_dir", "out", "--checkpointing_steps", 2, "--lr_scheduler", "constant")
+
+
+def test_only_the_first_of_two_machines_keeps_files_and_its_checkpoints_are_complete(separate):
+    assert [path for path in (separate / "machine-1" / "out").rglob("*") if path.is_file()] == []
+    checkpoint = separate / "machine-0" / "out" / "checkpoint-4"
+    manifest = json.loads((checkpoint / "manifest.json").read_text())
+    of_each = {f"{name}_{rank}" for name in ("random_states", "counters") for rank in range(2)}
+    assert of_each <= {name.rsplit(".", 1)[0] for name in manifest["files"]}
+    RegDDPMPipeline.from_pretrained(separate / "machine-0" / "out")
+
+
+def test_a_checkpoint_that_one_machine_does_not_see_is_refused_and_resumed_when_it_is_copied(separate, capfd):
+    def go_on():
+        flags = (*SEPARATE, "--max_train_steps", 6, "--resume", "auto")
+        return run_script(separate, *flags, prepare=move_to_own_folder(separate), machines=2)
+
+    assert go_on() == [2, 2]
+    error = "error: process 1: out/checkpoint-4 is not there: name an --output_dir that all machines see, or copy"
+    assert error in capfd.readouterr().err
+    copied = separate / "machine-1" / "out" / "checkpoint-4"
+    shutil.copytree(separate / "machine-0" / "out" / "checkpoint-4", copied)
+    assert go_on() == [0, 0]
+    shared = ("--output_dir", "shared", "--max_train_steps", 6, "--lr_scheduler", "constant")
+    assert run_script(separate, *shared, machines=2) == [0, 0]
+    expected = weights(separate / "shared")
+    assert all(torch.equal(value, expected[name]) for name, value in weights(separate / "machine-0" / "out").items())
+
+
+def test_large_parts_of_other_machines_are_not_sent_but_refused(tmp_path):
+    def check():
+        state = processes.join_processes()
+        folder = tmp_path / f"machine-{state.process_index}"
+        (folder / "parts").mkdir(parents=True)
+        (folder / "parts" / f"{state.process_index}.txt").write_text(f"of {state.process_index}")
+        bring_files(state, folder)
+        if state.is_main_process:
+            assert (folder / "parts" / "1.txt").read_text() == "of 1"
+        (folder / f"{state.process_index}.bin").write_bytes(bytes(2**20 + 1))
+        with pytest.raises(UsageError, match=r"1\.bin is too large .* --output_dir that all machines see"):
+            bring_files(state, folder)
+        processes.leave_processes(state)
+
+    in_processes(check, machines=2)
+
+
+# Real launchers
+
+ACCELERATE = (sys.executable, "-m", "accelerate.commands.accelerate_cli", "launch")
+ENDLESS = (*FLAGS, *"--max_train_steps 100000 --preview_steps 100000 --lr_scheduler constant --output_dir run".split())
+
+
+def launch(folder, *words, **environment):
+    """Starts a command in a folder; what it says goes to a file there."""
+    environment = {**os.environ, "ACCELERATE_USE_CPU": "true", "GLOO_SOCKET_IFNAME": "lo", **environment}
+    with (folder / "said.txt").open("w") as said:
+        return subprocess.Popen(list(map(str, words)), cwd=folder, env=environment, stdout=said, stderr=said)
+
+
+def said(folder):
+    return (folder / "said.txt").read_text()
+
+
+def wait_for(condition, seconds=120):
+    deadline = time.monotonic() + seconds
+    while not condition() and time.monotonic() < deadline:
+        time.sleep(0.1)
+    assert condition()
+
+
+@pytest.mark.slow
+def test_processes_that_do_not_know_of_each_other_are_refused(tmp_path):
+    """torchrun without ACCELERATE_USE_CPU: each would train by itself into the same folder."""
+    fill(tmp_path)
+    launcher = (sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", 2, "--master_port", free_port())
+    assert launch(tmp_path, *launcher, ROOT / "train_reg.py", *ENDLESS, ACCELERATE_USE_CPU="false").wait(120) != 0
+    error = (
+        "error: 2 processes were launched, but accelerate joined 1: without GPUs, launch with ACCELERATE_USE_CPU=true"
+    )
+    assert said(tmp_path).count(error) == 1
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.slow
+def test_the_configuration_for_several_gpus_trains_and_the_printed_command_goes_on(tmp_path):
+    fill(tmp_path)
+    config = (*ACCELERATE, "--config_file", CONFIGS / "ddp.yaml", "--main_process_port", 0)
+    flags = (*FLAGS, *"--max_train_steps 2 --checkpointing_steps 2 --lr_scheduler constant --output_dir run".split())
+    assert launch(tmp_path, *config, ROOT / "train_reg.py", *flags).wait(120) == 0, said(tmp_path)
+    assert "2 x cpu" in said(tmp_path) and metrics(tmp_path / "run")[-1]["step"] == 2
+    command = re.search(r"go on from there with: (.*)", said(tmp_path)).group(1)
+    assert f"--config_file {CONFIGS / 'ddp.yaml'}" in command
+    places = {"python": sys.executable, "train_reg.py": ROOT / "train_reg.py"}
+    words = [places.get(word, word) for word in shlex.split(command)]
+    assert launch(tmp_path, *words, "--max_train_steps", 3).wait(120) == 0, said(tmp_path)
+    assert "2 x cpu" in said(tmp_path) and metrics(tmp_path / "run")[-1]["step"] == 3
+
+
+@pytest.mark.slow
+def test_two_launchers_train_one_model_as_two_machines(tmp_path):
+    """Over loopback, each in a folder of its own: one writes, both end well."""
+    port = free_port()
+    machines = []
+    for rank in range(2):
+        (tmp_path / str(rank)).mkdir()
+        fill(tmp_path / str(rank))
+        config = ("--config_file", CONFIGS / "multi_node.yaml", "--machine_rank", rank, "--main_process_port", port)
+        flags = (*FLAGS, *"--max_train_steps 3 --checkpointing_steps 2 --output_dir run --compare".split())
+        machines.append(launch(tmp_path / str(rank), *ACCELERATE, *config, ROOT / "train_reg.py", *flags))
+    codes = [machine.wait(200) for machine in machines]
+    assert 'RegDDPMPipeline.from_pretrained("run")' in said(tmp_path / "0"), said(tmp_path / "0")
+    assert codes == [0, 0], said(tmp_path / "0") + said(tmp_path / "1")
+    assert "2 x cpu" in said(tmp_path / "0") and metrics(tmp_path / "0" / "run")[-1]["step"] == 3
+    assert (tmp_path / "0" / "run" / "comparison.json").is_file()
+    assert [path for path in (tmp_path / "1" / "run").rglob("*") if path.is_file()] == []
+    RegDDPMPipeline.from_pretrained(tmp_path / "0" / "run")
+
+
+SRUN = """#!/usr/bin/env python3
+# Stands in for srun: one task for each node; signals go to the tasks.
+import os, signal, subprocess, sys
+tasks = [
+    subprocess.Popen(sys.argv[1:], env={**os.environ, "SLURM_NODEID": str(node)})
+    for node in range(int(os.environ["SLURM_NNODES"]))
+]
+signal.signal(signal.SIGUSR1, lambda number, frame: [task.send_signal(number) for task in tasks])
+sys.exit(max(abs(task.wait()) for task in tasks))
+"""
+
+
+@pytest.mark.slow
+def test_the_lines_for_slurm_save_at_the_signal_and_go_on_when_submitted_again(tmp_path):
+    """As docs/scaling.md prints them, with stand-ins for srun and scontrol, and other flags for train_reg.py."""
+    fill(tmp_path)
+    (script,) = re.findall(r"```bash\n(#!/bin/bash.*?)```", (ROOT / "docs" / "scaling.md").read_text(), re.DOTALL)
+    assert "#SBATCH --signal=USR1@" in script and "--resume auto'" in script
+    script = script.replace("docs/accelerate", str(CONFIGS)).replace("29500", str(free_port()))
+    script = script.replace("train_reg.py --train_data_dir photos --output_dir run", f"{ROOT / 'train_reg.py'} $FLAGS")
+    (tmp_path / "job.sh").write_text(script)
+    programs = {
+        "srun": SRUN,
+        "scontrol": "#!/bin/sh\necho 127.0.0.1\n",
+        "accelerate": f'#!/bin/sh\nexec {sys.executable} -m accelerate.commands.accelerate_cli "$@"\n',
+    }
+    (tmp_path / "bin").mkdir()
+    for name, text in programs.items():
+        (tmp_path / "bin" / name).write_text(text)
+        (tmp_path / "bin" / name).chmod(0o755)
+    environment = {"SLURM_NNODES": "2", "SLURM_GPUS_ON_NODE": "1", "SLURM_JOB_NODELIST": "node[1-2]"}
+    environment |= {"PATH": f"{tmp_path / 'bin'}:{os.environ['PATH']}", "FLAGS": " ".join(ENDLESS)}
+    job = launch(tmp_path, "bash", "job.sh", **environment)
+    wait_for((tmp_path / "run" / "metrics.jsonl").is_file)
+    (srun,) = psutil.Process(job.pid).children()
+    srun.send_signal(signal.SIGUSR1)
+    job.wait(120)
+    assert "stopped by SIGUSR1; go on with: " in said(tmp_path)
+    assert [process for process in psutil.process_iter(["cwd"]) if process.info["cwd"] == str(tmp_path)] == []
+    (checkpoint,) = (tmp_path / "run").glob("checkpoint-*")
+    step = int(checkpoint.name.split("-")[1])
+    environment["FLAGS"] += f" --max_train_steps {step + 2}"
+    assert launch(tmp_path, "bash", "job.sh", **environment).wait(120) == 0, said(tmp_path)
+    assert f"going on from run/{checkpoint.name}" in said(tmp_path)
+    assert metrics(tmp_path / "run")[-1]["step"] == step + 2

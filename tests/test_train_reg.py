@@ -430,27 +430,3 @@ def test_a_usage_error_ends_the_process_with_status_2(command_line, tmp_path):
     done = command_line("--regularizer", "smoothness", check=False)
     assert done.returncode == 2 and "Traceback" not in done.stderr
     assert done.stderr.strip().splitlines()[-1].startswith("train_reg.py: error: --regularizer: unknown")
-
-
-TORCHRUN = (sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2")
-
-
-@pytest.mark.slow
-def test_processes_that_do_not_know_of_each_other_are_refused(command_line, tmp_path):
-    env = {name: value for name, value in os.environ.items() if name != "ACCELERATE_USE_CPU"}
-    done = command_line(*QUICK, "--output_dir", "two", launcher=TORCHRUN, check=False, env=env)
-    assert "launch with ACCELERATE_USE_CPU=true" in done.stderr
-    assert not (tmp_path / "two").exists()
-
-
-@pytest.mark.slow
-def test_two_processes_train_one_model(command_line, tmp_path):
-    """With half the batch each: the same number of steps, one set of files, losses close to one process's."""
-    flags = [*QUICK, "--compare", "--max_train_steps", "4", "--output_dir", "two"]
-    env = {**os.environ, "ACCELERATE_USE_CPU": "true"}
-    launcher = (*ACCELERATE, "--multi_gpu", "--num_processes", "2")
-    done = command_line(*flags, launcher=launcher, env=env, check=False)  # gloo may abort at exit, when all is written
-    assert "2 x cpu" in done.stdout and 'from_pretrained("two")' in done.stdout
-    assert metrics(tmp_path / "two")[-1]["step"] == metrics(tmp_path / "two" / "plain")[-1]["step"] == 4
-    assert (tmp_path / "two" / "comparison.png").is_file()
-    RegDDPMPipeline.from_pretrained(str(tmp_path / "two"))
