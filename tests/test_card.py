@@ -10,6 +10,7 @@ import yaml
 from diffusers import DDIMScheduler, DDPMScheduler, FlowMatchEulerDiscreteScheduler, UNet2DModel
 from hub_client import Client, code_blocks
 from hub_server import HubServer
+from test_train_reg import train  # noqa: F401  (a fixture)
 
 from reg_diffusers import RegDDPMPipeline
 from reg_diffusers.card import merge_cards, model_card, read_card, write_card
@@ -293,6 +294,29 @@ def test_how_to_make_it_again(save):
     said = "Seed 3, 2 processes on cuda, mixed precision bf16; reg_diffusers 0.1, torch 2, commit abc with changes."
     assert said in card and "push_to_hub" not in card
     assert code_blocks(card, "bash") == ["accelerate launch train_reg.py --resolution 8\n"]
+
+
+def test_measurements_of_the_model_before_it_was_trained_further_go(train):  # noqa: F811
+    flags = ("--checkpointing_steps", 1, "--max_train_steps")
+    out = train("--compare", *flags, 1)
+    measured = {"comparison.json", "comparison.png", "evaluation.png"}
+    assert measured <= {path.name for path in out.iterdir()}
+    card = (out / "README.md").read_text()
+    assert 'RegDDPMPipeline.from_pretrained("out")' in card and "![Loss against distance](evaluation.png)" in card
+    train(*flags, 2, "--resume", "auto", "--allow_changed_settings")
+    assert not measured & {path.name for path in out.iterdir()}
+    card = (out / "README.md").read_text()
+    assert "What was optimised" in card and "evaluation.png" not in card
+
+
+def test_a_card_that_cannot_be_read_is_said_before_the_training(train, capsys):  # noqa: F811
+    out = train("--max_train_steps", 1)
+    (out / "README.md").write_text("---\nlicense: [mit\n---\n")
+    with pytest.raises(SystemExit):
+        train("--max_train_steps", 1, "--overwrite_output_dir")
+    said = capsys.readouterr().err.splitlines()[-1]
+    assert "--output_dir out: the metadata of its README.md cannot be read: " in said
+    assert said.endswith("repair or remove that file") and (out / "model_index.json").exists()
 
 
 # The metadata

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import yaml
 
+from ..card import CARD_FILE, read_card
 from ..files import write_whole
 from .checkpoint import named_checkpoint
 from .errors import UsageError
@@ -23,7 +24,8 @@ def prepare_output_dir(args: argparse.Namespace) -> None:
 
     Raises:
         UsageError: it holds other files, or an earlier run that neither --overwrite_output_dir nor
-            --resume_from_checkpoint is about; there is no such checkpoint; or it cannot be written.
+            --resume_from_checkpoint is about; there is no such checkpoint; its card cannot be read, and so not be
+            written anew at the end; or the folder cannot be written.
     """
     folder = Path(args.output_dir)
     flag = f"--output_dir {folder}"
@@ -38,6 +40,11 @@ def prepare_output_dir(args: argparse.Namespace) -> None:
             " --overwrite_output_dir to start anew"
         )
     named_checkpoint(args, folder)
+    try:
+        if (folder / CARD_FILE).is_file():
+            read_card(folder / CARD_FILE)
+    except ValueError as error:
+        raise UsageError(f"{flag}: {error}: repair or remove that file") from error
     if holds_files and not args.resume_from_checkpoint:
         _remove_earlier_run(args, folder)
     try:
