@@ -183,7 +183,7 @@ def test_conditions_are_taken_in_turn(model, sample, tmp_path):
     for name, pixels in zip(("a.png", "b.png"), pictures, strict=True):
         PIL.Image.fromarray(pixels).resize((24, 16)).save(tmp_path / "conditions" / name)
     (tmp_path / "conditions" / "notes.txt").write_text("no image")
-    sample("--num_images", 3, "--batch_size", 2, "--condition_dir", "conditions")
+    sample("--num_images", 5, "--batch_size", 3, "--condition_dir", "conditions")
     for index, picture in enumerate(read().values()):
         condition = torch.full((1, 1, 8, 8), -1.0 if index % 2 == 0 else 1.0)
         expected = np.asarray(by_hand(pipeline, index, condition=condition))
@@ -223,7 +223,8 @@ def test_bfloat16_is_close_and_leaves_the_network_as_it_was(model):
     for scheduler in fitting_samplers(pipeline):
         full = Sampler(pipeline, settings_for(pipeline, scheduler)).draw([0, 1])
         short = Sampler(pipeline, settings_for(pipeline, scheduler, mixed_precision="bf16")).draw([0, 1])
-        assert 0 < (full - short).abs().max() < 0.05 and short.dtype == torch.float32
+        assert 0 < (full - short).abs().max() < 0.05
+        assert (short != short.bfloat16()).any()  # only the network is that coarse
         assert torch.equal(Sampler(pipeline, settings_for(pipeline, scheduler)).draw([0, 1]), full)
 
 
@@ -258,7 +259,7 @@ def test_parts_of_an_array_file_are_gone_on_from(model, sample, tmp_path):
     parts.mkdir()
     marked = np.zeros_like(pictures[2])  # would be drawn again if it did not count
     np.save(parts / "000002.npy", marked)
-    (parts / ".000003.77.npy").write_bytes(b"half")
+    (parts / ".000003.1234567.npy").write_bytes(b"half")
     sample("--num_images", 4, "--batch_size", 1, "--output", "a.npz")
     stored = np.load("a.npz")["arr_0"]
     assert (stored[2] == marked).all() and (stored[[0, 1, 3]] == pictures[[0, 1, 3]]).all()
@@ -288,7 +289,7 @@ def test_what_is_there_is_not_drawn_again(model, sample):
     before = {path.name: path.stat().st_mtime_ns for path in Path("samples").iterdir()}
     for name in ("000001.png", "000004.png"):
         Path("samples", name).unlink()
-    Path("samples", ".000004.99.png").write_bytes(b"half a picture")
+    Path("samples", ".000004.1234567.png").write_bytes(b"half a picture")
     told = sample("--num_images", 6, "--batch_size", 64)
     assert "going on: 4 of 6 are in samples" in told
     after = {path.name: path.stat().st_mtime_ns for path in Path("samples").iterdir()}
