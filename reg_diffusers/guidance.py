@@ -17,7 +17,8 @@ By Tweedie's formula dps is Cov[x_0 | x_t] grad E: the score of p(x_0) exp(-E(x_
 x_0 | x_t, where lgd averages over a Gaussian around that mean; mpgd has the identity in place of the covariance. The
 factor N / 2 makes mpgd with guidance_scale=1 the displacement that training with the same `Term` gives a perfect
 network, to first order (see `weighting`, with w_d = 1, because in sampling there is no denoising loss to share with:
-`matched` is its gate g alone). Where all weightings are 0 nothing is computed.
+`matched` is its gate g alone; training moves less above the cap of w_d). Where all weightings are 0 nothing is
+computed.
 
 Sources: MPGD, He et al. 2024 (arXiv:2311.16424), without its autoencoder; DPS, Chung et al. 2023 (arXiv:2209.14687),
 eq. 16, with a step size that follows the noise level; LGD, Song et al. 2023 (ICML, PMLR 202), eq. 8. MPGD keeps the

@@ -124,8 +124,8 @@ class RegDDPMPipeline(DiffusionPipeline):
             condition: (B, K, H, W) or (1, K, H, W) in [-1, 1], for a network with K channels beside the image's.
             eta: DDIM's eta, 0 deterministic to 1 ancestral; other schedulers have no use for it.
             guidance: losses that steer the sampler, as `Term` with a weight and a weighting; see `guidance`.
-            guidance_scale: factor of them all; with "mpgd" and 1 the samples move, to first order, as training with
-                the same terms would move those of a perfect network.
+            guidance_scale: factor of them all; with "mpgd" and 1 x0_hat moves, to first order, as training with the
+                same terms would move that of a perfect network (with `matched`, up to SNR 99).
             guidance_method: "mpgd", without a gradient through the network; "dps", through it; "lgd", through it and
                 averaged over noisy copies of x0_hat.
             guidance_samples: noisy copies that "lgd" takes.

@@ -29,7 +29,6 @@ def in_processes(function, *args, number=2, machines=1):
         "MASTER_ADDR": "127.0.0.1",
         "MASTER_PORT": free_port(),
         "ACCELERATE_USE_CPU": "true",
-        "OMP_NUM_THREADS": 1,
         "GLOO_SOCKET_IFNAME": "lo",
     }
     start_processes(_called, (function, args, environment), nprocs=number, start_method="fork")
@@ -53,6 +52,7 @@ def _called(rank, function, args, environment):
     local_rank = rank % environment["LOCAL_WORLD_SIZE"]
     os.environ.update({name: str(value) for name, value in environment.items()}, RANK=str(rank))
     os.environ["LOCAL_RANK"] = str(local_rank)
+    os.environ.pop("OMP_NUM_THREADS", None)
     for state in (AcceleratorState, PartialState, GradientState):
         state._reset_state()
     torch.set_num_threads(1)  # threads of the process that was forked are gone

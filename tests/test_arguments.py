@@ -5,6 +5,8 @@ import yaml
 
 from reg_diffusers.training.arguments import build_parser, parse_args
 
+pytestmark = pytest.mark.training
+
 # The flags of diffusers' train_unconditional.py.
 THEIR_FLAGS = """
 dataset_name dataset_config_name model_config_name_or_path train_data_dir output_dir overwrite_output_dir

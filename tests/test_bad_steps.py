@@ -12,6 +12,8 @@ from test_train_reg import differ, metrics, train, weights  # noqa: F401
 
 from reg_diffusers.training.bad_steps import BadSteps
 
+pytestmark = pytest.mark.reliability
+
 TIMESTEPS, IDS = torch.tensor([5, 900]), torch.tensor([3, 17])
 
 

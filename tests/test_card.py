@@ -16,6 +16,8 @@ from reg_diffusers import RegDDPMPipeline
 from reg_diffusers.card import merge_cards, model_card, read_card, write_card
 from reg_diffusers.measurement import Measurement, write_comparison
 
+pytestmark = pytest.mark.hub
+
 KINDS = {  # what differs from an unconditional model of grey pictures
     "plain": {},
     "flow": {"scheduler": FlowMatchEulerDiscreteScheduler()},

@@ -14,6 +14,8 @@ import torch
 from safetensors.torch import load_file
 from test_train_reg import QUICK, ROOT, differ, metrics, refusal, train, weights  # noqa: F401
 
+pytestmark = pytest.mark.reliability
+
 FLAGS = ("--max_train_steps", 9, "--checkpointing_steps", 3)
 
 

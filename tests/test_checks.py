@@ -21,6 +21,8 @@ from reg_diffusers.training.data import FieldData
 from reg_diffusers.training.errors import UsageError
 from reg_diffusers.training.networks import find_networks
 
+pytestmark = pytest.mark.training
+
 
 def data_of(array):
     return FieldData(np.asarray(array, dtype=np.float32))

@@ -21,6 +21,8 @@ from reg_diffusers import weighting
 from reg_diffusers.objective import RegularizedLoss, Term
 from reg_diffusers.prediction import noise_level
 
+pytestmark = pytest.mark.loss
+
 DIM = 4
 STEPS = 6
 MIXING = torch.tensor(

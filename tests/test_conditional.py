@@ -13,6 +13,8 @@ from reg_diffusers.training.arguments import parse_args
 from reg_diffusers.training.data import flip_half, load_training_data
 from reg_diffusers.training.errors import UsageError
 
+pytestmark = pytest.mark.training
+
 COLUMN = ("--conditioning_image_column", "conditioning")
 
 

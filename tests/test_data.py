@@ -16,6 +16,8 @@ from reg_diffusers.training.data import Normalization, flip_half, load_training_
 from reg_diffusers.training.errors import UsageError
 from reg_diffusers.training.pictures import decode
 
+pytestmark = pytest.mark.training
+
 
 @pytest.fixture
 def load(tmp_path):

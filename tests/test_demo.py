@@ -25,6 +25,8 @@ from reg_diffusers.regularizers import symmetry, total_variation
 from reg_diffusers.samplers import fitting_samplers
 from reg_diffusers.training.errors import UsageError
 
+pytestmark = pytest.mark.sampling
+
 
 def make_pipeline(unet, **config):
     return RegDDPMPipeline(unet.eval(), DDPMScheduler(prediction_type="v_prediction", **config))

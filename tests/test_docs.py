@@ -1,16 +1,20 @@
 """The documentation: its code runs, its images exist, its tables agree with the package, Sphinx has no complaints."""
 
+import json
 import re
 import runpy
 import subprocess
 import sys
 from pathlib import Path
+from statistics import mean
 
 import pytest
 import torch
 
 from reg_diffusers import RegularizedLoss, Term, X0Regularization, load_regularizer, regularizers
 from reg_diffusers.regularizers import mean_intensity
+
+pytestmark = pytest.mark.project
 
 ROOT = Path(__file__).parents[1]
 PAGES = [page for page in (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))) if page.exists()]
@@ -60,6 +64,20 @@ def test_every_image_is_shown_and_small():
     assert images
     assert [image.name for image in images if image.name not in text] == []
     assert [image.name for image in images if image.stat().st_size > 150_000] == []
+
+
+def test_the_four_corners_are_as_measured():
+    page = (ROOT / "docs" / "guidance.md").read_text(encoding="utf-8")
+    measured = json.loads((ROOT / "docs" / "benchmarks" / "four_corners.json").read_text())
+    rows = {name: [run[name] for run in measured["runs"]] for name in ("data", "plain", "trained")}
+    for method in ("mpgd", "dps", "lgd"):
+        for name, key in (("guided", "as low as trained"), ("trained and guided", "trained, same scale")):
+            of_method = [run[key][method] for run in measured["runs"]]
+            scale = mean(row["scale"] for row in of_method)
+            rows[f"{name}, `{method}`, scale {scale:.2g}"] = of_method
+    for name, of_name in rows.items():
+        loss, distance = (mean(row[key] for row in of_name) for key in ("loss", "distance"))
+        assert f"| {name} | {loss:.3f} | {distance:.3f} |" in page
 
 
 def test_every_regularizer_is_in_the_table():
@@ -129,7 +147,7 @@ def test_error_messages_are_those_of_the_table(message):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("script", ["mathematics", "regularizers"])
+@pytest.mark.parametrize("script", ["mathematics", "regularizers", "four_corners"])
 def test_figures_can_be_made(script, tmp_path, monkeypatch):
     folder = ROOT / "docs" / "figures"
     monkeypatch.syspath_prepend(str(folder))

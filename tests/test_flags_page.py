@@ -7,6 +7,8 @@ import pytest
 from reg_diffusers.cli import main
 from reg_diffusers.training.arguments import build_parser
 
+pytestmark = pytest.mark.training
+
 DOCS = Path(__file__).parents[1] / "docs"
 
 

@@ -27,6 +27,8 @@ from reg_diffusers.samplers import fitting_samplers
 from reg_diffusers.training.arguments import parse_args
 from reg_diffusers.training.data import load_training_data
 
+pytestmark = pytest.mark.sampling
+
 STEPS = 3
 QUICK = ("--model", "model", "--num_inference_steps", STEPS, "--num_threads", 1)
 

@@ -16,6 +16,8 @@ from reg_diffusers.regularizers import mean_intensity, total_variation
 from reg_diffusers.term import TermError
 from reg_diffusers.weighting import constant, low_noise, matched
 
+pytestmark = pytest.mark.sampling
+
 # One of each class that can sample by itself, in each parameterization that it has.
 SCHEDULERS = [
     *(

@@ -28,6 +28,8 @@ from reg_diffusers.training.data import load_training_data
 from reg_diffusers.training.errors import UsageError
 from reg_diffusers.training.model import load_given_model
 
+pytestmark = pytest.mark.reliability
+
 SECRET = 9  # the grey of an image that nobody may read
 
 

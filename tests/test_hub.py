@@ -14,6 +14,8 @@ from hub_storage import Repository
 from huggingface_hub import ModelCard
 from safetensors.torch import load, load_file
 
+pytestmark = pytest.mark.hub
+
 REPO, OUT = "tester/smooth", "my runs/smooth run"
 RUN = (
     "--regularizer total_variation my_losses:Dark --reg_weight 0.05 0.1 --reg_weighting matched my_losses:early"

@@ -12,6 +12,8 @@ from diffusers import DDPMPipeline, DDPMScheduler
 from hub_server import TOKEN, HubServer, client_environment
 from hub_storage import Repository
 
+pytestmark = pytest.mark.hub
+
 PRELUDE = """
 import json, sys
 from huggingface_hub import HfApi, HfFileSystem, snapshot_download

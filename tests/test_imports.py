@@ -9,6 +9,8 @@ import pytest
 
 import reg_diffusers
 
+pytestmark = pytest.mark.project
+
 PACKAGE = Path(reg_diffusers.__file__).parent
 SCRIPT = PACKAGE.parent / "train_reg.py"
 

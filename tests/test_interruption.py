@@ -15,6 +15,8 @@ from test_train_reg import QUICK, ROOT, metrics
 from reg_diffusers.training.arguments import parse_args
 from reg_diffusers.training.interruption import Interruption
 
+pytestmark = pytest.mark.reliability
+
 ENDLESS = [
     *QUICK,
     *"--no-compare --max_train_steps 100000 --output_dir out --preview_steps 100000 --lr_scheduler constant".split(),

@@ -7,6 +7,8 @@ from losses import TIMESTEPS, images, loss_and_gradients, mean_square, scaled_sq
 from reg_diffusers import weighting
 from reg_diffusers.objective import RegularizedLoss, Term, X0Regularization
 
+pytestmark = pytest.mark.loss
+
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
 def test_an_image_whose_value_is_not_finite_loses_its_extra_gradient_only(bad):

@@ -19,6 +19,8 @@ from reg_diffusers.prediction import (
 )
 from reg_diffusers.regularizers import total_variation
 
+pytestmark = pytest.mark.loss
+
 # The value
 
 

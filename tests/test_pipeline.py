@@ -28,6 +28,8 @@ from diffusers.utils import logging
 from reg_diffusers import RegDDPMPipeline, standalone
 from reg_diffusers.regularizers import mean_intensity, total_variation
 
+pytestmark = pytest.mark.sampling
+
 
 def quiet(pipeline):
     pipeline.set_progress_bar_config(disable=True)

@@ -20,6 +20,8 @@ from reg_diffusers.prediction import (
     scale_model_input,
 )
 
+pytestmark = pytest.mark.loss
+
 THREE_TYPES = ("epsilon", "sample", "v_prediction")
 NO_CLIPPING = {"clip_sample": False}
 KARRAS = {"use_karras_sigmas": True}

@@ -27,6 +27,8 @@ from reg_diffusers.training.errors import UsageError
 from reg_diffusers.training.interruption import Interruption
 from reg_diffusers.training.machines import bring_files
 
+pytestmark = pytest.mark.reliability
+
 IMAGES = 32
 CONFIGS = ROOT / "docs" / "accelerate"
 
@@ -217,7 +219,8 @@ def record(folder):
 
 
 def test_processes_have_the_same_weights_but_other_images_noise_and_timesteps(folder):
-    assert run_script(folder, "--max_train_steps", 2, "--output_dir", "seen", prepare=record(folder)) == [0, 0]
+    flags = "--max_train_steps 2 --output_dir seen --num_threads 3"
+    assert run_script(folder, *flags.split(), prepare=record(folder)) == [0, 0]
     ranks = [torch.load(folder / f"seen-{rank}") for rank in range(2)]
     for one, other in zip(*ranks, strict=True):
         images, noise, timesteps, before, threads = (
@@ -227,7 +230,7 @@ def test_processes_have_the_same_weights_but_other_images_noise_and_timesteps(fo
         assert not before.any() and not threads.any()
     first, second = ranks[0]
     assert (first[1] != second[1]).all() and (first[3] != second[3]).any()
-    assert first[4] == 1  # --num_threads, which accelerate would have changed
+    assert first[4] == 3  # --num_threads, which accelerate would have changed
 
 
 # Nobody waits for ever
@@ -261,12 +264,10 @@ def test_a_regularizer_that_is_bad_on_one_process_stops_all_at_the_same_step(fol
     assert metrics(folder / "bad")[-1]["nonfinite/bad_on_one_process"] == 52  # of the other process
     assert all(value.isfinite().all() for value in load_file(folder / "bad/checkpoint-20/model.safetensors").values())
 
-
-def test_a_run_stopped_by_a_bad_regularizer_goes_on_without_it(folder):
-    """The steps in a row that were saved are not held against a regularizer that has been mended."""
-    flags = "--regularizer own_losses:bad_on_one_process --reg_weighting constant --max_train_steps 24 --resume auto"
-    flags += " --max_bad_steps 6 --output_dir bad --allow_changed_settings"
-    assert run_script(folder, *flags.split()) == [0, 0]
+    # The steps in a row that were saved are not held against a regularizer that has been mended.
+    assert run_script(
+        folder, *flags.split(), "--max_train_steps", 24, "--resume", "auto", "--allow_changed_settings"
+    ) == [0, 0]
     assert metrics(folder / "bad")[-1]["step"] == 24
 
 

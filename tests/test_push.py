@@ -13,6 +13,8 @@ from huggingface_hub import ModelCard
 
 from reg_diffusers import RegDDPMPipeline
 
+pytestmark = pytest.mark.hub
+
 RECORD = {
     "command": "accelerate launch train_reg.py",
     "seed": 0,

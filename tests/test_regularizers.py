@@ -21,6 +21,8 @@ from reg_diffusers.regularizers import (
     total_variation,
 )
 
+pytestmark = pytest.mark.loss
+
 ALL = regularizers.__all__
 
 

@@ -9,6 +9,8 @@ import torch
 from reg_diffusers import regularizers, weighting
 from reg_diffusers.specs import load_regularizer, load_weighting
 
+pytestmark = pytest.mark.loss
+
 USER_MODULE = """
     import torch
 

@@ -28,6 +28,8 @@ from reg_diffusers.training.data import load_training_data, make_dataloader
 from reg_diffusers.training.errors import UsageError
 from reg_diffusers.training.source import Source
 
+pytestmark = pytest.mark.training
+
 STREAM = ("--streaming", "--resolution", 8)
 
 

@@ -10,6 +10,8 @@ from reg_diffusers import weighting
 from reg_diffusers.objective import RegularizedLoss, Term, X0Regularization
 from reg_diffusers.regularizers import total_variation
 
+pytestmark = pytest.mark.training
+
 # What a regularizer must be
 
 

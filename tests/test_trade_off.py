@@ -9,6 +9,8 @@ from matplotlib.figure import Figure
 from reg_diffusers.evaluation.trade_off import draw_evaluation
 from reg_diffusers.measurement import Measurement
 
+pytestmark = pytest.mark.training
+
 
 def rows(*names):
     def row(value):

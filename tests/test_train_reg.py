@@ -29,6 +29,8 @@ from safetensors.torch import load_file
 
 from reg_diffusers import RegDDPMPipeline
 
+pytestmark = pytest.mark.training
+
 ROOT = Path(__file__).parents[1]
 QUICK = (
     "--resolution 8 --train_batch_size 8 --ddpm_num_inference_steps 2 --eval_batch_size 4 --lr_warmup_steps 0".split()

@@ -9,6 +9,8 @@ import torch
 from reg_diffusers import weighting
 from reg_diffusers.prediction import NoiseLevel, noise_level
 
+pytestmark = pytest.mark.loss
+
 INFINITY = math.inf
 GATE_OPENS_AT = 10 / 7  # g = 1 / (1 + (10 / SNR)^2) = 0.02
 

@@ -156,7 +156,7 @@ def _scale_slider(method: str) -> gr.Slider:
         *(0, largest, value),
         step=step,
         label="Guidance scale",
-        info="How strongly: 0 is none; with mpgd, 0.05 does about what training with weight 0.05 does.",
+        info="How strongly: 0 is none. Too much, and L' rises again.",
     )
 
 
