@@ -2,7 +2,6 @@
 
 import json
 import math
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -102,9 +101,7 @@ def test_an_overflow_of_the_gradient_scaler_is_not_counted(tmp_path):
     """With a scaler gradients may be infinite while it looks for its scale; the loss may not."""
     accelerator = Accelerator(cpu=True)
     model, optimizer, bad_steps = prepared(accelerator, tmp_path)
-    bad_steps._accelerator = SimpleNamespace(
-        scaler=torch.amp.GradScaler("cpu"), reduce=accelerator.reduce, is_main_process=True, process_index=0
-    )
+    accelerator.scaler = torch.amp.GradScaler("cpu")
     loss = model(torch.ones(1, 1)).sum()
     for number, (value, norm) in enumerate(((loss, math.inf), (loss * math.nan, math.nan)), start=1):
         bad_steps.spread(value, TIMESTEPS, IDS)
