@@ -138,7 +138,6 @@ def train(args, data, settings, resume, interruption, output_dir, terms=(), uplo
         num_training_steps=max_train_steps,
     )
 
-    accelerator.register_for_checkpointing(progress, lr_scheduler, *([ema] if ema else []))
     set_seed(args.seed, device_specific=True)  # other noise on each process
     metrics = MetricsLog(accelerator, output_dir / "metrics.jsonl")
     bad_steps = BadSteps(accelerator, output_dir / "bad_steps.jsonl", args.max_bad_steps)
@@ -147,8 +146,9 @@ def train(args, data, settings, resume, interruption, output_dir, terms=(), uplo
     counters = {"metrics": metrics, "bad_steps": bad_steps, "nonfinite": dropped}
     if args.streaming:
         counters["stream"] = dataloader.batch_sampler
+    states = {"progress": progress, "lr_scheduler": lr_scheduler, **({"ema": ema} if ema else {})}
     checkpoints = Checkpoints(
-        accelerator, output_dir, lr_scheduler, settings, args.checkpoints_total_limit, counters, resume
+        accelerator, output_dir, states, settings, args.checkpoints_total_limit, counters, resume
     )
     checkpoints.resume(args)
     for log in (metrics, bad_steps):

@@ -1,9 +1,9 @@
 """Checkpoints to resume a training from, at the very step, with the same future.
 
-A checkpoint is a folder checkpoint-STEP: what accelerate saves (weights, optimizer, learning rate, random numbers of
-each process), the counters of each process, and a manifest with the size and SHA-256 of every file and the settings
-that the mathematics depends on. It is written under another name, forced to the disk, and renamed when it is complete;
-so a folder of that name is whole, unless the disk damaged it, which the manifest tells.
+A checkpoint is a folder checkpoint-STEP: what accelerate saves (weights, optimizer, random numbers of each process),
+the states that all processes share, the counters of each process, and a manifest with the size and SHA-256 of every
+file and the settings that the mathematics depends on. It is written under another name, forced to the disk, and
+renamed when it is complete; so a folder of that name is whole, unless the disk damaged it, which the manifest tells.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Protocol
 
+import torch
 from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list
 
@@ -33,7 +34,7 @@ _REPLACED = ".replaced"
 
 
 class Progress:
-    """How far a training is; register it with `accelerator.register_for_checkpointing`.
+    """How far a training is; one of the states of its `Checkpoints`.
 
     Attributes:
         step: optimizer steps done.
@@ -63,8 +64,8 @@ def endless_batches(accelerator: Accelerator, dataloader, progress: Progress):
         progress.batch = 0
 
 
-class Counters(Protocol):
-    """What each process counts for itself: its state must be JSON."""
+class Stateful(Protocol):
+    """What has a state to go on from."""
 
     def state_dict(self) -> dict: ...
 
@@ -75,12 +76,13 @@ class Checkpoints:
     """The checkpoints of one training, in its output folder.
 
     Args:
-        accelerator: with everything prepared and registered.
+        accelerator: with everything prepared.
         output_dir: where they are.
-        lr_scheduler: of the training, registered with the accelerator.
+        states: by name, what is the same in all processes, the "lr_scheduler" among them; tensors and plain values.
+            Not registered with accelerate, which would load them as pickles that can run code.
         settings: what the mathematics depends on, as JSON; kept in each checkpoint for `changed_settings`.
         limit: how many are kept; None: all.
-        counters: by name, what each process counts for itself.
+        counters: by name, what each process counts for itself; JSON.
         command: that goes on with the run; told at each saving.
     """
 
@@ -88,15 +90,15 @@ class Checkpoints:
         self,
         accelerator: Accelerator,
         output_dir: Path,
-        lr_scheduler,
+        states: dict[str, Stateful],
         settings: dict,
         limit: int | None = None,
-        counters: dict[str, Counters] | None = None,
+        counters: dict[str, Stateful] | None = None,
         command: str = "",
     ):
         self._accelerator = accelerator
         self._output_dir = output_dir
-        self._lr_scheduler = lr_scheduler
+        self._states = states
         self._settings = settings
         self._limit = limit
         self._counters = counters or {}
@@ -122,10 +124,12 @@ class Checkpoints:
         if folder is None:
             return None
         check_folder(self._accelerator.state, folder)
-        new = _hyperparameters(self._lr_scheduler)
+        lr_scheduler = self._states["lr_scheduler"]
+        new = _hyperparameters(lr_scheduler)
         self._accelerator.load_state(str(folder))
+        self._load_states(folder)
         if _read_manifest(folder)["settings"] != self._settings:
-            _keep_hyperparameters(self._lr_scheduler, new)
+            _keep_hyperparameters(lr_scheduler, new)
         states = json.loads((folder / self._counters_file).read_text())
         for name, counter in self._counters.items():
             counter.load_state_dict(states[name])
@@ -160,8 +164,19 @@ class Checkpoints:
 
     def _write(self, unfinished: Path) -> None:
         self._accelerator.save_state(str(unfinished))
+        for name, state in self._states.items():
+            content = state.state_dict()  # asked of all processes, because weights may be divided among them
+            if self._accelerator.is_main_process:
+                torch.save(content, unfinished / f"{name}.bin")
         states = {name: counter.state_dict() for name, counter in self._counters.items()}
         (unfinished / self._counters_file).write_text(json.dumps(states))
+
+    def _load_states(self, folder: Path) -> None:
+        for name, state in self._states.items():
+            path = folder / f"{name}.bin"
+            if not path.is_file():  # with --allow_changed_settings
+                raise UsageError(f"--resume: {folder} has no {name}: leave out what needs it, such as --use_ema")
+            state.load_state_dict(torch.load(path, map_location="cpu", weights_only=True))
 
     def _complete(self, unfinished: Path, folder: Path, step: int) -> None:
         files = sorted(path for path in unfinished.rglob("*") if path.is_file())

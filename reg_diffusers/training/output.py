@@ -68,7 +68,11 @@ def _remove_earlier_run(args: argparse.Namespace, folder: Path) -> None:
 
 
 def save_pipeline(pipeline, folder: Path) -> None:
-    """Saves a pipeline file by file, each whole or not at all: until a new one is there, the old one is."""
+    """Saves a pipeline file by file, each whole or not at all: until a new one is there, the old one is.
+
+    Raises:
+        UsageError: the disk is full.
+    """
     temporary = folder / ".pipeline"
     shutil.rmtree(temporary, ignore_errors=True)
     try:
@@ -77,6 +81,10 @@ def save_pipeline(pipeline, folder: Path) -> None:
             target = folder / path.relative_to(temporary)
             target.parent.mkdir(parents=True, exist_ok=True)
             path.replace(target)
+    except Exception as error:  # which one it is depends on the library that wrote
+        if "No space left" not in str(error):
+            raise
+        raise UsageError(f"{folder}: the pipeline cannot be saved: no space left on device: make room") from error
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
 
