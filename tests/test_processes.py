@@ -233,6 +233,14 @@ def test_processes_have_the_same_weights_but_other_images_noise_and_timesteps(fo
     assert first[4] == 3  # --num_threads, which accelerate would have changed
 
 
+def test_fewer_images_than_a_step_takes_come_again_so_that_all_batches_are_equal(tmp_path):
+    fill(tmp_path)
+    np.save(tmp_path / "fields.npy", np.load(tmp_path / "fields.npy")[:3])
+    assert run_script(tmp_path, "--max_train_steps", 2, "--output_dir", "few", prepare=record(tmp_path)) == [0, 0]
+    sizes = [[len(images) for images, *_ in torch.load(tmp_path / f"seen-{rank}")] for rank in range(2)]
+    assert sizes == [[4, 4], [4, 4]]
+
+
 # Nobody waits for ever
 
 
