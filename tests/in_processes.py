@@ -4,6 +4,7 @@ import importlib.util
 import os
 import socket
 import sys
+import time
 from pathlib import Path
 
 import torch
@@ -16,11 +17,14 @@ FLAGS = (
     " --model_config_name_or_path tiny --mixed_precision no --num_threads 1 --lr_warmup_steps 0 --no-compare"
 ).split()
 
+_PATIENCE = 300  # seconds
+
 
 def in_processes(function, *args, number=2, machines=1):
     """Calls `function(*args)` in so many forked processes; an error in one is raised here.
 
-    They find the environment that torchrun makes, with the same number of processes on each machine.
+    They find the environment that torchrun makes, with the same number of processes on each machine. A test that calls
+    this is marked `forks`: it runs before this process has threads, whose locks a forked one would wait for.
     """
     environment = {
         "WORLD_SIZE": number,
@@ -31,7 +35,13 @@ def in_processes(function, *args, number=2, machines=1):
         "ACCELERATE_USE_CPU": "true",
         "GLOO_SOCKET_IFNAME": "lo",
     }
-    start_processes(_called, (function, args, environment), nprocs=number, start_method="fork")
+    started = start_processes(_called, (function, args, environment), nprocs=number, join=False, start_method="fork")
+    end = time.monotonic() + _PATIENCE
+    while not started.join(timeout=1):
+        if time.monotonic() > end:
+            for process in started.processes:
+                process.kill()
+            raise TimeoutError(f"{number} processes have not ended after {_PATIENCE} s")
 
 
 def run_script(folder, *flags, prepare=lambda script: None, **launch):

@@ -27,7 +27,7 @@ from reg_diffusers.training.errors import UsageError
 from reg_diffusers.training.interruption import Interruption
 from reg_diffusers.training.machines import bring_files
 
-pytestmark = pytest.mark.reliability
+pytestmark = [pytest.mark.reliability, pytest.mark.forks]
 
 IMAGES = 32
 CONFIGS = ROOT / "docs" / "accelerate"

@@ -27,7 +27,7 @@ from reg_diffusers.training.engine import check_engine
 from reg_diffusers.training.errors import UsageError
 from reg_diffusers.training.gathering import SampledNetwork, divided_like, is_divided, whole
 
-pytestmark = pytest.mark.reliability
+pytestmark = [pytest.mark.reliability, pytest.mark.forks]
 
 CONFIGS = ROOT / "docs" / "accelerate"
 
