@@ -17,7 +17,7 @@ import yaml
 
 from .errors import UsageError
 
-__all__ = ["build_parser", "parse_args"]
+__all__ = ["add_objective_flags", "build_parser", "complete", "parse_args"]
 
 # With no data of the user's own the run is a demonstration that ends within minutes on two cores.
 DEMO_DEFAULTS = {
@@ -73,6 +73,31 @@ def build_parser() -> argparse.ArgumentParser:
     for add_group in (_data, _model, _regularization, _optimization, _output, _hub):
         add_group(parser)
     return parser
+
+
+def add_objective_flags(parser: argparse.ArgumentParser) -> None:
+    """Adds the flags about data, model and regularization to another command, which calls `complete` on its arguments.
+
+    Their defaults are left open there, because those of a training depend on its data.
+    """
+    for add_group in (_data, _model, _regularization):
+        add_group(parser)
+    parser.set_defaults(**{name: None for name in (*DEMO_DEFAULTS, *DEMO_MODEL_DEFAULTS)})
+
+
+def complete(args: argparse.Namespace) -> argparse.Namespace:
+    """What a training with these flags would have as settings, its other flags at their defaults.
+
+    Raises:
+        UsageError: a setting that cannot work.
+    """
+    settings = vars(build_parser().parse_args([]))
+    if args.dataset_name is None and args.train_data_dir is None:
+        settings |= DEMO_DEFAULTS | (DEMO_MODEL_DEFAULTS if args.pretrained_model_name_or_path is None else {})
+    settings |= {name: value for name, value in vars(args).items() if value is not None}
+    completed = argparse.Namespace(**settings)
+    _check(completed)
+    return completed
 
 
 def _data(parser) -> None:
