@@ -20,7 +20,9 @@ _HOME = {
     "TermError": "term",
     "X0Regularization": "objective",
     "add_noise": "prediction",
+    "diagnose": "evaluation",
     "draw_timesteps": "objective",
+    "judge": "evaluation",
     "load_regularizer": "specs",
     "load_weighting": "specs",
     "model_output_for": "prediction",
@@ -32,6 +34,7 @@ _HOME = {
 }
 _SUBMODULES = (
     "conditioning",
+    "evaluation",
     "guidance",
     "objective",
     "pipeline",

@@ -82,7 +82,7 @@ def add_objective_flags(parser: argparse.ArgumentParser) -> None:
     """
     for add_group in (_data, _model, _regularization):
         add_group(parser)
-    parser.set_defaults(**{name: None for name in (*DEMO_DEFAULTS, *DEMO_MODEL_DEFAULTS)})
+    parser.set_defaults(**dict.fromkeys((*DEMO_DEFAULTS, *DEMO_MODEL_DEFAULTS)))
 
 
 def complete(args: argparse.Namespace) -> argparse.Namespace:
@@ -91,7 +91,7 @@ def complete(args: argparse.Namespace) -> argparse.Namespace:
     Raises:
         UsageError: a setting that cannot work.
     """
-    settings = vars(build_parser().parse_args([]))
+    settings = vars(args) | vars(build_parser().parse_args([]))
     if args.dataset_name is None and args.train_data_dir is None:
         settings |= DEMO_DEFAULTS | (DEMO_MODEL_DEFAULTS if args.pretrained_model_name_or_path is None else {})
     settings |= {name: value for name, value in vars(args).items() if value is not None}

@@ -1,0 +1,180 @@
+"""The subcommand `diagnose`: whether a loss on the image makes sense, before anything is trained."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+from ..training.arguments import add_objective_flags, complete
+
+__all__ = ["add_parser", "run"]
+
+_IMAGES = 10_000
+
+
+def add_parser(subparsers) -> argparse.ArgumentParser:
+    """Adds the subcommand to those of `reg-diffusers`."""
+    parser = subparsers.add_parser(
+        "diagnose",
+        help="does this loss make sense on these data? At which noise, with which weight, at what price?",
+        description="Measures what a loss on the image would do to the best possible model of the data, without"
+        " training one: does lowering it lead towards real images, at which noise levels, how much does it cost, which"
+        " weight is affordable. Takes the flags of train_reg.py about data, model and regularization; each"
+        " --regularizer gets a verdict, a table, a figure (PNG, SVG) and a JSON file.",
+        allow_abbrev=False,
+    )
+    add = parser.add_argument
+    add(
+        "--model",
+        metavar="FOLDER_OR_ID",
+        help="a trained pipeline whose own guesses are measured beside the best ones",
+    )
+    add(
+        "--num_images",
+        type=int,
+        default=_IMAGES,
+        metavar="N",
+        help="images used of a larger set (default: %(default)s)",
+    )
+    add(
+        "--num_levels",
+        type=int,
+        default=20,
+        metavar="N",
+        help="timesteps looked at, evenly in log SNR (default: %(default)s)",
+    )
+    add(
+        "--seed",
+        type=int,
+        default=0,
+        metavar="N",
+        help="of the choice of images and of the noise (default: %(default)s)",
+    )
+    add("--output", default="diagnosis", metavar="FOLDER", help="for figures and JSON (default: %(default)s)")
+    add("--overwrite", action="store_true", help="replace the files of an earlier diagnosis")
+    add_objective_flags(parser)
+    parser.set_defaults(run=run)
+    return parser
+
+
+def run(args: argparse.Namespace) -> None:
+    """Diagnoses each regularizer in turn; what cannot work gets that as its verdict.
+
+    Raises:
+        UsageError: data, model or settings that cannot be used, files that would be overwritten.
+    """
+    from ..training.checks import check_terms
+    from ..training.errors import UsageError
+    from ..training.model import build_noise_scheduler, load_given_model
+    from ..training.terms import build_terms
+
+    args = complete(args)
+    if not args.regularizer:
+        raise UsageError("--regularizer none leaves nothing to diagnose")
+    if args.num_levels < 2:
+        raise UsageError("--num_levels must be at least 2")
+    terms = build_terms(args)
+    output = Path(args.output)
+    _check_output(output, [term.name for term in terms], args.overwrite)
+    pipeline = _pipeline(args)
+    given = load_given_model(args)
+    data = _load_data(args, given, pipeline)
+    scheduler = pipeline.scheduler if pipeline else build_noise_scheduler(args, given)
+    images, context = _images(args, data)
+    for term in terms:
+        try:
+            check_terms((term,), scheduler, data)
+        except UsageError as error:
+            if error.show_cause:  # the user's own code raised, whose traceback helps
+                raise
+            print(f"Verdict: {term.name} cannot work.\n  - {error}\n")
+            continue
+        _diagnose(args, term, scheduler, images, context, pipeline, output)
+
+
+def _diagnose(args, term, scheduler, images, context: dict, pipeline, output: Path) -> None:
+    from tqdm.auto import tqdm
+
+    from ..evaluation import diagnose, judge
+    from ..evaluation.diagnosis_figure import draw_diagnosis
+    from ..evaluation.diagnosis_text import describe, write_json
+    from ..files import write_whole
+    from ..training.errors import UsageError
+
+    try:
+        diagnosis = diagnose(
+            scheduler,
+            term,
+            images,
+            model=pipeline.unet if pipeline else None,
+            snr_gamma=args.snr_gamma,
+            num_levels=args.num_levels,
+            seed=args.seed,
+            progress=lambda levels: tqdm(levels, desc=term.name, unit="timestep", dynamic_ncols=True, leave=False),
+            **context,
+        )
+    except ValueError as error:
+        raise UsageError(str(error)) from error
+    verdict = judge(diagnosis)
+    print(describe(diagnosis, verdict))
+    output.mkdir(parents=True, exist_ok=True)
+    settings = {"command": sys.argv[1:], "seed": args.seed, "model": args.model}
+    for suffix in ("png", "svg"):
+        write_whole(output / f"{term.name}.{suffix}", lambda path: draw_diagnosis(path, diagnosis, verdict))
+    write_whole(output / f"{term.name}.json", lambda path: write_json(path, diagnosis, verdict, **settings))
+    print(f"written: {output / term.name}.png, .svg, .json\n", flush=True)
+
+
+def _check_output(output: Path, names: list[str], overwrite: bool) -> None:
+    from ..training.errors import UsageError
+
+    there = [path for name in names for path in [output / f"{name}.json"] if path.exists()]
+    if there and not overwrite:
+        raise UsageError(
+            f"--output {output} holds {there[0].name} of an earlier diagnosis: name another, or --overwrite"
+        )
+    if output.exists() and not output.is_dir():
+        raise UsageError(f"--output {output} is a file: name a folder")
+
+
+def _pipeline(args):
+    if args.model is None:
+        return None
+    from .model import load_pipeline
+
+    return load_pipeline(args.model, device="cpu")
+
+
+def _load_data(args, given, pipeline):
+    """The data at the size and with the channels of the model."""
+    from ..training.data import Normalization, load_training_data
+    from ..training.errors import UsageError
+
+    channels, resolution, normalization = given.channels, given.resolution, given.normalization
+    if pipeline is not None:
+        config = pipeline.unet.config
+        if config.num_class_embeds or config.in_channels != config.out_channels:
+            raise UsageError(
+                f"--model {args.model} is conditional: only unconditional models can be diagnosed, drop the flag"
+            )
+        side = config.sample_size
+        resolution = side if isinstance(side, int) else side[0]
+        if args.resolution not in (None, resolution):
+            raise UsageError(f"--resolution {args.resolution}: --model {args.model} draws {resolution} x {resolution}")
+        args.resolution, channels = resolution, config.out_channels
+        if pipeline.config.normalization:
+            offset, scale = (tuple(pipeline.config.normalization[name]) for name in ("offset", "scale"))
+            normalization = Normalization(offset, scale)
+    return load_training_data(args, channels, resolution, normalization, given.condition_channels)
+
+
+def _images(args, data):
+    """Images (M, C, H, W) in [-1, 1], spread over the data, and what regularizers may want beside them."""
+    import numpy as np
+
+    from ..training.preview import conditions_of
+
+    number = min(args.num_images, len(data.examples))
+    batch = data.examples.__getitems__(np.linspace(0, len(data.examples) - 1, number).astype(int).tolist())
+    return data.normalization.normalize(batch["values"]), conditions_of(data, batch)

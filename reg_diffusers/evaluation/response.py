@@ -1,0 +1,133 @@
+r"""How far an extra loss moves the best x0_hat at one noise level, for any weight.
+
+With unlimited capacity the network that minimises w_d |x0_hat - x_0|^2 / N + weight lambda L'(x0_hat), N values in an
+image, answers, image by image, with the proximal point of L' at the best guess D without it:
+
+    x0_hat* = argmin_x 1/2 |x - D|^2 + tau L'(x),        tau = weight lambda N / (2 w_d).
+
+So of weight, weighting and parameterization only the one number tau counts. `response` follows the point along tau,
+and whatever is asked about any weight or weighting is read off that path. It is not assumed that the step is small:
+where the loss is strong the point comes to rest near a minimum of L', which a first-order formula would overshoot.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+__all__ = ["Response", "proximal_point", "response"]
+
+_SIZES = np.logspace(-4, 1, 11)  # of the first-order step, in units of the data's spread
+_ITERATIONS = 15
+_FAR = 20.0  # spreads; the proximal point of a convex loss is never further than the first-order step, ten
+
+
+@dataclass(frozen=True)
+class Response:
+    """The proximal points of one noise level, means over images.
+
+    Attributes:
+        tau: (G,) increasing; empty if the gradient of L' is 0 everywhere, so that nothing moves.
+        squared_displacement: (G,) mean square of x0_hat* - D over the values of an image.
+        value: (G,) L'(x0_hat*).
+        start: L'(D).
+        unbounded: whether a loss of finite weight drove images away without end.
+    """
+
+    tau: np.ndarray
+    squared_displacement: np.ndarray
+    value: np.ndarray
+    start: float
+    unbounded: bool = False
+
+    def displacement_at(self, tau: float) -> float:
+        """Mean square of x0_hat* - D: interpolated in powers of tau; below the first it falls with tau^2."""
+        if len(self.tau) == 0 or tau <= 0:
+            return 0.0
+        if tau < self.tau[0]:
+            return float(self.squared_displacement[0] * (tau / self.tau[0]) ** 2)
+        logarithms = np.log(np.maximum(self.squared_displacement, 1e-300))
+        return float(np.exp(np.interp(np.log(tau), np.log(self.tau), logarithms)))
+
+    def value_at(self, tau: float) -> float:
+        """L'(x0_hat*): interpolated in the logarithm of tau; below the first the change falls with tau."""
+        if len(self.tau) == 0 or tau <= 0:
+            return self.start
+        if tau < self.tau[0]:
+            return float(self.start + (self.value[0] - self.start) * tau / self.tau[0])
+        return float(np.interp(np.log(tau), np.log(self.tau), self.value))
+
+
+def response(evaluate: Callable[[Tensor], tuple[Tensor, Tensor]], guesses: Tensor, spread: float) -> Response:
+    """Follows the proximal points of L' at D along tau, from a ten-thousandth of the data's spread to ten times it.
+
+    Args:
+        evaluate: images (B, ...) -> L' (B,) and its gradient (B, ...).
+        guesses: D, (B, ...).
+        spread: of the data, in pixel values.
+    """
+    values, gradient = evaluate(guesses)
+    start, slope = values.double().mean().item(), gradient.double().square().mean().sqrt().item()
+    if not slope > 0:
+        return Response(np.empty(0), np.empty(0), np.empty(0), start)
+    tau = _SIZES * spread / slope
+    points, squares, reached = guesses, [], []
+    for size, strength in zip(_SIZES, tau, strict=True):
+        points, values = proximal_point(evaluate, guesses, float(strength), points, first_step=1 / (1 + size))
+        squares.append((points - guesses).double().square().mean().item())
+        reached.append(values.double().mean().item())
+    far = not squares[-1] < (_FAR * spread) ** 2
+    return Response(tau, np.array(squares), np.array(reached), start, unbounded=far)
+
+
+def proximal_point(
+    evaluate: Callable[[Tensor], tuple[Tensor, Tensor]],
+    guesses: Tensor,
+    tau: float,
+    start: Tensor | None = None,
+    *,
+    first_step: float = 1.0,
+    iterations: int = _ITERATIONS,
+) -> tuple[Tensor, Tensor]:
+    """argmin_x 1/2 |x - D|^2 + tau L'(x) of each image, by gradient descent with Barzilai-Borwein steps.
+
+    The best of all points on the way is taken, so that it is never worse than D, also where L' has edges.
+
+    Source: Barzilai & Borwein 1988.
+
+    Args:
+        evaluate: images (B, ...) -> L' (B,) and its gradient (B, ...).
+        guesses: D, (B, ...).
+        tau: weight of L'.
+        start: where to begin; default: D.
+        first_step: length of the first step, in units of the gradient.
+        iterations: number of steps.
+
+    Returns:
+        The points (B, ...) and L' there (B,).
+    """
+    shape = (len(guesses),) + (1,) * (guesses.ndim - 1)
+    point = guesses if start is None else start
+    best = objective = best_value = None
+    step, before, slope_before = torch.full(shape, first_step).to(guesses), None, None
+    for _ in range(iterations + 1):
+        value, gradient = evaluate(point)
+        energy = (point - guesses).flatten(1).square().sum(1) / 2 + tau * value
+        slope = point - guesses + tau * gradient
+        if best is None:
+            best, objective, best_value = point, energy, value
+        else:
+            better = energy < objective  # false where it is not a number
+            best = torch.where(better.view(shape), point, best)
+            objective, best_value = torch.where(better, energy, objective), torch.where(better, value, best_value)
+            moved, turned = (point - before).flatten(1), (slope - slope_before).flatten(1)
+            curvature = (moved * turned).sum(1)
+            step = torch.where(curvature > 0, moved.square().sum(1) / curvature, step.flatten()).clamp(max=1)
+            step = step.nan_to_num(0.0).view(shape)
+        before, slope_before = point, slope
+        point = point - step * slope
+    return best, best_value
