@@ -15,12 +15,14 @@ from diffusers.optimization import get_scheduler
 from tqdm.auto import tqdm
 
 from reg_diffusers import RegularizedLoss, draw_timesteps, with_condition
+from reg_diffusers.balancing import balance
 from reg_diffusers.card import write_card
 from reg_diffusers.hub import Uploads, check_upload
 from reg_diffusers.training.arguments import parse_args
 from reg_diffusers.training.bad_steps import BadSteps
 from reg_diffusers.training.checkpoint import Checkpoints, Progress, endless_batches
 from reg_diffusers.training.checks import check_terms
+from reg_diffusers.training.conflict_free import ConflictFree, check_balance
 from reg_diffusers.training.data import flip_half, load_training_data, make_dataloader
 from reg_diffusers.training.dropped_images import DroppedImages
 from reg_diffusers.training.ema import build_ema
@@ -30,6 +32,7 @@ from reg_diffusers.training.gathering import SampledNetwork, whole
 from reg_diffusers.training.hardware import choose_mixed_precision, set_threads
 from reg_diffusers.training.interruption import Interruption
 from reg_diffusers.training.launch import resume_command
+from reg_diffusers.training.loss_parts import LossParts
 from reg_diffusers.training.metrics import MetricsLog, check_logger
 from reg_diffusers.training.model import build_noise_scheduler, build_unet, load_given_model
 from reg_diffusers.training.output import prepare_output_dir, save_pipeline, write_settings
@@ -38,7 +41,8 @@ from reg_diffusers.training.processes import in_turn, join_processes, leave_proc
 from reg_diffusers.training.record import write_record
 from reg_diffusers.training.report import compare, describe, describe_result
 from reg_diffusers.training.settings import check_settings, mathematical_settings
-from reg_diffusers.training.terms import build_terms
+from reg_diffusers.training.term_weights import MEASURED_STEPS, TermWeights
+from reg_diffusers.training.terms import build_terms, check_rules, weight_rules
 
 LOG_INTERVAL = 10  # steps between two readings of the metrics; reading waits for an accelerator
 
@@ -48,6 +52,7 @@ def main(argv=None):
     args = parse_args(argv)
     state = join_processes()
     check_engine(args, state)
+    check_balance(args, state.distributed_type)
     mixed_precision, threads = choose_mixed_precision(args), set_threads(args)
     repo_id = on_main_process(state, lambda: check_upload(args))
     terms = together(state, lambda: build_terms(args))
@@ -55,6 +60,7 @@ def main(argv=None):
     # What cannot work is said here, before anything is written.
     noise_scheduler = build_noise_scheduler(args, given)
     on_data = together(state, lambda: check_terms(terms, noise_scheduler, data, state.device, mixed_precision))
+    together(state, lambda: check_rules(weight_rules(args, terms), on_data))
     unet = build_unet(args, given, data)
     check_logger(args)
     output_dir = Path(args.output_dir)
@@ -71,7 +77,7 @@ def main(argv=None):
     del given, unet
     with Interruption(state, args.max_train_time) as interruption:
         run = (args, data, settings, resume, interruption)
-        pipeline = train(*run, output_dir, terms, uploads)
+        pipeline = train(*run, output_dir, terms, on_data, uploads)
         compared = args.compare and not interruption
         plain = train(*run, output_dir / "plain") if compared else None
         interruption.stop_asking()
@@ -95,7 +101,7 @@ def load(args):
     )
 
 
-def train(args, data, settings, resume, interruption, output_dir, terms=(), uploads=None):
+def train(args, data, settings, resume, interruption, output_dir, terms=(), on_data=None, uploads=None):
     """Trains and saves one model; weights, batches and noise are the same whatever its terms. Returns its pipeline."""
     accelerator = Accelerator(
         mixed_precision=choose_mixed_precision(args),
@@ -143,10 +149,17 @@ def train(args, data, settings, resume, interruption, output_dir, terms=(), uplo
     bad_steps = BadSteps(accelerator, output_dir / "bad_steps.jsonl", args.max_bad_steps)
     regularization = loss_fn.regularization
     dropped = DroppedImages(accelerator, regularization.nonfinite, regularization.names, args.max_bad_steps)
-    counters = {"metrics": metrics, "bad_steps": bad_steps, "nonfinite": dropped}
+    means_on_data = {name: values.mean for name, values in (on_data or {}).items()}
+    loss_parts = LossParts(accelerator, regularization.names, means_on_data)
+    weights = TermWeights(accelerator, weight_rules(args, terms), means_on_data, args.lr_warmup_steps + MEASURED_STEPS)
+    conflict_free = ConflictFree(accelerator, unet, args.reg_balance) if args.reg_balance and terms else None
+    network = conflict_free.network if conflict_free else unet
+    counters = {"metrics": metrics, "loss_parts": loss_parts, "bad_steps": bad_steps, "nonfinite": dropped}
     if args.streaming:
         counters["stream"] = dataloader.batch_sampler
     states = {"progress": progress, "lr_scheduler": lr_scheduler, **({"ema": ema} if ema else {})}
+    if weights.names:
+        states["term_weights"] = weights
     checkpoints = Checkpoints(
         accelerator, output_dir, states, settings, args.checkpoints_total_limit, counters, resume
     )
@@ -177,29 +190,40 @@ def train(args, data, settings, resume, interruption, output_dir, terms=(), uplo
             conditions = conditions_of(data, batch)
             if args.random_flip:
                 original_samples, conditions = flip_half(original_samples, conditions)
-            model = with_condition(unet, conditions.get("condition"))
+            model = with_condition(network, conditions.get("condition"))
             labels = {"class_labels": conditions["class_labels"]} if args.class_conditional else {}
             noise = torch.randn_like(original_samples)
             timesteps = draw_timesteps(noise_scheduler, len(original_samples))
             with accelerator.accumulate(unet):
-                output = loss_fn(
-                    model,
-                    original_samples,
-                    noise=noise,
-                    timesteps=timesteps,
-                    model_kwargs={"return_dict": False, **labels},
-                    **conditions,
+                output = balance(
+                    loss_fn(
+                        model,
+                        original_samples,
+                        noise=noise,
+                        timesteps=timesteps,
+                        model_kwargs={"return_dict": False, **labels},
+                        **conditions,
+                    ),
+                    weights.current,
                 )
-                accelerator.backward(bad_steps.spread(output.loss, timesteps, batch["ids"]))
+                loss = bad_steps.spread(output.loss, timesteps, batch["ids"])
+                if conflict_free:
+                    conflict_free.backward(loss, output)
+                else:
+                    accelerator.backward(loss)
                 if accelerator.sync_gradients:
                     gradient_norm = accelerator.clip_grad_norm_(unet.parameters(), args.max_grad_norm)
                     bad_steps.mark(progress.step + 1, optimizer, whole(gradient_norm))
                 optimizer.step()
                 optimizer.zero_grad()
             metrics.add({"loss": output.loss, **output.terms})
+            loss_parts.add(output, regularization.noise_level(timesteps).snr)
+            weights.add(output)
             if not accelerator.sync_gradients:
                 continue
             dropped.mark()
+            for line in weights.update():
+                bar.write(line)
             lr_scheduler.step()
             if ema:
                 ema.step(unet.parameters())
@@ -219,6 +243,8 @@ def train(args, data, settings, resume, interruption, output_dir, terms=(), uplo
                     lr=lr_scheduler.get_last_lr()[0],
                     bad_steps=bad_steps.count,
                     **dropped.counts(),
+                    **loss_parts.read(),
+                    **weights.metrics(),
                 )
                 accelerator.log(means, step=progress.step)
                 bar.set_postfix({name: f"{means[name]:.4f}" for name in output.terms})

@@ -13,7 +13,7 @@ The network is an argument of both and a member of neither.
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import torch
 import torch.nn.functional as F
@@ -43,10 +43,17 @@ class LossOutput:
         loss: scalar, to call `backward` on.
         terms: scalars by name, each still attached to the graph: "denoising", where there is one, as it enters the
             loss, and for every `Term` the mean of weighting * L' over the batch, before `weight`.
+        per_image: by the same names, the value of each image, (B,), detached: of "denoising" as it enters the loss, of
+            a `Term` L' itself, nan for an image that was left out or dropped.
+        weightings: by the terms' names, the weighting of each image, (B,), on the device of the timesteps.
+        model_output: (B, C, ...) what the network returned; `balancing.balance` takes gradients by it.
     """
 
     loss: Tensor
     terms: dict[str, Tensor]
+    per_image: dict[str, Tensor] = field(default_factory=dict)
+    weightings: dict[str, Tensor] = field(default_factory=dict)
+    model_output: Tensor | None = None
 
 
 class X0Regularization(nn.Module):
@@ -126,13 +133,15 @@ class X0Regularization(nn.Module):
         level = self.noise_level(timesteps)
         weights = {term.name: checked_weights(term, level) for term in self.terms}
         estimates = self._estimates(weights, model_output, timesteps, sample)
-        terms = {}
+        terms, per_image = {}, {}
         for term in self.terms:
             seen, x0_hat = estimates[term.estimator]
-            terms[term.name] = self._mean(term, weights[term.name], seen, x0_hat, timesteps, context)
+            terms[term.name], per_image[term.name] = self._mean(
+                term, weights[term.name], seen, x0_hat, timesteps, context
+            )
         loss = sum((term.weight * terms[term.name] for term in self.terms), start=sample.new_zeros(()))
         self.nonfinite.check()
-        return LossOutput(loss, terms)
+        return LossOutput(loss, terms, per_image, weights, model_output)
 
     def noise_level(self, timesteps: Tensor) -> NoiseLevel:
         """The noise level of each timestep, (B,), with the weight that the denoising loss has in this training."""
@@ -153,23 +162,32 @@ class X0Regularization(nn.Module):
 
     def _mean(
         self, term: Term, weights: Tensor, seen: Tensor, x0_hat: Tensor, timesteps: Tensor, context: dict
-    ) -> Tensor:
-        """mean_i [ weight_i L'(x0_hat_i) ] over the whole batch, from the images `seen` whose weight is not 0."""
+    ) -> tuple[Tensor, Tensor]:
+        """mean_i [ weight_i L'(x0_hat_i) ] over the whole batch, from the images `seen` whose weight is not 0.
+
+        And L' of each image of the batch, (B,), nan where it was left out or dropped.
+        """
         among_seen = weights[seen].nonzero().flatten()
         if len(among_seen) == 0:
-            return x0_hat.new_zeros(())
+            return x0_hat.new_zeros(()), x0_hat.new_full((len(weights),), torch.nan)
         active = seen[among_seen]
         context = {name: _select(value, active, len(weights)) for name, value in term_context(term, context).items()}
-        values = self._evaluate(term, _select(x0_hat, among_seen), context, timesteps[active])
-        return (weights[active].to(values, non_blocking=True) * values).sum() / len(weights)
+        values, bad = self._evaluate(term, _select(x0_hat, among_seen), context, timesteps[active])
+        per_image = values.new_full((len(weights),), torch.nan, requires_grad=False)
+        per_image[active.to(values.device, non_blocking=True)] = values.detach().masked_fill(bad, torch.nan)
+        return (weights[active].to(values, non_blocking=True) * values).sum() / len(weights), per_image
 
-    def _evaluate(self, term: Term, x0_hat: Tensor, context: dict, timesteps: Tensor) -> Tensor:
-        """L' of each image in full precision, (n,), without the images where it or its gradient is not finite."""
+    def _evaluate(self, term: Term, x0_hat: Tensor, context: dict, timesteps: Tensor) -> tuple[Tensor, Tensor]:
+        """L' of each image in full precision, (n,), 0 where it is not finite, and which these are, (n,).
+
+        An image where its gradient is not finite has none.
+        """
         x0_hat = x0_hat.view_as(x0_hat)  # an alias of this term's own, so that its bad gradients spare the others
         if x0_hat.requires_grad:
             x0_hat.register_hook(lambda gradient: self.nonfinite.drop_gradients(term.name, gradient))
         values = checked_values(term, x0_hat, context)
-        return self.nonfinite.drop_values(term.name, values, x0_hat, timesteps)
+        bad = ~values.detach().isfinite()
+        return self.nonfinite.drop_values(term.name, values, x0_hat, timesteps), bad
 
 
 class RegularizedLoss(nn.Module):
@@ -237,21 +255,31 @@ class RegularizedLoss(nn.Module):
         on_device = timesteps.to(original_samples.device, non_blocking=True)
         model_output = _tensor_of(model(model_input, on_device, **(model_kwargs or {})))
         target = prediction_target(self.scheduler, original_samples, noise, timesteps)
-        denoising = self._denoising(model_output, target, timesteps)
+        denoising, per_image = self._denoising(model_output, target, timesteps)
         context["original_samples"] = original_samples
         extra = self.regularization(model_output, timesteps, noisy_samples, **context)
-        return LossOutput(denoising + extra.loss, {"denoising": denoising, **extra.terms})
+        return LossOutput(
+            denoising + extra.loss,
+            {"denoising": denoising, **extra.terms},
+            {"denoising": per_image, **extra.per_image},
+            extra.weightings,
+            model_output,
+        )
 
-    def _denoising(self, model_output: Tensor, target: Tensor, timesteps: Tensor) -> Tensor:
+    def _denoising(self, model_output: Tensor, target: Tensor, timesteps: Tensor) -> tuple[Tensor, Tensor]:
+        """The denoising loss, a scalar, and its value for each image, (B,), detached."""
         model_output = without_learned_variance(self.scheduler, model_output, target)
         model_output = model_output.to(torch.promote_types(target.dtype, torch.float32))
         target = target.to(model_output.dtype)
         if self.snr_gamma is None:
-            return F.mse_loss(model_output, target)
+            with torch.no_grad():
+                per_image = F.mse_loss(model_output, target, reduction="none").flatten(1).mean(1)
+            return F.mse_loss(model_output, target), per_image
         in_x0_units = noise_level(self.scheduler, timesteps).denoising_weight
         weights = self.regularization.noise_level(timesteps).denoising_weight / in_x0_units
         squared_error = F.mse_loss(model_output, target, reduction="none").flatten(1).mean(1)
-        return (weights.to(squared_error, non_blocking=True) * squared_error).mean()
+        per_image = weights.to(squared_error, non_blocking=True) * squared_error
+        return per_image.mean(), per_image.detach()
 
 
 def draw_timesteps(scheduler, batch_size: int) -> Tensor:

@@ -16,6 +16,7 @@ from pathlib import Path
 import yaml
 
 from .errors import UsageError
+from .weight_rules import Target, parse_target, parse_weight
 
 __all__ = ["add_objective_flags", "build_parser", "complete", "parse_args"]
 
@@ -183,10 +184,19 @@ def _regularization(parser) -> None:
     add(
         "--reg_weight",
         nargs="+",
-        type=_nonnegative,
+        type=_reg_weight,
         default=[0.1],
         metavar="WEIGHT",
-        help="one for each regularizer, or one for all",
+        help="one for each regularizer, or one for all; auto:0.1 finds the weight at which the gradient of L' at the"
+        " network's output is a tenth of the denoising loss's, and freezes it 100 steps after --lr_warmup_steps",
+    )
+    add(
+        "--reg_target",
+        nargs="+",
+        type=_reg_target,
+        metavar="NAME=VALUE",
+        help="train for the smallest denoising loss with L' of x0_hat at most VALUE in the mean, or at most a multiple"
+        " of what the data have, such as total_variation=0.9x; takes the place of that regularizer's --reg_weight",
     )
     add(
         "--reg_weighting",
@@ -195,6 +205,13 @@ def _regularization(parser) -> None:
         metavar="NAME",
         help="how much each counts by noise level: matched, constant (the formula to the letter), snr, alpha_bar,"
         " truncated_snr, low_noise, or my_module:my_weighting; one for each regularizer, or one for all",
+    )
+    add(
+        "--reg_balance",
+        choices=["config", "pcgrad"],
+        help="combine the gradients of all losses so that no update raises one of them, by ConFIG (arXiv:2408.11104;"
+        " weights then count for the length of an update alone) or PCGrad (arXiv:2001.06782): one backward pass for"
+        " each loss, and memory for its gradients; needs pip install conflictfree",
     )
     add("--snr_gamma", type=_positive, help="min-SNR weighting of the denoising loss, 5 is usual (arXiv:2303.09556)")
     add(
@@ -284,7 +301,9 @@ def _output(parser) -> None:
         metavar="TIME",
         help="save and end after so long, such as 90m, 3h30m or 03:30:00; --resume auto goes on",
     )
-    add("--logger", choices=["tensorboard", "wandb"], help="also log there; metrics.jsonl is always written")
+    add(
+        "--logger", choices=["tensorboard", "wandb", "trackio"], help="also log there; metrics.jsonl is always written"
+    )
     add("--logging_dir", default="logs", help="folder in --output_dir for the logger's files")
 
 
@@ -353,6 +372,8 @@ def _check(args: argparse.Namespace) -> None:
     """What no single flag can tell."""
     if args.config is not None:
         raise UsageError(f"unexpected argument {args.config!r}: a YAML file comes before all flags")
+    if args.regularizer == ["none"] and args.reg_target:
+        raise UsageError(f"--reg_target {args.reg_target[0]} is about a regularizer, and there is none")
     if args.regularizer == ["none"]:
         args.regularizer, args.reg_weight, args.reg_weighting, args.compare = [], [], [], False
     if "none" in args.regularizer:
@@ -378,6 +399,21 @@ def _check(args: argparse.Namespace) -> None:
             "--rescale_betas_zero_snr needs --prediction_type v_prediction or sample: with zero terminal SNR predicted"
             " noise says nothing about the image"
         )
+
+
+def _reg_weight(text: str):
+    return _parsed(parse_weight, text)
+
+
+def _reg_target(text: str) -> Target:
+    return _parsed(parse_target, text)
+
+
+def _parsed(parse, text: str):
+    try:
+        return parse(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
 
 
 def _positive(text: str) -> float:

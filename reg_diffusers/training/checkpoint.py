@@ -132,7 +132,8 @@ class Checkpoints:
             _keep_hyperparameters(lr_scheduler, new)
         states = json.loads((folder / self._counters_file).read_text())
         for name, counter in self._counters.items():
-            counter.load_state_dict(states[name])
+            if name in states:  # not in a checkpoint of an older version
+                counter.load_state_dict(states[name])
         return folder
 
     def save(self, step: int, tell: Callable[[str], None] = print) -> Path:

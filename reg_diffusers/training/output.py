@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import json
 import shutil
 import tempfile
 from pathlib import Path
@@ -101,4 +102,5 @@ def write_settings(args: argparse.Namespace, folder: Path) -> None:
     if not settings["regularizer"]:
         settings["regularizer"] = ["none"]
         del settings["reg_weight"], settings["reg_weighting"]
+    settings = json.loads(json.dumps(settings, default=str))  # rules of weights as they are said
     write_whole(folder / SETTINGS_FILE, lambda path: path.write_text(yaml.safe_dump(settings, sort_keys=False)))

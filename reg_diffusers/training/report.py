@@ -21,6 +21,8 @@ from .data import TrainingData
 from .interruption import Interruption
 from .output import SETTINGS_FILE
 from .preview import conditions_of, draw_samples, grid
+from .terms import weight_rules
+from .weight_rules import AutoWeight, Target
 
 __all__ = ["compare", "describe", "describe_result"]
 
@@ -45,8 +47,9 @@ def describe(
     kind = "images" if data.is_picture else "fields"
     number = f"a stream of {kind}" if data.number is None else f"{data.number:,} {kind}"
     parameters = sum(parameter.numel() for parameter in unet.parameters()) / 1e6
-    weighted = zip(terms, args.reg_weighting, strict=True)
-    extra = [f"{term.weight:g} * {weighting} * {term.name}" for term, weighting in weighted]
+    weighted = zip(weight_rules(args, terms).items(), args.reg_weighting, strict=True)
+    extra = [_term(name, rule, weighting) for (name, rule), weighting in weighted]
+    targets = [rule for rule in weight_rules(args, terms).values() if isinstance(rule, Target)]
     classes = ", ".join(f"{number} {name}" for number, name in enumerate(data.classes or ()))
     return "\n".join(
         [
@@ -57,11 +60,22 @@ def describe(
             f"model      UNet2DModel, {parameters:.2f}M parameters, {type(noise_scheduler).__name__},"
             f" {prediction_type(noise_scheduler)}",
             f"objective  {' + '.join(['denoising loss', *extra])}",
+            *(f"target     {_target(target, on_data[target.name].mean)}" for target in targets),
             f"machine    {state.num_processes} x {state.device}, {threads} threads each, mixed precision"
             f" {mixed_precision}",
             f"output     {args.output_dir}",
         ]
     )
+
+
+def _term(name: str, rule, weighting: str) -> str:
+    weight = "multiplier" if isinstance(rule, Target) else rule if isinstance(rule, AutoWeight) else f"{rule:g}"
+    return f"{weight} * {weighting} * {name}"
+
+
+def _target(target: Target, mean_on_data: float) -> str:
+    said = f", {target.value:g} x the data" if target.is_relative else ""
+    return f"{target.name} of x0_hat at most {target.bound(mean_on_data):.4g} in the mean{said}"
 
 
 @torch.no_grad()

@@ -42,9 +42,8 @@ def mathematical_settings(
         found = {name: value for name, value in found.items() if name not in _LENGTHS}
     found["mixed_precision"] = mixed_precision
     flags = {f"--{name}": value for name, value in found.items()}
-    return json.loads(
-        json.dumps({**flags, "images": data.number, "shape": list(data.shape), "processes": state.num_processes})
-    )
+    given = {**flags, "images": data.number, "shape": list(data.shape), "processes": state.num_processes}
+    return json.loads(json.dumps(given, default=str))  # rules of weights as they are said
 
 
 def check_settings(args: argparse.Namespace, output_dir: Path, settings: dict) -> None:
