@@ -60,11 +60,14 @@ def judge(diagnosis: Diagnosis) -> Verdict:
 
 
 def _why_idle(diagnosis: Diagnosis) -> str:
-    if all(level.best.auxiliary_gradient == 0 for level in diagnosis.levels) or diagnosis.asked.weight == 0:
-        satisfied = all(level.best.value <= diagnosis.data.mean for level in diagnosis.levels)
-        if not satisfied or diagnosis.asked.weight == 0:
-            return "Nothing pulls: weight, weighting or gradient is 0 at every timestep."
-        return "Nothing pulls: the best guess of the image fulfils the wish by itself at every timestep."
+    if diagnosis.asked.weight == 0:
+        return "Its weight is 0."
+    if all(level.best.auxiliary_gradient == 0 for level in diagnosis.levels):
+        value = max(level.best.value for level in diagnosis.levels)
+        return (
+            f"Nothing pulls: weighting or gradient is 0 at every timestep. L' of the best guess is at most"
+            f" {value:.3g}, that of real images {diagnosis.data.mean:.3g}."
+        )
     largest = max(level.displacement for level in diagnosis.levels)
     if diagnosis.asked.fall < _NO_FALL and largest < _NO_FALL:
         return (
@@ -120,7 +123,11 @@ def _shift(diagnosis: Diagnosis) -> str:
 def _blur(diagnosis: Diagnosis, limit: float | None) -> tuple[bool, str]:
     """Whether the weighting acts where the best guess is no image, and what is to be said of that."""
     if limit is None:
-        return False, "At no timestep is the best guess so blurred that L' of it differs much from L' of an image."
+        largest = max((level.best.gap for level in diagnosis.levels), key=abs)
+        return (
+            False,
+            f"At no timestep is the best guess a blur for L': it is {largest:+.3g} at most beside real images.",
+        )
     beyond = [level for level in diagnosis.levels if level.timestep > limit]
     gap = beyond[0].best
     decided = sum(level.decided_share for level in beyond)

@@ -1,0 +1,344 @@
+"""What `diagnose` finds: closed forms on Gaussian data, verdicts on images whose answer is known, the command."""
+
+import json
+import subprocess
+import sys
+from functools import partial
+
+import numpy as np
+import pytest
+import torch
+from diffusers import DDPMScheduler, FlowMatchEulerDiscreteScheduler
+
+from reg_diffusers import RegDDPMPipeline, Term, TermError, diagnose, judge, regularizers, weighting
+from reg_diffusers.cli import main
+
+pytestmark = pytest.mark.loss
+
+SIZE = 6
+EPSILON = DDPMScheduler()
+VELOCITY = DDPMScheduler(prediction_type="v_prediction")
+
+
+def gradient_matrix():
+    """A with gradient_energy(x) = x^T A x."""
+    basis = torch.eye(SIZE**2, dtype=torch.float64).view(-1, 1, SIZE, SIZE)
+    shifted = [regularizers.gradient_energy(basis[i] + basis) for i in range(SIZE**2)]
+    alone = regularizers.gradient_energy(basis)
+    return (torch.stack(shifted) - alone[:, None] - alone) / 2
+
+
+@pytest.fixture(scope="module")
+def gaussian():
+    """Gaussian images that are smooth, with their mean and covariance."""
+    place = torch.arange(SIZE, dtype=torch.float64)
+    line = torch.exp(-((place[:, None] - place) ** 2) / 4)
+    covariance = 0.2 * torch.kron(line, line) + 0.002 * torch.eye(SIZE**2, dtype=torch.float64)
+    factor = torch.linalg.cholesky(covariance)
+    samples = torch.randn(6000, SIZE**2, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    return (samples @ factor.T - 0.2).view(-1, 1, SIZE, SIZE).float(), covariance
+
+
+@pytest.fixture(scope="module")
+def diagnosis(gaussian):
+    return diagnose(EPSILON, Term(regularizers.gradient_energy, 0.1), gaussian[0], num_levels=12)
+
+
+def closed_forms(diagnosis, covariance):
+    """Gain and (remaining covariance) of the best guess at each level."""
+    for level in diagnosis.levels:
+        alpha = (level.snr / (1 + level.snr)) ** 0.5
+        noisy = alpha**2 * covariance + (1 - alpha**2) * torch.eye(SIZE**2, dtype=torch.float64)
+        gain = alpha * covariance @ torch.linalg.inv(noisy)
+        yield level, alpha * gain @ covariance  # covariance of the guesses
+
+
+def test_estimates_agree_with_the_closed_form_on_gaussian_data(gaussian, diagnosis):
+    """The linear denoiser is the ideal one; its covariance is estimated, which adds a little to the error."""
+    _, covariance = gaussian
+    energy, size = gradient_matrix(), SIZE**2
+    for level, of_guess in closed_forms(diagnosis, covariance):
+        best = level.best
+        assert best.source == "linear" or level.snr < 0.1  # there both say nearly the mean
+        mean = torch.full((size,), -0.2, dtype=torch.float64)
+        value = (mean @ energy @ mean + (energy * of_guess).sum()).item()
+        gap = ((energy * (of_guess - covariance)).sum()).item()
+        error = ((covariance - of_guess).trace() / size).item()
+        assert abs(best.value - value) < 4 * best.value_error + 0.02 * value
+        assert abs(best.gap - gap) < 4 * best.gap_error + 0.02 * abs(gap)
+        assert best.error == pytest.approx(error, rel=0.1)
+        assert abs(best.cosine) < 4 * best.cosine_error + 0.02  # the error of a mean is uncorrelated with all else
+
+
+def test_displacement_and_rise_agree_with_the_closed_form(gaussian, diagnosis):
+    _, covariance = gaussian
+    energy, size, weight = gradient_matrix(), SIZE**2, 0.1
+    rise, loss = 0.0, 0.0
+    for level, of_guess in closed_forms(diagnosis, covariance):
+        snr = torch.tensor([level.snr])
+        tau = weight * weighting.matched(noise_level_of(snr)).item() * size / (2 * level.snr)
+        away = torch.eye(size) - torch.linalg.inv(torch.eye(size) + 2 * tau * energy)
+        square = ((away @ of_guess @ away.T).trace() / size).item()  # a constant mean image is not moved
+        assert level.displacement * diagnosis.spread == pytest.approx(square**0.5, rel=0.1, abs=1e-6)
+        rise += level.training_share * level.snr * square
+        loss += level.training_share * level.snr * (covariance - of_guess).trace().item() / size
+    assert diagnosis.asked.rise == pytest.approx(rise / loss, rel=0.15)
+
+
+def noise_level_of(snr):
+    from reg_diffusers import NoiseLevel
+
+    return NoiseLevel(torch.zeros(1), (snr / (1 + snr)).sqrt(), (1 / (1 + snr)).sqrt(), snr, snr)
+
+
+def test_an_affordable_weight_costs_what_was_said(gaussian, diagnosis):
+    for share, costs in diagnosis.affordable.items():
+        assert {cost.weighting for cost in costs} >= {"matched", "constant"}
+        for cost in costs:
+            assert cost.rise == pytest.approx(share, rel=1e-6)
+    best = diagnosis.affordable[0.05][0]
+    again = diagnose(
+        EPSILON, Term(regularizers.gradient_energy, best.weight, getattr(weighting, best.weighting)), gaussian[0],
+        num_levels=12,
+    )  # fmt: skip
+    assert again.asked.rise == pytest.approx(0.05, rel=1e-4)
+    assert again.asked.fall == pytest.approx(best.fall, rel=1e-4)
+
+
+def test_ratios_are_those_of_the_design(diagnosis):
+    """For noise prediction and a constant weight the ratio is weight / SNR; 2.5e4 at the last step of the schedule."""
+    last = diagnosis.levels[-1]
+    assert last.timestep == 999
+    assert last.ratio_constant / 0.1 == pytest.approx(2.5e4, rel=0.02)
+    assert last.ratio == 0
+
+
+def test_shares_add_up_and_low_noise_decides_most(gaussian):
+    """On the schedule of Stable Diffusion t < 200 decides 95 % of a sample."""
+    scheduler = DDPMScheduler(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear")
+    found = diagnose(scheduler, Term(regularizers.sparsity, 0.1), gaussian[0][:400], num_levels=60)
+    assert sum(level.training_share for level in found.levels) == pytest.approx(1)
+    assert sum(level.decided_share for level in found.levels) == pytest.approx(1)
+    low = sum(level.decided_share for level in found.levels if level.timestep < 200)
+    assert low == pytest.approx(0.95, abs=0.01)
+
+
+def test_flow_matching_is_diagnosed_too(gaussian):
+    found = diagnose(FlowMatchEulerDiscreteScheduler(), Term(regularizers.sparsity, 0.1), gaussian[0][:400])
+    assert 15 <= len(found.levels) <= 20
+    assert all(np.isfinite([level.best.error, level.ratio, level.displacement]).all() for level in found.levels)
+
+
+def test_the_same_seed_says_the_same_and_leaves_the_generator_alone(gaussian):
+    before = torch.get_rng_state()
+    one, two = (diagnose(EPSILON, Term(regularizers.sparsity, 0.1), gaussian[0][:300], num_levels=4) for _ in range(2))
+    assert one == two
+    assert torch.equal(before, torch.get_rng_state())
+
+
+def test_guesses_of_a_model_are_measured_beside_the_best_ones(gaussian):
+    """A model that always predicts noise 0 takes the noisy image for the image, up to its scale."""
+    found = diagnose(
+        EPSILON,
+        Term(regularizers.gradient_energy, 0.1),
+        gaussian[0][:400],
+        model=lambda noisy_samples, timesteps: torch.zeros_like(noisy_samples),
+        num_levels=5,
+    )
+    for level in found.levels:
+        assert level.model.error == pytest.approx(1 / level.snr, rel=0.05)
+        assert level.model.error > level.best.error
+    assert any("the model's own errors" in reason for reason in judge(found).reasons)
+
+
+def test_min_snr_counts_as_in_the_training(gaussian):
+    found = diagnose(EPSILON, Term(regularizers.sparsity, 0.1), gaussian[0][:300], snr_gamma=5, num_levels=6)
+    for level in found.levels:
+        assert level.denoising_weight == pytest.approx(min(level.snr, 5), rel=1e-5)
+
+
+# Verdicts
+
+
+@pytest.fixture(scope="module")
+def blocks():
+    """Dark pictures with one bright block each."""
+    generator = np.random.default_rng(0)
+    images = torch.full((400, 1, 8, 8), -1.0)
+    for image in images:
+        top, left = generator.integers(0, 4, 2)
+        image[:, top : top + 4, left : left + 3] = generator.uniform(0, 1)
+    return images
+
+
+def sharpness(images, /):
+    return (4 - regularizers.total_variation(images)) ** 2
+
+
+def falls_without_end(images, /):
+    return -images.square().flatten(1).mean(1)
+
+
+@pytest.mark.parametrize(
+    "regularizer, weight, weighted, answer",
+    [
+        (regularizers.total_variation, 0.02, weighting.matched, "makes sense"),
+        (regularizers.total_variation, 1.0, weighting.constant, "makes sense only below t="),
+        (regularizers.out_of_range, 0.1, weighting.matched, "makes sense"),
+        (partial(regularizers.mean_intensity, target=0.9), 0.1, weighting.matched, "contradicts the data"),
+        (sharpness, 0.1, weighting.matched, "contradicts the data"),
+        (regularizers.total_variation, 1e-7, weighting.matched, "has no effect"),
+        (partial(regularizers.out_of_range, low=-50, high=50), 1.0, weighting.matched, "has no effect"),
+        (falls_without_end, 0.1, weighting.matched, "cannot work"),
+    ],
+)
+def test_verdict(blocks, regularizer, weight, weighted, answer):
+    found = judge(diagnose(VELOCITY, Term(regularizer, weight, weighted), blocks))
+    assert found.answer == answer or (answer.endswith("=") and found.answer.startswith(answer))
+    assert found.reasons
+    assert all(any(letter.isdigit() for letter in reason) for reason in found.reasons) or answer == "cannot work"
+
+
+def test_the_verdict_of_a_model_goes_by_its_own_errors(blocks):
+    """A model whose guesses are too smooth is not helped by a wish for smoothness."""
+
+    def too_smooth(noisy_samples, timesteps):
+        alpha = VELOCITY.alphas_cumprod[timesteps.long()].sqrt().view(-1, 1, 1, 1)
+        x0_hat = torch.nn.functional.avg_pool2d(noisy_samples / alpha, 5, 1, 2, count_include_pad=False).clamp(-1, 1)
+        return (alpha * noisy_samples - x0_hat) / (1 - alpha**2).sqrt()
+
+    term = Term(regularizers.total_variation, 0.02)
+    assert judge(diagnose(VELOCITY, term, blocks, num_levels=8)).answer == "makes sense"
+    assert judge(diagnose(VELOCITY, term, blocks, num_levels=8, model=too_smooth)).answer == "contradicts the data"
+
+
+def detached(images, /):
+    return images.detach().flatten(1).mean(1)
+
+
+def logarithm(images, /):
+    return images.log().flatten(1).mean(1)
+
+
+def of_the_batch(images, /):
+    return (images - images.mean()).square().flatten(1).mean(1)
+
+
+def of_masks(images, /, *, mask):
+    return (mask * images).flatten(1).mean(1)
+
+
+of_masks.needs = ("mask",)
+
+
+@pytest.mark.parametrize(
+    "regularizer, reason",
+    [(detached, "detached"), (logarithm, "not finite"), (of_the_batch, "other images"), (of_masks, "needs mask")],
+)
+def test_a_regularizer_that_breaks_its_contract_is_refused(blocks, regularizer, reason):
+    with pytest.raises(TermError, match=reason):
+        diagnose(VELOCITY, Term(regularizer, 0.1), blocks, num_levels=3)
+
+
+def test_what_regularizers_need_goes_with_their_images(blocks):
+    masks = (blocks > -1).float()
+    found = diagnose(VELOCITY, Term(of_masks, 0.1), blocks, num_levels=3, mask=masks)
+    expected = (masks * blocks).flatten(1).mean(1)
+    assert found.data.mean == pytest.approx(expected.mean().item(), abs=4 * expected.std().item() / 80**0.5)
+
+
+def test_too_few_images_and_equal_images_are_refused(blocks):
+    with pytest.raises(ValueError, match="19 images are too few"):
+        diagnose(VELOCITY, Term(regularizers.sparsity, 0.1), blocks[:19])
+    with pytest.raises(ValueError, match="all images are the same"):
+        diagnose(VELOCITY, Term(regularizers.sparsity, 0.1), blocks[:1].expand(50, 1, 8, 8))
+
+
+# The command
+
+
+def command(folder, *flags):
+    return subprocess.run(
+        [sys.executable, "-m", "reg_diffusers", "diagnose", *map(str, flags)],
+        cwd=folder,
+        capture_output=True,
+        text=True,
+    )
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory, blocks):
+    folder = tmp_path_factory.mktemp("diagnose")
+    np.save(folder / "fields.npy", blocks.numpy())
+    np.save(folder / "few.npy", blocks.numpy()[:10])
+    (folder / "own.py").write_text(
+        "def cut(x, /):\n    y = x.detach()\n    return y.flatten(1).mean(1)\n"
+        "def labelled(x, /, *, class_labels):\n    return x.flatten(1).mean(1)\n"
+        "labelled.needs = ('class_labels',)\n"
+    )
+    return folder
+
+
+def test_the_command_judges_each_regularizer_and_writes_what_it_found(folder):
+    flags = ("--train_data_dir", "fields.npy", "--regularizer", "total_variation", "own:cut", "--num_levels", 4)
+    done = command(folder, *flags, "--reg_weight", 0.02, "--prediction_type", "v_prediction")
+    assert done.returncode == 0, done.stderr
+    assert "Verdict: total_variation makes sense." in done.stdout
+    assert "Recommended: --reg_weighting" in done.stdout
+    assert "Verdict: cut cannot work." in done.stdout and "own.py" in done.stdout
+    written = folder / "diagnosis"
+    assert sorted(path.name for path in written.iterdir()) == [
+        "total_variation.json",
+        "total_variation.png",
+        "total_variation.svg",
+    ]
+    found = json.loads((written / "total_variation.json").read_text())
+    assert found["verdict"]["answer"] == "makes sense" and len(found["levels"]) == 4
+    assert found["asked"]["weight"] == 0.02
+
+    again = command(folder, *flags)
+    assert again.returncode == 2 and "--overwrite" in again.stderr.splitlines()[-1]
+    replaced = command(folder, *flags, "--overwrite", "--reg_weight", 0.03)
+    assert replaced.returncode == 0
+    assert json.loads((written / "total_variation.json").read_text())["asked"]["weight"] == 0.03
+
+
+def test_the_command_measures_a_model(folder, tiny_unet):
+    RegDDPMPipeline(tiny_unet(), EPSILON).save_pretrained(str(folder / "model"))
+    flags = (
+        "--train_data_dir",
+        "fields.npy",
+        "--regularizer",
+        "sparsity",
+        "--num_levels",
+        3,
+        "--output",
+        "with_model",
+    )
+    done = command(folder, *flags, "--model", "model")
+    assert done.returncode == 0, done.stderr
+    assert "The same for the model:" in done.stdout
+    assert json.loads((folder / "with_model" / "sparsity.json").read_text())["levels"][0]["model"]["source"] == "model"
+
+
+@pytest.mark.parametrize(
+    "flags, said",
+    [
+        (("--train_data_dir", "few.npy"), "10 images are too few"),
+        (("--train_data_dir", "nowhere"), "nowhere"),
+        (("--train_data_dir", "fields.npy", "--regularizer", "own:labelled"), "needs class_labels"),
+        (("--train_data_dir", "fields.npy", "--regularizer", "none"), "--regularizer none"),
+        (("--train_data_dir", "fields.npy", "--model", "nothing_there"), "--model nothing_there"),
+        (("--resolution", "16", "--model", "model"), "--resolution 16"),
+        (("--train_data_dir", "fields.npy", "--num_levels", "1"), "--num_levels"),
+    ],
+)
+def test_what_cannot_work_is_one_line(folder, tiny_unet, flags, said, monkeypatch, capsys):
+    if "model" in flags:
+        RegDDPMPipeline(tiny_unet(), EPSILON).save_pretrained(str(folder / "model"))
+    monkeypatch.chdir(folder)
+    with pytest.raises(SystemExit) as stopped:
+        main(["diagnose", *flags, "--output", "unused"])
+    assert stopped.value.code == 2
+    assert said in capsys.readouterr().err.splitlines()[-1]
+    assert not (folder / "unused").exists()
