@@ -287,7 +287,9 @@ def test_the_command_judges_each_regularizer_and_writes_what_it_found(folder):
     assert "Recommended: --reg_weighting" in done.stdout
     assert "Verdict: cut cannot work." in done.stdout and "own.py" in done.stdout
     written = folder / "diagnosis"
+    assert json.loads((written / "cut.json").read_text())["verdict"]["answer"] == "cannot work"
     assert sorted(path.name for path in written.iterdir()) == [
+        "cut.json",
         "total_variation.json",
         "total_variation.png",
         "total_variation.svg",

@@ -6,6 +6,7 @@ import argparse
 import sys
 from pathlib import Path
 
+from ..files import write_whole
 from ..training.arguments import add_objective_flags, complete
 
 __all__ = ["add_parser", "run"]
@@ -88,7 +89,7 @@ def run(args: argparse.Namespace) -> None:
         except UsageError as error:
             if error.show_cause:  # the user's own code raised, whose traceback helps
                 raise
-            print(f"Verdict: {term.name} cannot work.\n  - {error}\n")
+            _say_why_not(args, term.name, str(error), output)
             continue
         _diagnose(args, term, scheduler, images, context, pipeline, output)
 
@@ -99,7 +100,6 @@ def _diagnose(args, term, scheduler, images, context: dict, pipeline, output: Pa
     from ..evaluation import diagnose, judge
     from ..evaluation.diagnosis_figure import draw_diagnosis
     from ..evaluation.diagnosis_text import describe, write_json
-    from ..files import write_whole
     from ..training.errors import UsageError
 
     try:
@@ -118,12 +118,25 @@ def _diagnose(args, term, scheduler, images, context: dict, pipeline, output: Pa
         raise UsageError(str(error)) from error
     verdict = judge(diagnosis)
     print(describe(diagnosis, verdict))
-    output.mkdir(parents=True, exist_ok=True)
-    settings = {"command": sys.argv[1:], "seed": args.seed, "model": args.model}
     for suffix in ("png", "svg"):
         write_whole(output / f"{term.name}.{suffix}", lambda path: draw_diagnosis(path, diagnosis, verdict))
-    write_whole(output / f"{term.name}.json", lambda path: write_json(path, diagnosis, verdict, **settings))
+    write_whole(output / f"{term.name}.json", lambda path: write_json(path, diagnosis, verdict, **_settings(args)))
     print(f"written: {output / term.name}.png, .svg, .json\n", flush=True)
+
+
+def _say_why_not(args, name: str, reason: str, output: Path) -> None:
+    from ..evaluation import Verdict
+    from ..evaluation.diagnosis_text import describe_verdict, write_json
+
+    verdict = Verdict("cannot work", (reason,))
+    print(describe_verdict(name, verdict))
+    path = output / f"{name}.json"
+    write_whole(path, lambda path: write_json(path, None, verdict, **_settings(args)))
+    print(f"written: {path}\n", flush=True)
+
+
+def _settings(args) -> dict:
+    return {"command": sys.argv[1:], "seed": args.seed, "model": args.model}
 
 
 def _check_output(output: Path, names: list[str], overwrite: bool) -> None:

@@ -10,7 +10,7 @@ from pathlib import Path
 from .diagnosis import Diagnosis, Guesses, LevelDiagnosis
 from .verdict import Verdict
 
-__all__ = ["describe", "write_json"]
+__all__ = ["describe", "describe_verdict", "write_json"]
 
 _LEGEND = """\
   D         the best guess of the image that needs no training; gap: L'(D) - L'(image), ± standard error
@@ -37,9 +37,8 @@ def describe(diagnosis: Diagnosis, verdict: Verdict) -> str:
     if any(level.model for level in diagnosis.levels):
         lines += ["The same for the model:", *_aligned([_MODEL_HEAD, *map(_model_cells, diagnosis.levels)]), ""]
     lines += _price_list(diagnosis)
-    lines += [f"Verdict: {diagnosis.name} {verdict.answer}.", *(f"  - {reason}" for reason in verdict.reasons)]
-    if verdict.recommended and verdict.answer != "contradicts the data":
-        cost = verdict.recommended
+    lines.append(describe_verdict(diagnosis.name, verdict))
+    if cost := verdict.recommended:
         lines.append(
             f"Recommended: --reg_weighting {cost.weighting} --reg_weight {cost.weight:.2g} (denoising loss"
             f" {cost.rise:+.1%}, L' {-cost.fall:+.1%}, both predicted)"
@@ -47,9 +46,14 @@ def describe(diagnosis: Diagnosis, verdict: Verdict) -> str:
     return "\n".join(lines)
 
 
-def write_json(path: Path, diagnosis: Diagnosis, verdict: Verdict, **settings) -> None:
-    """Everything as JSON; what is no finite number becomes null."""
-    found = {"settings": settings, "verdict": asdict(verdict), **asdict(diagnosis)}
+def describe_verdict(name: str, verdict: Verdict) -> str:
+    """The answer with its reasons."""
+    return "\n".join([f"Verdict: {name} {verdict.answer}.", *(f"  - {reason}" for reason in verdict.reasons)])
+
+
+def write_json(path: Path, diagnosis: Diagnosis | None, verdict: Verdict, **settings) -> None:
+    """Everything as JSON; what is no finite number becomes null. A loss that cannot work has a verdict only."""
+    found = {"settings": settings, "verdict": asdict(verdict), **(asdict(diagnosis) if diagnosis else {})}
     path.write_text(json.dumps(_finite(found), indent=1) + "\n")
 
 
