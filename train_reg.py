@@ -217,7 +217,7 @@ def train(args, data, settings, resume, interruption, output_dir, terms=(), on_d
                 optimizer.step()
                 optimizer.zero_grad()
             metrics.add({"loss": output.loss, **output.terms})
-            loss_parts.add(output, regularization.noise_level(timesteps).snr)
+            loss_parts.add(output)
             weights.add(output)
             if not accelerator.sync_gradients:
                 continue

@@ -35,6 +35,7 @@ class BalancedLoss:
         gradients: by name, d term / d model_output, before the weights, (B, C, ...), at least float32.
         per_image: as in `LossOutput`.
         weightings: as in `LossOutput`.
+        snr: as in `LossOutput`.
         model_output: (B, C, ...), attached to the network's graph.
     """
 
@@ -44,6 +45,7 @@ class BalancedLoss:
     gradients: dict[str, Tensor]
     per_image: dict[str, Tensor]
     weightings: dict[str, Tensor]
+    snr: Tensor | None
     model_output: Tensor
 
     @cached_property
@@ -88,7 +90,7 @@ def balance(output: LossOutput, weights: Mapping[str, float | Tensor]) -> Balanc
         total = weight * gradient if total is None else total + weight * gradient
     loss = _GivenGradient.apply(output.model_output, value, total.to(output.model_output.dtype))
     return BalancedLoss(
-        loss, terms, dict(weights), gradients, output.per_image, output.weightings, output.model_output
+        loss, terms, dict(weights), gradients, output.per_image, output.weightings, output.snr, output.model_output
     )
 
 

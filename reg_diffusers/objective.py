@@ -46,6 +46,7 @@ class LossOutput:
         per_image: by the same names, the value of each image, (B,), detached: of "denoising" as it enters the loss, of
             a `Term` L' itself, nan for an image that was left out or dropped.
         weightings: by the terms' names, the weighting of each image, (B,), on the device of the timesteps.
+        snr: (B,) signal-to-noise ratio of each image, on the device of the timesteps.
         model_output: (B, C, ...) what the network returned; `balancing.balance` takes gradients by it.
     """
 
@@ -53,6 +54,7 @@ class LossOutput:
     terms: dict[str, Tensor]
     per_image: dict[str, Tensor] = field(default_factory=dict)
     weightings: dict[str, Tensor] = field(default_factory=dict)
+    snr: Tensor | None = None
     model_output: Tensor | None = None
 
 
@@ -141,7 +143,7 @@ class X0Regularization(nn.Module):
             )
         loss = sum((term.weight * terms[term.name] for term in self.terms), start=sample.new_zeros(()))
         self.nonfinite.check()
-        return LossOutput(loss, terms, per_image, weights, model_output)
+        return LossOutput(loss, terms, per_image, weights, level.snr, model_output)
 
     def noise_level(self, timesteps: Tensor) -> NoiseLevel:
         """The noise level of each timestep, (B,), with the weight that the denoising loss has in this training."""
@@ -263,6 +265,7 @@ class RegularizedLoss(nn.Module):
             {"denoising": denoising, **extra.terms},
             {"denoising": per_image, **extra.per_image},
             extra.weightings,
+            extra.snr,
             model_output,
         )
 

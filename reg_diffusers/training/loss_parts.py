@@ -38,13 +38,8 @@ class LossParts:
         self._columns = [("", what) for what in _OF_DENOISING] + [(name, what) for name in names for what in _OF_TERM]
         self._sums = self._nothing()
 
-    def add(self, output: BalancedLoss, snr: Tensor) -> None:
-        """Adds a batch; one whose loss is not finite does not count.
-
-        Args:
-            output: of the batch.
-            snr: (B,) of its images; on the CPU, so that no step waits.
-        """
+    def add(self, output: BalancedLoss) -> None:
+        """Adds a batch; one whose loss is not finite does not count. No step waits if its timesteps are on the CPU."""
         denoising = output.per_image["denoising"]
         products, places = output.products, {name: place for place, name in enumerate(output.gradients)}
         columns = [torch.ones_like(denoising), denoising, products[:, 0, 0]]
@@ -56,7 +51,8 @@ class LossParts:
             columns += [squared, weight**2 * squared, products[:, 0, place]]
         columns = torch.stack([column.to(self._sums) for column in columns], dim=1)
         columns = torch.where(output.loss.detach().isfinite(), columns, 0)
-        bins = torch.bucketize(snr, torch.tensor(SNR_EDGES, dtype=snr.dtype, device=snr.device))
+        edges = torch.tensor(SNR_EDGES, dtype=output.snr.dtype, device=output.snr.device)
+        bins = torch.bucketize(output.snr, edges)
         members = torch.nn.functional.one_hot(bins, len(SNR_EDGES) + 1).to(columns, non_blocking=True)
         self._sums += members.T @ columns  # not index_add, whose order of summation differs from run to run
 

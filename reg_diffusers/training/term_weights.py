@@ -34,8 +34,8 @@ __all__ = ["MEASURED_STEPS", "TermWeights"]
 
 MEASURED_STEPS = 100  # after the warmup of the learning rate; then units are frozen
 _DECAY = 0.98  # of running means, per step: they remember some 50 steps
-_RHO = 0.2  # proportional part of the controller: the weight in units for a relative excess of 1
-_ETA = 2e-3  # integral part, per step
+_RHO = 0.5  # proportional part of the controller: the weight in units for a relative excess of 1
+_ETA = 1e-2  # integral part, per step
 _TENSORS = ("means", "units", "multipliers", "weights")  # of the state
 _LARGEST_EXCESS = 1.0  # of c: at the start x0_hat is noise, and L' any multiple of the target
 
