@@ -144,7 +144,7 @@ def test_the_jackknife_leaves_the_same_group_out_of_all_sets():
     samples = torch.randn(100, 2)
     estimate = jackknife(lambda one, other: (one - other).abs().max().item(), samples, samples + 3)
     assert estimate.value == pytest.approx(3) and estimate.standard_error < 1e-5
-    with pytest.raises(ValueError, match="19 samples are too few .* take 20 or more"):
+    with pytest.raises(ValueError, match=r"19 samples are too few .* take 20 or more"):
         jackknife(frechet, samples[:19])
 
 

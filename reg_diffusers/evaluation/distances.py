@@ -94,7 +94,7 @@ def frechet(samples: Tensor, reference: Tensor) -> float:
 
 
 def kernel(samples: Tensor, reference: Tensor) -> float:
-    """Squared maximum mean discrepancy with the kernel (x.y / D + 1)^3, unbiased: 0 on average for equal distributions.
+    """Squared maximum mean discrepancy with the kernel (x.y / D + 1)^3; unbiased, 0 on average where nothing differs.
 
     The kernel distance (KID) of Binkowski et al. 2018 (arXiv:1801.01401), over all pairs instead of random subsets.
 

@@ -1,14 +1,16 @@
-"""Draws what an extra loss gained against what it cost, from the rows of the table."""
+"""Draws what an extra loss gained against what it cost: L' over the distance to the data, a point for each model."""
 
 from __future__ import annotations
 
 import math
 import textwrap
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 from ..measurement import Measurement
 
-__all__ = ["draw_evaluation"]
+__all__ = ["Point", "draw_evaluation", "draw_point", "draw_trade_off"]
 
 _COLUMNS = 3
 _MARKERS = "osD^vP"
@@ -24,69 +26,137 @@ _PLACES = [
 ]
 
 
-def draw_evaluation(path: Path, rows: dict[str, Measurement]) -> None:
+@dataclass(frozen=True)
+class Point:
+    """What is drawn of one set of images; errors of 0 or nan are not drawn.
+
+    Attributes:
+        title: written beside it.
+        x: distance to the data.
+        y: L'.
+        x_error: half of the horizontal bar.
+        y_error: half of the vertical bar.
+    """
+
+    title: str
+    x: float
+    y: float
+    x_error: float = 0.0
+    y_error: float = 0.0
+
+
+def draw_evaluation(path: Path, rows: Mapping[str, Measurement]) -> None:
     """One panel per term: L' of each row, with its standard error, over the row's distance to the data.
 
     Args:
         path: a PNG file.
         rows: what was measured, the data first, with at least one term.
     """
+    first = next(iter(rows.values()))
+    panels = {
+        name: [
+            Point(title, row.distance, row.terms[name], 0, row.standard_errors[name]) for title, row in rows.items()
+        ]
+        for name in first.terms
+    }
+    draw_trade_off(
+        [path],
+        panels,
+        "sliced Wasserstein distance to the data,\nin values from -1 to 1 (left is closer)",
+        f"loss: mean over {first.images} samples, ± standard error",
+    )
+
+
+def draw_trade_off(
+    paths: Sequence[Path],
+    panels: Mapping[str, Sequence[Point]],
+    xlabel: str,
+    ylabel: str,
+    draw_panel: Callable | None = None,
+) -> None:
+    """One panel per term, with a point for each set of images, the data first.
+
+    Args:
+        paths: PNG or SVG files, all of the same figure.
+        panels: the points of each term, the data first.
+        xlabel: of the distance.
+        ylabel: of L'.
+        draw_panel: draws the points of one panel, and returns those that are labelled, with their colours.
+    """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    names = list(next(iter(rows.values())).terms)
-    columns = min(len(names), _COLUMNS)
-    lines = math.ceil(len(names) / columns)
+    columns = min(len(panels), _COLUMNS)
+    lines = math.ceil(len(panels) / columns)
     figure = Figure(figsize=(5.4 * columns, 4.4 * lines), layout="constrained")
     FigureCanvasAgg(figure)
-    panels = figure.subplots(lines, columns, squeeze=False).flat
-    for axes in panels[len(names) :]:
+    frames = figure.subplots(lines, columns, squeeze=False).flat
+    for axes in frames[len(panels) :]:
         axes.set_axis_off()
-    drawn = [(axes, _draw_panel(axes, name, rows)) for axes, name in zip(panels, names, strict=False)]
+    drawn = []
+    for axes, (name, points) in zip(frames, panels.items(), strict=False):
+        finite = [point for point in points if math.isfinite(point.x) and math.isfinite(point.y)]
+        missing = [f"{point.title}: not finite" for point in points if point not in finite]
+        drawn.append((axes, (draw_panel or _draw_points)(axes, points, finite)))
+        _frame(axes, points[0], finite)
+        axes.set_title("\n".join([name, *missing]))
+        axes.set_xlabel(xlabel)
+        axes.set_ylabel(ylabel)
     figure.draw_without_rendering()  # only now are the places on the canvas known
-    for axes, points in drawn:
-        _label(axes, points)
-    figure.savefig(path, dpi=110, bbox_inches="tight")
+    for axes, labelled in drawn:
+        _label(axes, labelled)
+    for path in paths:
+        figure.savefig(path, dpi=110, bbox_inches="tight")
 
 
-def _draw_panel(axes, name: str, rows: dict[str, Measurement]) -> list[tuple[str, float, float, float, str]]:
-    """Draws the points of one term; returns them with what they are to be called."""
-    points, missing = [], []
-    for index, (title, row) in enumerate(rows.items()):
+def _draw_points(axes, points: Sequence[Point], finite: Sequence[Point]) -> list[tuple[Point, str]]:
+    """Each in a colour and with a marker of its own."""
+    labelled = []
+    for index, point in enumerate(points):
         color, marker = _COLORS[index % len(_COLORS)], _MARKERS[index % len(_MARKERS)]
-        mean, error = row.terms[name], row.standard_errors[name]
-        if not (math.isfinite(mean) and math.isfinite(row.distance)):
-            missing.append(title)
-            continue
-        error = error if math.isfinite(error) else 0.0
-        axes.errorbar(row.distance, mean, error or None, fmt=marker, color=color, markersize=8, capsize=4, zorder=3)
-        points.append((title, row.distance, mean, error, color))
-    reference = next(iter(rows.values()))
-    if math.isfinite(reference.terms[name]):
-        axes.axhline(reference.terms[name], color="0.75", linewidth=1, linestyle="--", zorder=1)
-    ends = [mean + sign * error for *_, mean, error, _ in points for sign in (-1, 1)] or [0.0]
-    space = 0.3 * (max(ends) - min(ends)) or 0.5 * abs(max(ends)) or 1.0
-    axes.set_ylim(min(ends) - space, max(ends) + space)
-    axes.set_xlim(0, 1.4 * max((distance for _, distance, *_ in points), default=0) or 1.0)
-    axes.set_title("\n".join([name, *(f"{title}: not finite" for title in missing)]))
-    axes.set_xlabel("sliced Wasserstein distance to the data,\nin values from -1 to 1 (left is closer)")
-    axes.set_ylabel(f"loss: mean over {reference.images} samples, ± standard error")
+        if point in finite:
+            draw_point(axes, point, color, marker)
+            labelled.append((point, color))
+    return labelled
+
+
+def draw_point(axes, point: Point, color: str, marker: str, **style) -> None:
+    """One point with its error bars."""
+    x_error, y_error = ((error if math.isfinite(error) else 0.0) or None for error in (point.x_error, point.y_error))
+    style = {"color": color, "markersize": 8, "capsize": 4, "zorder": 3, **style}
+    axes.errorbar(point.x, point.y, y_error, x_error, fmt=marker, **style)
+
+
+def _frame(axes, reference: Point, points: Sequence[Point]) -> None:
+    """Limits that leave room for names, and a line at the data's L'."""
+    if math.isfinite(reference.y):
+        axes.axhline(reference.y, color="0.75", linewidth=1, linestyle="--", zorder=1)
+    ends = [point.y + sign * error for point in points for error in [_finite(point.y_error)] for sign in (-1, 1)]
+    low, high = min(ends, default=0.0), max(ends, default=0.0)
+    space = 0.3 * (high - low) or 0.5 * abs(high) or 1.0
+    axes.set_ylim(low - space, high + space)
+    left = min((point.x - _finite(point.x_error) for point in points), default=0)
+    right = max((point.x + _finite(point.x_error) for point in points), default=0)
+    axes.set_xlim(min(1.1 * left, 0), 1.4 * right or 1.0)
     axes.spines[["top", "right"]].set_visible(False)
-    return points
 
 
-def _label(axes, points: list[tuple[str, float, float, float, str]]) -> None:
+def _finite(error: float) -> float:
+    return error if math.isfinite(error) else 0.0
+
+
+def _label(axes, points: Sequence[tuple[Point, str]]) -> None:
     """Writes each point's name beside it, where it hides no other point, error bar or name and stays in the panel."""
     from matplotlib.text import Text
 
     renderer = axes.figure.canvas.get_renderer()
-    frame, taken = axes.get_window_extent(renderer), [_extent(axes, *point[1:4]) for point in points]
-    for (title, x, y, _, color), own in zip(points, list(taken), strict=True):
+    frame, taken = axes.get_window_extent(renderer), [_extent(axes, point) for point, _ in points]
+    for (point, color), own in zip(points, list(taken), strict=True):
         tried = []
         for right, up, horizontal, vertical in _PLACES:
             text = axes.annotate(
-                textwrap.fill(title, _LABEL_WIDTH),
-                (x, y),
+                textwrap.fill(point.title, _LABEL_WIDTH),
+                (point.x, point.y),
                 (right, up),
                 textcoords="offset points",
                 ha=horizontal,
@@ -108,11 +178,13 @@ def _label(axes, points: list[tuple[str, float, float, float, str]]) -> None:
         taken.append(box)
 
 
-def _extent(axes, x: float, y: float, error: float):
-    """The rectangle of a point with its error bar, in pixels."""
+def _extent(axes, point: Point):
+    """The rectangle of a point with its error bars, in pixels."""
     from matplotlib.transforms import Bbox
 
-    (left, low), (right, high) = axes.transData.transform([(x, y - error), (x, y + error)])
+    x_error, y_error = _finite(point.x_error), _finite(point.y_error)
+    ends = [(point.x - x_error, point.y - y_error), (point.x + x_error, point.y + y_error)]
+    (left, low), (right, high) = axes.transData.transform(ends)
     return Bbox.from_extents(left, low, right, high).padded(8)
 
 

@@ -1,0 +1,203 @@
+"""What images are compared by: features of a named network, of a classifier of these data, or their pixels."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+__all__ = ["DEFAULT_NETWORK", "Features", "FeaturesError", "named_features", "pixels", "train_classifier"]
+
+DEFAULT_NETWORK = "facebook/dinov2-small"
+_PICTURE_CHANNELS = (1, 3)
+_LARGEST_SIDE = 32  # that the classifier sees
+_STEPS = 500
+_BATCH_SIZE = 64
+_LEARNING_RATE = 2e-3
+_HELD_OUT = 10  # one image of so many is not trained on
+_SECONDS_TO_ASK_THE_HUB = 10
+
+
+class FeaturesError(ValueError):
+    """A network that cannot be had; the message is the reason, in one line."""
+
+
+@dataclass(frozen=True)
+class Features:
+    """A map from images (B, C, H, W) in [-1, 1] to vectors (B, D), frozen.
+
+    Attributes:
+        extract: the map.
+        description: what it is, in words.
+        frechet: what the Frechet distance of these features is called; "" where it would say nothing.
+        kernel: what their kernel distance is called.
+    """
+
+    extract: Callable[[Tensor], Tensor]
+    description: str
+    frechet: str = ""
+    kernel: str = ""
+
+
+def pixels() -> Features:
+    """The pixel values themselves. For nearest images only: Gaussians in pixel space are no pictures."""
+    return Features(lambda images: images.flatten(1).float(), "pixels")
+
+
+def named_features(name: str, device: torch.device | str = "cpu") -> Features:
+    """Features of a vision network of transformers: of its pooled output, for DINOv2 the class token.
+
+    Images are brought to its size, bicubic and antialiased, and normalized as its image processor says.
+
+    Args:
+        name: folder or Hub id, with weights as safetensors and a preprocessor_config.json. No code from it is run.
+        device: of the network.
+
+    Raises:
+        FeaturesError: it cannot be downloaded or is no such network.
+    """
+    from transformers import AutoImageProcessor, AutoModel
+
+    try:
+        if not Path(name).is_dir():
+            _ask_the_hub(name)
+        processor = AutoImageProcessor.from_pretrained(name)
+        model, found = AutoModel.from_pretrained(name, use_safetensors=True, output_loading_info=True)
+        model = getattr(model, "vision_model", model).to(device).eval().requires_grad_(False)
+        pooled = not any("pooler" in key for key in found["missing_keys"])
+        extract = _Network(model, processor, pooled)
+        with torch.no_grad():
+            extract(torch.zeros(1, 3, 8, 8, device=device))
+    except Exception as error:  # what it raises depends on the network and on the library that reads it
+        raise FeaturesError(f"{name}: {(str(error).strip().splitlines() or [type(error).__name__])[0]}") from error
+    kind = {"dinov2": "DINOv2", "clip_vision_model": "CLIP", "vit": "ViT"}.get(model.config.model_type)
+    kind = kind or model.config.model_type
+    return Features(extract, f"{name}, {extract.size} x {extract.size}", f"FD-{kind}", f"KD-{kind}")
+
+
+def _ask_the_hub(name: str) -> None:
+    """Asks once for a network that is not in the cache, because transformers would ask again and again."""
+    from huggingface_hub import model_info, try_to_load_from_cache
+
+    if not isinstance(try_to_load_from_cache(name, "config.json"), str):
+        model_info(name, timeout=_SECONDS_TO_ASK_THE_HUB)
+
+
+class _Network:
+    def __init__(self, model: nn.Module, processor, pooled: bool):
+        self._model, self._pooled = model, pooled
+        size, crop = processor.size, getattr(processor, "crop_size", None)
+        cropped = crop is not None and getattr(processor, "do_center_crop", False)
+        self._resized = _side(size)
+        self.size = _side(crop) if cropped else self._resized
+        device = model.device
+        self._mean = torch.tensor(processor.image_mean, device=device).view(-1, 1, 1)
+        self._std = torch.tensor(processor.image_std, device=device).view(-1, 1, 1)
+
+    def __call__(self, images: Tensor) -> Tensor:
+        if images.shape[1] not in _PICTURE_CHANNELS:
+            raise FeaturesError(f"pictures have 1 or 3 channels, not {images.shape[1]}")
+        images = (images.clamp(-1, 1).float() + 1) / 2
+        scale = self._resized / min(images.shape[2:])
+        size = [max(round(side * scale), self.size) for side in images.shape[2:]]
+        images = F.interpolate(images, size, mode="bicubic", antialias=True).clamp(0, 1)
+        top, left = ((side - self.size) // 2 for side in size)
+        images = images[:, :, top : top + self.size, left : left + self.size].expand(-1, 3, -1, -1)
+        output = self._model((images - self._mean) / self._std)
+        pooled = getattr(output, "pooler_output", None)
+        return (pooled if self._pooled and pooled is not None else output.last_hidden_state[:, 0]).flatten(1)
+
+
+def _side(size) -> int:
+    """The side of the square that an image processor's size means."""
+    return (size.get("shortest_edge") or size["height"]) if isinstance(size, dict) else _of_size(size)
+
+
+def _of_size(size) -> int:
+    return getattr(size, "shortest_edge", None) or getattr(size, "height", None) or int(size)
+
+
+def train_classifier(
+    images: Tensor,
+    labels: Tensor,
+    classes: int,
+    seed: int = 0,
+    progress: Callable = iter,
+) -> Features:
+    """Trains a small convolutional network on the labels of the data, in seconds; its last layer but one is taken.
+
+    An honest yardstick for these data and this seed, and for nothing else: its distances compare with no other's. It
+    has seen both halves of the data, so that neither is favoured.
+
+    Args:
+        images: (N, C, H, W) in [-1, 1]; larger ones than 32 x 32 are made that small.
+        labels: (N,) from 0 to classes - 1.
+        classes: their number, at least 2.
+        seed: of weights and order.
+        progress: wraps the range of steps, such as tqdm.
+
+    Returns:
+        The features; the description tells the share of held-out images that it recognises.
+
+    Raises:
+        FeaturesError: fewer than two classes, or 20 images.
+    """
+    if classes < 2 or len(images) < 2 * _HELD_OUT:
+        raise FeaturesError(f"a classifier needs 2 classes and {2 * _HELD_OUT} images")
+    images, labels = _small(images), labels.to(images.device)
+    devices = [images.device] if images.device.type == "cuda" else []
+    with torch.random.fork_rng(devices), torch.enable_grad():
+        torch.manual_seed(seed)
+        order = torch.randperm(len(images)).to(images.device)
+        held_out, trained = order[: len(order) // _HELD_OUT], order[len(order) // _HELD_OUT :]
+        network = _classifier(images.shape[1], classes).to(images.device)
+        optimizer = torch.optim.AdamW(network.parameters(), _LEARNING_RATE, weight_decay=0.05)
+        schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, _LEARNING_RATE, total_steps=_STEPS)
+        for _ in progress(range(_STEPS)):
+            batch = trained[torch.randint(len(trained), (_BATCH_SIZE,)).to(trained.device)]
+            F.cross_entropy(network(images[batch]), labels[batch]).backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            schedule.step()
+    network = network.eval().requires_grad_(False)
+    found = torch.cat([network(images[part]).argmax(1) for part in held_out.split(256)])
+    accuracy = (found == labels[held_out]).float().mean().item()
+    body = network[:-1]
+    description = (
+        f"a classifier of these data, seed {seed}: {accuracy:.1%} of {len(held_out)} held-out images recognised"
+    )
+    return Features(lambda shown: body(_small(shown.to(images.device))), description, "classifier FD", "classifier KD")
+
+
+def _small(images: Tensor) -> Tensor:
+    """At most 32 x 32: averaged."""
+    images = images.float()
+    if max(images.shape[2:]) <= _LARGEST_SIDE:
+        return images
+    return F.interpolate(
+        images, [min(side, _LARGEST_SIDE) for side in images.shape[2:]], mode="bilinear", antialias=True
+    )
+
+
+def _classifier(channels: int, classes: int) -> nn.Sequential:
+    def block(before: int, after: int, stride: int) -> list[nn.Module]:
+        return [
+            nn.Conv2d(before, after, 3, stride, 1, bias=False),
+            nn.GroupNorm(8, after),
+            nn.SiLU(),
+        ]
+
+    return nn.Sequential(
+        *block(channels, 32, 1),
+        *block(32, 64, 2),
+        *block(64, 64, 2),
+        *block(64, 64, 1),
+        nn.AdaptiveAvgPool2d(1),
+        nn.Flatten(),
+        nn.Dropout(0.1),
+        nn.Linear(64, classes),
+    )
