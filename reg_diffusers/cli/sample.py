@@ -9,6 +9,7 @@ import time
 from pathlib import Path
 
 from .model import add_model_flag, load_pipeline
+from .numbers import natural, positive
 
 __all__ = ["add_parser", "run"]
 
@@ -32,10 +33,10 @@ def add_parser(subparsers) -> argparse.ArgumentParser:
     )
     add = parser.add_argument
     add_model_flag(parser)
-    add("--num_images", type=_positive, default=64, metavar="N", help="how many (default: %(default)s)")
+    add("--num_images", type=positive, default=64, metavar="N", help="how many (default: %(default)s)")
     add(
         "--batch_size",
-        type=_positive,
+        type=positive,
         default=64,
         metavar="N",
         help="at once in each process (default: %(default)s)",
@@ -48,16 +49,16 @@ def add_parser(subparsers) -> argparse.ArgumentParser:
     )
     add(
         "--num_inference_steps",
-        type=_positive,
+        type=positive,
         default=50,
         metavar="N",
         help="calls of the network for each image (default: %(default)s)",
     )
     add("--scheduler", metavar="NAME", help="DDIM, DDPM, Euler, DPM-Solver++ or UniPC (default: DDIM; Euler for flow)")
-    add("--seed", type=_natural, default=0, metavar="N", help="image i has the seed N + i (default: %(default)s)")
+    add("--seed", type=natural, default=0, metavar="N", help="image i has the seed N + i (default: %(default)s)")
     add(
         "--class_labels",
-        type=_natural,
+        type=natural,
         nargs="+",
         metavar="LABEL",
         help="numbers of classes, taken in turn, for a class-conditional model (default: all)",
@@ -89,7 +90,7 @@ def add_parser(subparsers) -> argparse.ArgumentParser:
     )
     add(
         "--num_threads",
-        type=_positive,
+        type=positive,
         metavar="N",
         help="CPU threads per process (default: the cores, shared)",
     )
@@ -285,21 +286,3 @@ def _command(args: argparse.Namespace) -> str:
         if value not in (None, []):
             words += [f"--{name}", *map(str, value if isinstance(value, list) else [value])]
     return shlex.join(words)
-
-
-def _positive(text: str) -> int:
-    return _whole_number(text, 1)
-
-
-def _natural(text: str) -> int:
-    return _whole_number(text, 0)
-
-
-def _whole_number(text: str, least: int) -> int:
-    try:
-        value = int(text)
-    except ValueError:
-        value = least - 1
-    if value < least:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of at least {least}")
-    return value

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-__all__ = ["GROUPS", "Estimate", "frechet", "jackknife", "kernel", "manifolds", "mean_of", "nearest"]
+__all__ = ["GROUPS", "Estimate", "frechet", "jackknife", "kernel", "manifolds", "mean_of", "nearest", "share_of"]
 
 GROUPS = 10
 _NORMAL = 1.960  # half the width of a 95 % interval, in standard errors
@@ -37,6 +37,17 @@ def mean_of(values: Tensor) -> Estimate:
     values = values.double()
     error = values.std().item() / math.sqrt(len(values))
     return Estimate(values.mean().item(), error, _NORMAL * error)
+
+
+def share_of(which: Tensor) -> Estimate:
+    """The share of independent cases (N,) bool that are true.
+
+    Its error is that of two more cases of each kind (Agresti & Coull 1998), because 0 of 100 does not mean never.
+    """
+    number, true = len(which), which.sum().item()
+    guarded = (true + 2) / (number + 4)
+    error = math.sqrt(guarded * (1 - guarded) / (number + 4))
+    return Estimate(true / number, error, _NORMAL * error)
 
 
 def jackknife(statistic: Callable[..., float | dict], *sets: Tensor) -> Estimate | dict[str, Estimate]:

@@ -10,7 +10,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-__all__ = ["DEFAULT_NETWORK", "Features", "FeaturesError", "named_features", "pixels", "train_classifier"]
+__all__ = [
+    "DEFAULT_NETWORK",
+    "Features",
+    "FeaturesError",
+    "classifier_input",
+    "named_features",
+    "pixels",
+    "train_classifier",
+]
 
 DEFAULT_NETWORK = "facebook/dinov2-small"
 _PICTURE_CHANNELS = (1, 3)
@@ -148,7 +156,7 @@ def train_classifier(
     """
     if classes < 2 or len(images) < 2 * _HELD_OUT:
         raise FeaturesError(f"a classifier needs 2 classes and {2 * _HELD_OUT} images")
-    images, labels = _small(images), labels.to(images.device)
+    images, labels = classifier_input(images), labels.to(images.device)
     devices = [images.device] if images.device.type == "cuda" else []
     with torch.random.fork_rng(devices), torch.enable_grad():
         torch.manual_seed(seed)
@@ -170,10 +178,12 @@ def train_classifier(
     description = (
         f"a classifier of these data, seed {seed}: {accuracy:.1%} of {len(held_out)} held-out images recognised"
     )
-    return Features(lambda shown: body(_small(shown.to(images.device))), description, "classifier FD", "classifier KD")
+    return Features(
+        lambda shown: body(classifier_input(shown.to(images.device))), description, "classifier FD", "classifier KD"
+    )
 
 
-def _small(images: Tensor) -> Tensor:
+def classifier_input(images: Tensor) -> Tensor:
     """At most 32 x 32: averaged."""
     images = images.float()
     if max(images.shape[2:]) <= _LARGEST_SIDE:

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from ..regularizers import Regularizer, score
-from .distances import Estimate, frechet, jackknife, kernel, manifolds, mean_of, nearest
+from .distances import Estimate, frechet, jackknife, kernel, manifolds, mean_of, nearest, share_of
 from .features import Features
 from .metrics import sliced_wasserstein
 
@@ -143,7 +143,7 @@ def find_copies(vectors: Tensor, searched: Tensor, own: Tensor) -> Copies:
 def copies_of(distances: Tensor, indices: Tensor, own: Tensor) -> Copies:
     """The same where the nearest images are known."""
     limit = torch.quantile(own.double(), _NEAR).item()
-    return Copies(distances.cpu(), indices.cpu(), limit, mean_of((distances < limit).float()))
+    return Copies(distances.cpu(), indices.cpu(), limit, share_of(distances < limit))
 
 
 def compare_rows(rows: Mapping[str, Row]) -> list[str]:

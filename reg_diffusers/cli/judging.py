@@ -1,0 +1,556 @@
+"""What `evaluate` and `sweep` share: models, data and features from flags, samples in a folder, rows of the table."""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import re
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from .numbers import natural, positive
+
+__all__ = [
+    "Bench",
+    "Judged",
+    "add_judging_flags",
+    "check_regularizers",
+    "choose_features",
+    "draw_samples_of",
+    "judge_models",
+    "load_models",
+    "open_bench",
+    "read_samples",
+    "recorded_regularizers",
+    "regularizers_of",
+    "samplers_of",
+]
+
+_IMAGES = 2048
+_SEARCHED = 10_000  # images of the data that are looked at: for reference, for near copies, by the classifier
+_IMAGES_OF_LOSS = 256
+_BATCH_SIZE = 64
+_DATA_FLAGS = ("dataset_config_name", "image_column", "label_column", "conditioning_image_column", "cache_dir")
+
+
+def add_judging_flags(parser: argparse.ArgumentParser) -> None:
+    """Adds the flags about data, samples and features."""
+    add = parser.add_argument
+    add(
+        "--data",
+        "--train_data_dir",
+        "--dataset_name",
+        metavar="FOLDER_FILE_OR_ID",
+        help="what samples are compared with: a folder of images, a file of fields (.npy, .npz) or a data set"
+        " (default: the embedded Fashion-MNIST images)",
+    )
+    add("--dataset_config_name", metavar="NAME", help="configuration of that data set, where it has several")
+    add("--image_column", metavar="NAME", help="column with the images (default: the first)")
+    add("--label_column", metavar="NAME", help="column with the class labels (default: 'label', if it is there)")
+    add(
+        "--conditioning_image_column",
+        metavar="NAME",
+        help="column with the images that an image-conditioned model is given",
+    )
+    add("--cache_dir", metavar="FOLDER", help="where decoded images are kept (default: the Hugging Face cache)")
+    add(
+        "--num_images",
+        type=positive,
+        metavar="N",
+        help=f"samples of each model, and as many images of the data, twice (default: {_IMAGES}, or half of the data)",
+    )
+    add(
+        "--features",
+        default="auto",
+        metavar="NAME",
+        help="what images are compared by: a vision network of transformers (folder or Hub id); 'classifier', a small"
+        " one trained on the data's labels here; 'pixels' (default: facebook/dinov2-small if it can be had, else the"
+        " classifier if there are labels, else pixels)",
+    )
+    add("--fid", action="store_true", help="the Inception FID, too; needs pip install 'reg_diffusers[fid]'")
+    add("--num_inference_steps", type=positive, default=50, metavar="N", help="for each sample (default: %(default)s)")
+    add("--scheduler", metavar="NAME", help="DDIM, DDPM, Euler, DPM-Solver++ or UniPC (default: DDIM; Euler for flow)")
+    add("--seed", type=natural, default=0, metavar="N", help="sample i has the seed N + i (default: %(default)s)")
+    add("--batch_size", type=positive, default=64, metavar="N", help="drawn at once (default: %(default)s)")
+    add("--num_threads", type=positive, metavar="N", help="CPU threads per process (default: the cores, shared)")
+
+
+def load_models(names: list[str], device) -> dict:
+    """The pipelines by their titles, all of images of one size.
+
+    Raises:
+        UsageError: one is not there, one is named twice, or they do not draw the same kind of images.
+    """
+    from ..training.errors import UsageError
+    from .model import load_pipeline
+
+    if doubled := [name for name in names if names.count(name) > 1]:
+        raise UsageError(f"--model {doubled[0]} is given twice")
+    models = {title: load_pipeline(name, device) for title, name in zip(_titles(names), names, strict=True)}
+    (first, one), *others = models.items()
+    for title, other in others:
+        for what, of_one, of_other in zip(
+            ("images", "normalization", "condition channels"), _kind(one), _kind(other), strict=True
+        ):
+            if of_one != of_other:
+                raise UsageError(
+                    f"--model {title} has {what} {_shape(of_other)}, {first} {_shape(of_one)}: only models of the same"
+                    " kind of images can be compared"
+                )
+    return models
+
+
+def _titles(names: list[str]) -> list[str]:
+    """Each model's shortest name: the folder's, where no other has it."""
+    short = [Path(name).resolve().name if Path(name).is_dir() else name for name in names]
+    return [
+        name if short.count(title) > 1 or title == "data" else title for name, title in zip(names, short, strict=True)
+    ]
+
+
+def _kind(pipeline) -> tuple:
+    config = pipeline.unet.config
+    size = config.sample_size
+    height, width = (size, size) if isinstance(size, int) else size
+    channels = pipeline._channels
+    return (channels, height, width), pipeline.config.normalization, config.in_channels - channels
+
+
+def _shape(what) -> str:
+    return " x ".join(map(str, what)) if isinstance(what, tuple) else str(what)
+
+
+def recorded_regularizers(names: list[str]) -> list[str]:
+    """The built-in regularizers that the models in these folders were trained with, in that order.
+
+    What a reg_config.json names beside them would be imported and run, and a file from somewhere must not decide that.
+    """
+    from .. import regularizers
+    from ..card import CONFIG_FILE
+
+    found = []
+    for name in names:
+        try:
+            record = json.loads((Path(name) / CONFIG_FILE).read_text(encoding="utf-8"))
+            found += [term["regularizer"] for term in record["objective"]["terms"]]
+        except (OSError, ValueError, KeyError, TypeError):
+            continue
+    return [name for name in dict.fromkeys(found) if name in regularizers.__all__]
+
+
+def regularizers_of(specs: list[str]) -> dict:
+    """The regularizers by their names.
+
+    Raises:
+        UsageError: none at all, or one that cannot be loaded.
+    """
+    from ..specs import load_regularizer
+    from ..training.errors import UsageError
+
+    if not specs:
+        raise UsageError("--regularizer: the models' reg_config.json names no built-in one: say which loss to measure")
+    try:
+        return {spec: load_regularizer(spec) for spec in dict.fromkeys(specs)}
+    except ValueError as error:
+        raise UsageError(f"--regularizer: {error}") from error
+
+
+@dataclass
+class Bench:
+    """The data, made ready for judging models by.
+
+    Attributes:
+        data: as a training loads them.
+        source: how the user names them.
+        order: numbers of the images, shuffled; the first `number` are the reference, the next the other half.
+        number: of images in each half, and of samples.
+        reference: (N, C, H, W) in [-1, 1].
+        other: (N, C, H, W).
+        conditions: what each sample is conditioned on, as its reference image: class_labels (N,), condition.
+        other_conditions: the same of the other half.
+        fingerprint: a hash of both halves.
+        searched: how many images of the data are looked at for near copies.
+    """
+
+    data: object
+    source: str
+    order: list[int]
+    number: int
+    reference: object
+    other: object
+    conditions: dict = field(default_factory=dict)
+    other_conditions: dict = field(default_factory=dict)
+    fingerprint: str = ""
+    searched: int = 0
+
+    def images(self, places: range):
+        """The images of these places in `order`, (n, C, H, W) in [-1, 1]."""
+        return _images(self.data, [self.order[place] for place in places])
+
+
+def open_bench(args: argparse.Namespace, models: dict) -> Bench:
+    """The data that the flags name, at the size of the models.
+
+    Raises:
+        UsageError: data that cannot be read, are too few, of another size, or without the labels that are needed.
+    """
+    import torch
+
+    from ..evaluation.distances import GROUPS
+    from ..training.errors import UsageError
+    from ..training.preview import conditions_of
+
+    title, pipeline = next(iter(models.items()))
+    by_class = any(model.unet.config.num_class_embeds is not None for model in models.values())
+    data = _load_data(args, title, pipeline, by_class)
+    source = args.data or "embedded Fashion-MNIST"
+    total = len(data)
+    number = min(_IMAGES, total // 2) if args.num_images is None else args.num_images
+    if args.num_images is not None and number < 2 * GROUPS:
+        raise UsageError(f"--num_images {number}: at least {2 * GROUPS} are needed for confidence intervals")
+    if number < 2 * GROUPS or 2 * number > total:
+        least = 2 * max(number, 2 * GROUPS)
+        fix = f"; --num_images {total // 2} would do" if total >= 4 * GROUPS else ""
+        raise UsageError(f"--data {source}: {total:,} images are too few: {least:,} are needed, two halves{fix}")
+    order = torch.randperm(total, generator=torch.Generator().manual_seed(args.seed)).tolist()
+    bench = Bench(data, source, order, number, None, None)
+    bench.searched = min(total, max(2 * number, _SEARCHED))
+    bench.reference, bench.other = bench.images(range(number)), bench.images(range(number, 2 * number))
+    digest = hashlib.sha256()
+    for half in (bench.reference, bench.other):
+        digest.update(half.contiguous().numpy())
+    bench.fingerprint = digest.hexdigest()
+    if by_class or data.condition_channels:
+        wanted = {"class_labels": by_class, "condition": bool(data.condition_channels)}
+        bench.conditions, bench.other_conditions = (
+            {name: value for name, value in conditions_of(data, data.__getitems__(half)).items() if wanted[name]}
+            for half in (order[:number], order[number : 2 * number])
+        )
+    for name, model in models.items():
+        classes = model.unet.config.num_class_embeds
+        if classes is not None and bench.conditions["class_labels"].max() >= classes:
+            raise UsageError(f"--model {name} has {classes} classes, the data have {len(data.classes)}")
+    return bench
+
+
+def _images(data, indices: list[int]):
+    return data.normalization.normalize(data.__getitems__(indices)["values"])
+
+
+def _load_data(args: argparse.Namespace, title: str, pipeline, by_class: bool):
+    from ..training.arguments import parse_args
+    from ..training.data import Normalization, load_training_data
+    from ..training.errors import UsageError
+
+    (channels, height, width), saved, condition_channels = _kind(pipeline)
+    normalization = Normalization(tuple(saved["offset"]), tuple(saved["scale"])) if saved else None
+    flag, flags = _data_flag(args.data), []
+    if args.data:
+        flags += [f"{flag}={args.data}"]
+    flags += [f"--{name}={getattr(args, name)}" for name in _DATA_FLAGS if getattr(args, name)]
+    loading = parse_args(flags)
+    loading.resolution = None
+
+    def load(class_conditional: bool):
+        loading.class_conditional = class_conditional
+        return load_training_data(loading, channels, height, normalization, condition_channels)
+
+    try:
+        data = _with_labels_if_there(load, by_class or args.label_column or args.features == "classifier")
+    except UsageError as error:
+        told = str(error).replace(f"{flag} {args.data}", f"--data {args.data}")
+        if told.startswith("--class_conditional"):
+            why = f"--model {title} is class-conditional" if by_class else f"--features {args.features} needs labels"
+            told = f"{why}: {told.partition(': ')[2] or told}"
+        raise UsageError(told.replace("the given model", f"--model {title}")) from error
+    if tuple(data.shape) != (channels, height, width):
+        raise UsageError(
+            f"--data: images are {_shape(tuple(data.shape))}, those of --model {title} {channels} x {height} x {width}"
+        )
+    if data.is_picture == bool(saved):
+        kinds = ("fields", "pictures") if saved else ("pictures", "fields")
+        raise UsageError(f"--model {title} was trained on {kinds[0]}, --data {args.data} are {kinds[1]}")
+    return data
+
+
+def _with_labels_if_there(load, needed: bool):
+    from ..training.errors import UsageError
+
+    if needed:
+        return load(True)
+    try:
+        return load(True)
+    except UsageError:
+        return load(False)
+
+
+def _data_flag(name: str | None) -> str:
+    """Which of train_reg.py's flags a name belongs to."""
+    path = Path(name or "")
+    saved = any((path / mark).is_file() for mark in ("dataset_dict.json", "state.json"))
+    fields = path.suffix in (".npy", ".npz")
+    return "--train_data_dir" if fields or (path.is_dir() and not saved) else "--dataset_name"
+
+
+def choose_features(args: argparse.Namespace, bench: Bench, device):
+    """The features that --features names, and why they are not better ones ("" if there is nothing to say).
+
+    Raises:
+        UsageError: features that were asked for and cannot be had.
+    """
+    from tqdm import tqdm
+
+    from ..evaluation.features import DEFAULT_NETWORK, FeaturesError, named_features, pixels, train_classifier
+    from ..training.errors import UsageError
+
+    has_labels = bench.data.classes is not None
+    if args.features == "pixels":
+        return pixels(), ""
+    if args.features == "classifier" and not has_labels:
+        raise UsageError("--features classifier needs labels, which these data have not: name them by --label_column")
+    why = ""
+    if args.features != "classifier":
+        name = DEFAULT_NETWORK if args.features == "auto" else args.features
+        try:
+            if not bench.data.is_picture:
+                raise FeaturesError(f"{name} is for pictures, and these data are fields")
+            return named_features(name, device), ""
+        except FeaturesError as error:
+            if args.features != "auto":
+                raise UsageError(f"--features {error}") from error
+            why = str(error)
+    if not has_labels:
+        return pixels(), f"pixels instead of a network's features: {why}; and there are no labels"
+    images, labels = _small_images(bench)
+    try:
+        features = train_classifier(
+            images.to(device),
+            labels,
+            len(bench.data.classes),
+            args.seed,
+            lambda steps: tqdm(steps, desc="classifier", unit="step", dynamic_ncols=True),
+        )
+    except FeaturesError as error:
+        if args.features == "classifier":
+            raise UsageError(f"--features classifier: {error}") from error
+        return pixels(), f"pixels instead of a network's features: {why}; and {error}"
+    return features, f"a classifier of these data instead of {DEFAULT_NETWORK}: {why}" if why else ""
+
+
+def _small_images(bench: Bench):
+    import torch
+
+    from ..evaluation.features import classifier_input
+
+    images, labels = [], []
+    for places in _batches(bench.searched):
+        batch = bench.data.__getitems__([bench.order[place] for place in places])
+        images.append(classifier_input(bench.data.normalization.normalize(batch["values"])))
+        labels.append(batch["class_labels"])
+    return torch.cat(images), torch.cat(labels)
+
+
+def _batches(number: int, size: int = _BATCH_SIZE) -> list[range]:
+    return [range(start, min(start + size, number)) for start in range(0, number, size)]
+
+
+def check_regularizers(regularizers: dict, bench: Bench, models: dict) -> None:
+    """Tries each on two images of the data.
+
+    Raises:
+        UsageError: it needs what a sample has not, raises, or returns something else than one value for each image.
+    """
+    from ..regularizers import score
+    from ..training.errors import UsageError
+
+    for name, regularizer in regularizers.items():
+        needs = getattr(regularizer, "needs", ())
+        if missing := [need for need in needs if need not in bench.conditions]:
+            raise UsageError(
+                f"--regularizer {name} needs {', '.join(missing)}, which samples of --model {next(iter(models))} have"
+                " not"
+            )
+        try:
+            score(regularizer, bench.reference[:2], **{need: bench.conditions[need][:2] for need in needs})
+        except Exception as error:
+            told = UsageError(f"--regularizer {name} raised {type(error).__name__} on two images of the data: {error}")
+            told.show_cause = not isinstance(error, ValueError)
+            raise told from error
+
+
+def samplers_of(args: argparse.Namespace, models: dict, names: dict, bench: Bench, folder: Path) -> dict:
+    """For each model the sampler, the store and what is missing in it.
+
+    Raises:
+        UsageError: settings that do not fit the model, or samples of other settings in the folder.
+    """
+    from ..generation import ArrayFile, Sampler, Settings, find_missing, fingerprint
+    from ..pipeline import RegDDPMPipeline
+    from ..samplers import fitting_samplers
+    from ..training.errors import UsageError
+
+    found = {}
+    labels, conditions = bench.conditions.get("class_labels"), bench.conditions.get("condition")
+    for title, pipeline in models.items():
+        channels = pipeline._channels
+        # The identity in place of the picture's or field's own units: samples come as L' takes them, not clipped.
+        as_it_is = {"offset": [0.0] * channels, "scale": [1.0] * channels}
+        plain = RegDDPMPipeline(pipeline.unet, pipeline.scheduler, as_it_is)
+        by_class = pipeline.unet.config.num_class_embeds is not None
+        settings = Settings(
+            model=names[title],
+            model_sha256=fingerprint(plain),
+            scheduler=args.scheduler or next(iter(fitting_samplers(pipeline))),
+            num_inference_steps=args.num_inference_steps,
+            seed=args.seed,
+            class_labels=tuple(labels.tolist()) if by_class else (),
+            condition_sha256=hashlib.sha256(conditions.numpy()).hexdigest() if conditions is not None else "",
+        )
+        path = folder / f"{re.sub(r'[^A-Za-z0-9_.-]+', '_', title)}.npz"
+        try:
+            sampler = Sampler(plain, settings, conditions)
+        except ValueError as error:
+            raise UsageError(f"--{error}") from error
+        try:
+            store = ArrayFile(path, is_field=True)
+            found[title] = sampler, store, find_missing(store, settings, bench.number)
+        except ValueError as error:
+            raise UsageError(f"--output {error}") from error
+    return found
+
+
+def draw_samples_of(args: argparse.Namespace, samplers: dict, state) -> None:
+    """Draws what is missing, in all processes.
+
+    Raises:
+        UsageError: not enough memory, or a folder that cannot be written.
+    """
+    import torch
+
+    from ..generation import draw_missing
+    from ..training.errors import UsageError
+
+    for title, (sampler, store, missing) in samplers.items():
+        if not missing:
+            continue
+        if state.is_main_process:
+            print(f"sampling    {title}: {len(missing):,} images", flush=True)
+        try:
+            draw_missing(sampler, store, missing, args.batch_size, state)
+        except torch.OutOfMemoryError as error:
+            raise UsageError(f"--batch_size {args.batch_size}: too many for the memory of {state.device}") from error
+        except PermissionError as error:
+            raise UsageError(f"--output {store.path} cannot be written: {error.strerror}") from error
+
+
+def read_samples(bench: Bench, samplers: dict) -> dict:
+    """The first samples of each model, (N, C, H, W).
+
+    Raises:
+        UsageError: some were drawn on a machine that has another disk.
+    """
+    import numpy as np
+    import torch
+
+    from ..training.errors import UsageError
+
+    samples = {}
+    for title, (_, store, _) in samplers.items():
+        if lacking := set(range(bench.number)) - store.present():
+            raise UsageError(
+                f"--output {store.path}: {len(lacking):,} samples that other processes have drawn are not here: name a"
+                " place that all machines share"
+            )
+        store.finish(bench.number)
+        samples[title] = torch.from_numpy(np.load(store.path)["arr_0"][: bench.number])
+    return samples
+
+
+@dataclass
+class Judged:
+    """What was found.
+
+    Attributes:
+        rows: of the table, the data first.
+        copies: near copies, by title.
+        features: what images were compared by.
+    """
+
+    rows: dict
+    copies: dict
+    features: object
+
+
+def judge_models(
+    args: argparse.Namespace,
+    models: dict,
+    samples: dict,
+    bench: Bench,
+    features,
+    regularizers: dict,
+    device,
+    *,
+    with_denoising_loss: bool = False,
+) -> Judged:
+    """Measures all; in the main process alone."""
+    import dataclasses
+
+    from ..evaluation.comparison import denoising_loss
+    from ..evaluation.distances import Estimate, nearest
+    from ..evaluation.judgement import copies_of, find_copies, judge_samples
+
+    number = bench.number
+    searched = _vectors(features, bench.images, bench.searched, device, "data")
+    own, neighbours = nearest(searched, searched, same=True)
+    reference = bench.reference.to(device)
+    conditions, other_conditions = (
+        {name: value.to(device) for name, value in given.items()}
+        for given in (bench.conditions, bench.other_conditions)
+    )
+    other = slice(number, 2 * number)
+    rows, copies = {}, {"data": copies_of(own[other], neighbours[other], own)}
+    rows["data"] = judge_samples(
+        bench.other.to(device),
+        reference,
+        regularizers,
+        vectors=(searched[other], searched[:number]),
+        features=features,
+        copies=copies["data"],
+        **other_conditions,
+    )
+    for title, drawn in samples.items():
+        vectors = _vectors(features, lambda places, drawn=drawn: drawn[list(places)], number, device, title)
+        copies[title] = find_copies(vectors, searched, own)
+        loss = None
+        if with_denoising_loss:
+            some = {name: value[:_IMAGES_OF_LOSS] for name, value in conditions.items()}
+            pipeline = models[title]
+            loss = denoising_loss(pipeline.unet, pipeline.scheduler, reference[:_IMAGES_OF_LOSS], args.seed, **some)
+        rows[title] = judge_samples(
+            drawn.to(device),
+            reference,
+            regularizers,
+            vectors=(vectors, searched[:number]),
+            copies=copies[title],
+            features=features,
+            denoising_loss=loss,
+            **conditions,
+        )
+    if args.fid:
+        from ..evaluation.inception import inception_distance
+
+        for title, images in {"data": bench.other, **samples}.items():
+            fid = Estimate(inception_distance(images.to(device), reference), float("nan"), float("nan"))
+            rows[title] = dataclasses.replace(rows[title], distances={**rows[title].distances, "Inception FID": fid})
+    return Judged(rows, copies, features)
+
+
+def _vectors(features, images, number: int, device, title: str):
+    """The features of so many images, `images(places)` being some of them."""
+    import torch
+    from tqdm import tqdm
+
+    batches = tqdm(_batches(number), desc=f"features of {title}", unit="batch", dynamic_ncols=True, leave=False)
+    with torch.no_grad():
+        return torch.cat([features.extract(images(places).to(device)) for places in batches])

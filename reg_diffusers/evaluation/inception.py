@@ -1,0 +1,65 @@
+"""The Frechet inception distance of the literature, by torch-fidelity, which is an optional extra."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+__all__ = ["check_inception", "inception_distance"]
+
+
+def check_inception() -> None:
+    """Whether it can be computed here.
+
+    Raises:
+        ImportError: torch-fidelity, or what it needs, is not installed; the message is one line.
+    """
+    try:
+        import torch_fidelity  # noqa: F401
+    except ImportError as error:
+        raise ImportError(
+            f"the Frechet inception distance needs torch-fidelity ({error}): pip install 'reg_diffusers[fid]', with"
+            " the torchvision that fits your torch"
+        ) from error
+
+
+def inception_distance(samples: Tensor, reference: Tensor) -> float:
+    """FID with the weights of the original TensorFlow network, which torch-fidelity downloads on first use.
+
+    Made for thousands of photographs: on small or grey pictures the number is defined, and says little.
+
+    Source: Heusel et al. 2017 (arXiv:1706.08500); Obukhov et al. 2020, torch-fidelity.
+
+    Args:
+        samples: (N, C, H, W) in [-1, 1], grey or colour.
+        reference: (M, C, H, W).
+
+    Raises:
+        ImportError: torch-fidelity is not installed.
+    """
+    check_inception()
+    import torch_fidelity
+
+    found = torch_fidelity.calculate_metrics(
+        input1=_Pictures(samples),
+        input2=_Pictures(reference),
+        cuda=samples.is_cuda,
+        fid=True,
+        cache=False,
+        verbose=False,
+    )
+    return float(found[torch_fidelity.KEY_METRIC_FID])
+
+
+class _Pictures(torch.utils.data.Dataset):
+    """Images in the form that torch-fidelity takes, (3, H, W) uint8."""
+
+    def __init__(self, images: Tensor):
+        self._images = images
+
+    def __len__(self) -> int:
+        return len(self._images)
+
+    def __getitem__(self, index: int) -> Tensor:
+        image = ((self._images[index].cpu().clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)
+        return image.expand(3, -1, -1) if len(image) == 1 else image
