@@ -38,11 +38,11 @@ from reg_diffusers.training.model import build_noise_scheduler, build_unet, load
 from reg_diffusers.training.output import prepare_output_dir, save_pipeline, write_settings
 from reg_diffusers.training.preview import conditions_of, preview_conditions, sampling_pipeline, save_preview
 from reg_diffusers.training.processes import in_turn, join_processes, leave_processes, on_main_process, together
-from reg_diffusers.training.record import write_record
+from reg_diffusers.training.record import record_weights, write_record
 from reg_diffusers.training.report import compare, describe, describe_result
 from reg_diffusers.training.settings import check_settings, mathematical_settings
 from reg_diffusers.training.term_weights import MEASURED_STEPS, TermWeights
-from reg_diffusers.training.terms import build_terms, check_rules, weight_rules
+from reg_diffusers.training.terms import build_terms, check_rules, weight_rules, with_weights
 
 LOG_INTERVAL = 10  # steps between two readings of the metrics; reading waits for an accelerator
 
@@ -77,9 +77,12 @@ def main(argv=None):
     del given, unet
     with Interruption(state, args.max_train_time) as interruption:
         run = (args, data, settings, resume, interruption)
-        pipeline = train(*run, output_dir, terms, on_data, uploads)
+        pipeline, weights = train(*run, output_dir, terms, on_data, uploads)
+        terms = with_weights(terms, weights)
+        if state.is_main_process:
+            record_weights(terms, output_dir)
         compared = args.compare and not interruption
-        plain = train(*run, output_dir / "plain") if compared else None
+        plain, _ = train(*run, output_dir / "plain") if compared else (None, None)
         interruption.stop_asking()
         leave_processes(state)
         if not state.is_main_process:
@@ -102,7 +105,10 @@ def load(args):
 
 
 def train(args, data, settings, resume, interruption, output_dir, terms=(), on_data=None, uploads=None):
-    """Trains and saves one model; weights, batches and noise are the same whatever its terms. Returns its pipeline."""
+    """Trains and saves one model; its weights, batches and noise are the same whatever its terms.
+
+    Returns its pipeline, and the weights of its terms in the loss.
+    """
     accelerator = Accelerator(
         mixed_precision=choose_mixed_precision(args),
         # A step is so many batches, across the end of an epoch too: each image counts as in a single larger batch.
@@ -254,7 +260,7 @@ def train(args, data, settings, resume, interruption, output_dir, terms=(), on_d
             if progress.step % preview_steps == 0 or is_last:
                 with sampled.ready():
                     path = output_dir / "samples" / f"step-{progress.step:06d}.png"
-                    save_preview(accelerator, pipeline, shown, path, args)
+                    save_preview(accelerator, pipeline, shown, path, args, progress.step, terms, means_on_data)
             if progress.step % save_model_steps == 0:
                 with sampled.ready():
                     if accelerator.is_main_process:
@@ -277,7 +283,7 @@ def train(args, data, settings, resume, interruption, output_dir, terms=(), on_d
     accelerator.wait_for_everyone()
     for tracker in accelerator.trackers:
         tracker.finish()
-    return pipeline
+    return pipeline, {name: float(weight) for name, weight in weights.current.items()}
 
 
 if __name__ == "__main__":

@@ -149,10 +149,16 @@ def _function(spec: str) -> str:
 
 def _terms_table(terms: list[dict]) -> str:
     rows = [
-        f"| `{term['name']}` | `{term['regularizer']}` | {term['weight']:g} | `{term['weighting']}` | {term['gate']} |"
+        f"| `{term['name']}` | `{term['regularizer']}` | {_weight(term)} | `{term['weighting']}` | {term['gate']} |"
         for term in terms
     ]
     return "\n".join(["| loss | given as | weight | weighting | acts at |", "|---|---|---|---|---|", *rows])
+
+
+def _weight(term: dict) -> str:
+    """The weight, and the rule that has set it."""
+    rule = f" (by {term['weight_rule']})" if "weight_rule" in term else ""
+    return f"{term['weight']:g}{rule}"
 
 
 def _note_on_own_code(terms: list[dict]) -> str:

@@ -5,6 +5,8 @@ import math
 import shutil
 
 import numpy as np
+import PIL.Image
+import PIL.ImageChops
 import pytest
 import torch
 from accelerate import Accelerator
@@ -21,6 +23,7 @@ from reg_diffusers.regularizers import total_variation
 from reg_diffusers.training import term_weights
 from reg_diffusers.training.conflict_free import ConflictFree, combined
 from reg_diffusers.training.loss_parts import LossParts
+from reg_diffusers.training.preview import captioned_grid
 from reg_diffusers.training.term_weights import TermWeights
 from reg_diffusers.training.weight_rules import AutoWeight, Target, parse_target, parse_weight
 from reg_diffusers.weighting import constant, low_noise
@@ -176,7 +179,9 @@ def test_a_state_goes_on_where_it_was(accelerator):
     assert changed.state_dict()["targets"] == {"energy": 0.3}
 
 
-RULES = "--regularizer total_variation sparsity out_of_range --reg_weight auto:0.1 0 0.1 --reg_target sparsity=0.9x".split()
+RULES = (
+    "--regularizer total_variation sparsity out_of_range --reg_weight auto:0.1 0 0.1 --reg_target sparsity=0.9x"
+).split()
 
 
 @pytest.fixture
@@ -202,6 +207,14 @@ def test_a_resumed_run_has_the_weights_and_the_log_of_an_undisturbed_one(soon, t
 def fed(script):
     feed(script)
     script.MEASURED_STEPS = 2
+
+
+def test_what_a_rule_has_come_to_is_recorded(soon, train):  # noqa: F811
+    out = train("--max_train_steps", 8, "--reg_weight", "auto:0.1", "--compare")
+    (term,) = json.loads((out / "reg_config.json").read_text())["objective"]["terms"]
+    assert term["weight_rule"] == "auto:0.1" and 0 < term["weight"] == metrics(out)[-1]["weight/total_variation"]
+    assert json.loads((out / "comparison.json").read_text())["terms"]["total_variation"]["weight"] == term["weight"]
+    assert f"{term['weight']:g} (by auto:0.1)" in (out / "README.md").read_text()
 
 
 @pytest.mark.forks
@@ -338,6 +351,30 @@ def test_names_are_those_of_the_log_in_tensorboard_too(train):  # noqa: F811
     events = EventAccumulator(str(file)).Reload()
     assert set(events.Tags()["scalars"]) == set(metrics(out)[-1]) - {"step"}
     assert {"raw/total_variation", "gradient_ratio/total_variation", "denoising/snr_0.1_to_1"} <= set(metrics(out)[-1])
+
+
+# Previews
+
+
+def test_previews_say_the_loss_of_each_picture_and_change_nothing(train, tmp_path):  # noqa: F811
+    """Read back from the picture itself: other values, other ink under the pictures, and nothing else."""
+    samples = images(3, 1, 8, 8, dtype=torch.float32).clamp(-1, 1)
+    one, other = (captioned_grid(samples, {"a": [0.1, value, 0.3]}, "step 1", {"a": 0.2}) for value in (0.2, 0.5))
+    changed = PIL.ImageChops.difference(one, other).convert("L").point(lambda level: 255 * (level > 0))
+    left, top, right, _ = changed.crop((0, 60, *one.size)).getbbox()
+    assert one.size == other.size and 136 < left < right < 248 and 60 + top > 172  # under the second picture
+    plain = train("--regularizer", "none", "--max_train_steps", 2, output="plain")
+    (tmp_path / "drawing.py").write_text(
+        "import torch\ndef loss(x):\n    return (x * torch.rand(1)).square().flatten(1).mean(1)\n"
+    )
+    seldom, often = (
+        train("--regularizer", "drawing:loss", "--max_train_steps", 4, "--preview_steps", steps, output=f"p{steps}")
+        for steps in (4, 1)
+    )
+    assert not differ(weights(seldom), weights(often)) and len(list((often / "samples").iterdir())) == 4
+    without, picture = (next((folder / "samples").iterdir()) for folder in (plain, often))
+    without, picture = PIL.Image.open(without), PIL.Image.open(picture)
+    assert without.size == (136, 136) and picture.size[0] >= 2 * 112 and picture.size[1] > picture.size[0]
 
 
 # What is said and refused

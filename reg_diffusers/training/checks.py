@@ -24,7 +24,7 @@ from .errors import UsageError, warn
 from .networks import find_networks, fingerprint
 from .tracing import Trace, line_of_error
 
-__all__ = ["OnData", "check_terms"]
+__all__ = ["OnData", "check_terms", "random_numbers_as_before"]
 
 _IMAGES_TRIED = 2
 _IMAGES_MEASURED = 64
@@ -80,7 +80,7 @@ def check_terms(
     """
     device, dtype = torch.device(device), {"fp16": torch.float16, "bf16": torch.bfloat16}.get(mixed_precision)
     on_data = {}
-    with _random_numbers_as_before(device), torch.autocast(device.type, dtype, enabled=dtype is not None):
+    with random_numbers_as_before(device), torch.autocast(device.type, dtype, enabled=dtype is not None):
         for term in terms:
             try:
                 trial = _Trial(term, noise_scheduler, data, device)
@@ -283,7 +283,8 @@ def _own_error(term: Term, error: Exception) -> UsageError:
 
 
 @contextlib.contextmanager
-def _random_numbers_as_before(device: torch.device) -> Iterator[None]:
+def random_numbers_as_before(device: torch.device) -> Iterator[None]:
+    """Inside, random numbers may be drawn; afterwards the global generators are as they were."""
     state = random.getstate(), np.random.get_state()
     with torch.random.fork_rng([device] if device.type == "cuda" else [], device_type=device.type):
         try:

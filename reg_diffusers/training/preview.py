@@ -7,17 +7,26 @@ import math
 from pathlib import Path
 
 import PIL.Image
+import PIL.ImageDraw
+import PIL.ImageFont
 import torch
 from accelerate import Accelerator
 from torch import Tensor
 
 from ..files import write_whole
 from ..pipeline import RegDDPMPipeline, fast_scheduler
+from ..regularizers import score
+from ..term import Term
+from .checks import random_numbers_as_before
 from .data import TrainingData
 
-__all__ = ["conditions_of", "draw_samples", "grid", "preview_conditions", "sampling_pipeline", "save_preview"]
+__all__ = ["captioned_grid", "conditions_of", "draw_samples", "grid", "preview_conditions", "sampling_pipeline"]
+__all__ += ["save_preview"]
 
 _SMALLEST_SIDE = 64  # pixels at which a sample is shown at least
+_SMALLEST_CAPTIONED_SIDE = 112  # with a number under it
+_GAP = 12  # between captioned samples, and around them
+_INK, _GREY = (32, 32, 32), (110, 110, 110)
 
 
 def sampling_pipeline(unet, noise_scheduler, data: TrainingData) -> RegDDPMPipeline:
@@ -79,12 +88,32 @@ def save_preview(
     conditions: dict[str, Tensor],
     path: Path,
     args: argparse.Namespace,
+    step: int,
+    terms: tuple[Term, ...] = (),
+    means_on_data: dict[str, float] | None = None,
 ) -> None:
-    """One grid of samples, from the same noise at every call; drawn by the main process."""
+    """One grid of samples, from the same noise at every call; drawn by the main process.
+
+    Under each is L' of the terms, but of those that need more than a sample and what it is conditioned on.
+    """
     if not accelerator.is_main_process:
         return
     samples = draw_samples(pipeline, args.eval_batch_size, args.ddpm_num_inference_steps, args.seed, **conditions)
-    write_whole(path, grid(samples).save)
+    values = _values(samples.to(accelerator.device), terms, conditions)
+    picture = captioned_grid(samples, values, f"step {step:,}", means_on_data or {}) if values else grid(samples)
+    write_whole(path, picture.save)
+
+
+def _values(samples: Tensor, terms: tuple[Term, ...], conditions: dict[str, Tensor]) -> dict[str, list[float]]:
+    """L' of each sample by the terms' names; what a regularizer draws at random changes nothing for the training."""
+    values = {}
+    with random_numbers_as_before(samples.device):
+        for term in terms:
+            needs = getattr(term.regularizer, "needs", ())
+            if all(need in conditions for need in needs):
+                given = {need: conditions[need].to(samples.device) for need in needs}
+                values[term.name] = score(term.regularizer, samples, **given).tolist()
+    return values
 
 
 def grid(samples: Tensor, gap: int = 1) -> PIL.Image.Image:
@@ -102,3 +131,50 @@ def grid(samples: Tensor, gap: int = 1) -> PIL.Image.Image:
     return PIL.Image.fromarray(pixels).resize(
         (pixels.shape[1] * zoom, pixels.shape[0] * zoom), PIL.Image.Resampling.NEAREST
     )
+
+
+def captioned_grid(
+    samples: Tensor, values: dict[str, list[float]], title: str, means_on_data: dict[str, float]
+) -> PIL.Image.Image:
+    """Samples as `grid` shows them, each with its values under it, and what they are above all.
+
+    Args:
+        samples: (N, C, H, W) in [-1, 1].
+        values: by the name of a loss, one number for each sample.
+        title: first words of the heading.
+        means_on_data: by the same names, the mean over the data, where it is known.
+    """
+    size, small = PIL.ImageFont.load_default(15), PIL.ImageFont.load_default(13)
+    zoom = max(math.ceil(_SMALLEST_CAPTIONED_SIDE / max(samples.shape[2:])), 1)
+    height, width = (zoom * side for side in samples.shape[2:])
+    columns = math.ceil(math.sqrt(len(samples)))
+    rows = math.ceil(len(samples) / columns)
+    line = 18
+    order = ", in this order" if len(values) > 1 else ""
+    heading = [
+        f"{title}, L' under each picture{order}",
+        *(_said(name, numbers, means_on_data.get(name)) for name, numbers in values.items()),
+    ]
+    top = 2 * _GAP + (line + 2) * len(heading)
+    cell_height = height + line * len(values) + _GAP
+    wanted = max(small.getlength(text) for text in heading) + 2 * _GAP
+    canvas_width = max(columns * (width + _GAP) + _GAP, math.ceil(wanted))
+    canvas = PIL.Image.new("RGB", (canvas_width, top + rows * cell_height + _GAP // 2), "white")
+    draw = PIL.ImageDraw.Draw(canvas)
+    for number, text in enumerate(heading):
+        place = (_GAP, _GAP + (line + 2) * number)
+        draw.text(place, text, _GREY if number else _INK, small if number else size)
+    for number, sample in enumerate(samples):
+        left = _GAP + number % columns * (width + _GAP)
+        upper = top + number // columns * cell_height
+        shown = grid(sample[None]).resize((width, height), PIL.Image.Resampling.NEAREST)
+        canvas.paste(shown, (left, upper))
+        for place, numbers in enumerate(values.values()):
+            below = (left + width / 2, upper + height + 3 + line * place)
+            draw.text(below, f"{numbers[number]:#.3g}".rstrip("."), _INK, small, anchor="ma")
+    return canvas
+
+
+def _said(name: str, numbers: list[float], mean_on_data: float | None) -> str:
+    data = "" if mean_on_data is None else f", data {mean_on_data:.3g}"
+    return f"{name}: mean {sum(numbers) / len(numbers):.3g}{data}"

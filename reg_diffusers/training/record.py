@@ -20,8 +20,9 @@ from ..prediction import noise_level, prediction_type
 from ..term import Term, checked_weights
 from .data import TrainingData
 from .launch import launch_command
+from .terms import weight_rules
 
-__all__ = ["write_record"]
+__all__ = ["record_weights", "write_record"]
 
 _MEASUREMENTS = (COMPARISON_FILE, "comparison.png", "evaluation.png")
 _PACKAGES = ("torch", "diffusers", "accelerate", "datasets", "transformers", "huggingface_hub")
@@ -44,6 +45,7 @@ def write_record(
     for name in _MEASUREMENTS:
         (folder / name).unlink(missing_ok=True)
     source = args.dataset_name or args.train_data_dir
+    rules = weight_rules(args, terms)
     given = zip(terms, args.regularizer, args.reg_weighting, strict=True)
     record = {
         "command": launch_command(argv, state),
@@ -68,6 +70,7 @@ def write_record(
                     "name": term.name,
                     "regularizer": regularizer,
                     "weight": term.weight,
+                    **({} if isinstance(rules[term.name], float) else {"weight_rule": str(rules[term.name])}),
                     "weighting": weighting,
                     "gate": _gate(term, noise_scheduler),
                 }
@@ -78,6 +81,15 @@ def write_record(
         "commit": _commit(),
     }
     write_whole(folder / CONFIG_FILE, lambda path: path.write_text(json.dumps(record, indent=2) + "\n"))
+
+
+def record_weights(terms: tuple[Term, ...], folder: Path) -> None:
+    """Writes the weights that rules have come to into reg_config.json, which holds 0 until then."""
+    path = folder / CONFIG_FILE
+    record = json.loads(path.read_text())
+    for entry, term in zip(record["objective"]["terms"], terms, strict=True):
+        entry["weight"] = term.weight
+    write_whole(path, lambda temporary: temporary.write_text(json.dumps(record, indent=2) + "\n"))
 
 
 def _gate(term: Term, noise_scheduler) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 from collections import Counter
+from dataclasses import replace
 
 from ..regularizers import regularizer_name
 from ..specs import load_regularizer, load_weighting
@@ -12,7 +13,7 @@ from .checks import OnData
 from .errors import UsageError
 from .weight_rules import AutoWeight, Target
 
-__all__ = ["build_terms", "check_rules", "weight_rules"]
+__all__ = ["build_terms", "check_rules", "weight_rules", "with_weights"]
 
 
 def build_terms(args: argparse.Namespace) -> tuple[Term, ...]:
@@ -48,6 +49,11 @@ def weight_rules(args: argparse.Namespace, terms: tuple[Term, ...]) -> dict[str,
     weights = dict(zip([term.name for term in terms], args.reg_weight, strict=False))  # no terms: a plain training
     targets = {target.name: target for target in args.reg_target or ()}
     return {term.name: targets.get(term.name, weights[term.name]) for term in terms}
+
+
+def with_weights(terms: tuple[Term, ...], weights: dict[str, float]) -> tuple[Term, ...]:
+    """The terms with the weights that their rules have come to."""
+    return tuple(replace(term, weight=weights[term.name]) for term in terms)
 
 
 def check_rules(rules: dict[str, float | AutoWeight | Target], on_data: dict[str, OnData]) -> None:
