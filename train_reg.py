@@ -143,6 +143,9 @@ def train(args, data, settings, resume, interruption, output_dir, terms=(), on_d
     max_train_steps = args.max_train_steps or math.ceil(
         args.num_epochs * len(dataloader) / args.gradient_accumulation_steps
     )
+    means_on_data = {name: values.mean for name, values in (on_data or {}).items()}
+    weights = TermWeights(accelerator, weight_rules(args, terms), means_on_data, args.lr_warmup_steps + MEASURED_STEPS)
+    weights.check_length(max_train_steps)
     lr_scheduler = get_scheduler(
         args.lr_scheduler,
         adamw,
@@ -155,9 +158,7 @@ def train(args, data, settings, resume, interruption, output_dir, terms=(), on_d
     bad_steps = BadSteps(accelerator, output_dir / "bad_steps.jsonl", args.max_bad_steps)
     regularization = loss_fn.regularization
     dropped = DroppedImages(accelerator, regularization.nonfinite, regularization.names, args.max_bad_steps)
-    means_on_data = {name: values.mean for name, values in (on_data or {}).items()}
     loss_parts = LossParts(accelerator, regularization.names, means_on_data)
-    weights = TermWeights(accelerator, weight_rules(args, terms), means_on_data, args.lr_warmup_steps + MEASURED_STEPS)
     conflict_free = ConflictFree(accelerator, unet, args.reg_balance) if args.reg_balance and terms else None
     network = conflict_free.network if conflict_free else unet
     counters = {"metrics": metrics, "loss_parts": loss_parts, "bad_steps": bad_steps, "nonfinite": dropped}

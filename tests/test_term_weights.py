@@ -413,6 +413,17 @@ def test_a_rule_that_cannot_work_is_one_line(train, capsys, tmp_path, flags, mes
     assert not (tmp_path / "out").exists()
 
 
+def test_a_training_that_is_too_short_for_a_rule_says_so(train, capsys):  # noqa: F811
+    flags = "--regularizer total_variation sparsity --reg_weight auto:0.1 1 --reg_target sparsity=0.5".split()
+    out = train("--max_train_steps", 2, *flags)
+    told = capsys.readouterr().err
+    assert "--reg_weight auto:0.1: the weight of total_variation is not frozen until step 100" in told
+    assert (
+        "--reg_target sparsity=0.5: gradients are measured until step 100" in told and "sparsity has weight 0" in told
+    )
+    assert metrics(out)[-1]["weight/sparsity"] == 0 < metrics(out)[-1]["weight/total_variation"]
+
+
 def test_balance_without_its_package_is_one_line(train, capsys, monkeypatch):  # noqa: F811
     monkeypatch.setattr("reg_diffusers.training.conflict_free.find_spec", lambda name: None)
     assert "pip install conflictfree" in refusal(train, capsys, "--reg_balance", "config")

@@ -1,10 +1,10 @@
 """Measures what setting weights, a target and conflict-free updates add to a training step of a small model.
 
-    python docs/benchmarks/weights_overhead.py [--rounds 20]
+    python docs/benchmarks/weights_overhead.py [--rounds 60]
 
 Each round takes one step of each kind, in an order drawn anew, so that a drift of the machine's speed meets all; the
-figures are medians of
-the ratios within a round. The result is printed and kept in weights_overhead.txt beside this file.
+figures are medians of the ratios within a round. The result is printed and kept in weights_overhead.txt beside this
+file.
 """
 
 import argparse

@@ -28,6 +28,7 @@ from accelerate.utils import broadcast_object_list
 from torch import Tensor
 
 from ..balancing import BalancedLoss
+from .errors import warn
 from .weight_rules import AutoWeight, Target
 
 __all__ = ["MEASURED_STEPS", "TermWeights"]
@@ -89,6 +90,17 @@ class TermWeights:
             name: self._weights[self._place[name]] if name in self._place else rule
             for name, rule in self.rules.items()
         }
+
+    def check_length(self, max_train_steps: int) -> None:
+        """Warns of rules that a training of so many steps is too short for."""
+        if max_train_steps > self._measured_steps:
+            return
+        when = f"until step {self._measured_steps} (--lr_warmup_steps and {MEASURED_STEPS}), and there are"
+        for name, rule in self.rules.items():
+            if isinstance(rule, Target):
+                warn(f"--reg_target {rule}: gradients are measured {when} {max_train_steps}: {name} has weight 0")
+            elif isinstance(rule, AutoWeight):
+                warn(f"--reg_weight {rule}: the weight of {name} is not frozen {when} {max_train_steps} only")
 
     def add(self, output: BalancedLoss) -> None:
         """Takes note of a batch; one whose loss is not finite does not count."""
