@@ -10,6 +10,7 @@ from importlib import import_module
 __version__ = "0.2.0"
 
 _HOME = {
+    "BalancedLoss": "balancing",
     "Guidance": "guidance",
     "LossOutput": "objective",
     "NoiseLevel": "prediction",
@@ -21,6 +22,7 @@ _HOME = {
     "X0Regularization": "objective",
     "add_noise": "prediction",
     "diagnose": "evaluation",
+    "balance": "balancing",
     "draw_timesteps": "objective",
     "judge": "evaluation",
     "load_regularizer": "specs",
@@ -33,6 +35,7 @@ _HOME = {
     "with_condition": "conditioning",
 }
 _SUBMODULES = (
+    "balancing",
     "conditioning",
     "evaluation",
     "guidance",
