@@ -88,6 +88,8 @@ def balance(output: LossOutput, weights: Mapping[str, float | Tensor]) -> Balanc
         weight = 1 if name == "denoising" else weights[name]
         value = weight * terms[name] if value is None else value + weight * terms[name]
         total = weight * gradient if total is None else total + weight * gradient
+    said = output.loss.detach()
+    value = torch.where(said.isfinite(), value, said)  # what the loss itself calls no number stays none
     loss = _GivenGradient.apply(output.model_output, value, total.to(output.model_output.dtype))
     return BalancedLoss(
         loss, terms, dict(weights), gradients, output.per_image, output.weightings, output.snr, output.model_output

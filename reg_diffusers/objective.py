@@ -132,6 +132,7 @@ class X0Regularization(nn.Module):
             FloatingPointError: L' was not finite for `max_nonfinite_steps` steps in a row.
         """
         timesteps = torch.as_tensor(timesteps).expand(len(sample))
+        model_output = _alias(model_output)
         level = self.noise_level(timesteps)
         weights = {term.name: checked_weights(term, level) for term in self.terms}
         estimates = self._estimates(weights, model_output, timesteps, sample)
@@ -255,7 +256,7 @@ class RegularizedLoss(nn.Module):
         noisy_samples = add_noise(self.scheduler, original_samples, noise, timesteps)
         model_input = scale_model_input(self.scheduler, noisy_samples, timesteps)
         on_device = timesteps.to(original_samples.device, non_blocking=True)
-        model_output = _tensor_of(model(model_input, on_device, **(model_kwargs or {})))
+        model_output = _alias(_tensor_of(model(model_input, on_device, **(model_kwargs or {}))))
         target = prediction_target(self.scheduler, original_samples, noise, timesteps)
         denoising, per_image = self._denoising(model_output, target, timesteps)
         context["original_samples"] = original_samples
@@ -314,6 +315,11 @@ def draw_timesteps(scheduler, batch_size: int) -> Tensor:
         shift = scheduler.config.get("shift", 1.0)
         sigma = shift * sigma / (1 + (shift - 1) * sigma)
     return sigma * steps
+
+
+def _alias(model_output: Tensor) -> Tensor:
+    """The same values, by which `balance` can take gradients while hooks on the network's output wait for backward."""
+    return model_output.view_as(model_output)
 
 
 def _tensor_of(model_result) -> Tensor:

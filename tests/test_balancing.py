@@ -2,6 +2,7 @@
 
 import gc
 import weakref
+from dataclasses import replace
 from functools import partial
 
 import pytest
@@ -177,6 +178,8 @@ def test_a_loss_that_is_not_finite_has_no_finite_gradient():
     output = balance(RegularizedLoss(scheduler_of("sample"), TERMS)(network, original * torch.inf, **drawn), WEIGHTS)
     assert not output.loss.isfinite()
     assert not all(gradient.isfinite().all() for gradient in gradients_of(output.loss, network))
+    output = RegularizedLoss(scheduler_of("sample"), TERMS)(network, original, **drawn)
+    assert balance(replace(output, loss=output.loss * torch.nan), WEIGHTS).loss.isnan()
 
 
 def test_what_cannot_be_balanced_is_refused():
