@@ -157,6 +157,18 @@ def test_min_snr_counts_as_in_the_training(gaussian):
         assert level.denoising_weight == pytest.approx(min(level.snr, 5), rel=1e-5)
 
 
+def test_the_share_of_the_gradient_is_that_at_the_model_output(gaussian):
+    found = diagnose(EPSILON, Term(regularizers.sparsity, 0.1, weighting.constant), gaussian[0][:300], num_levels=6)
+    double = diagnose(EPSILON, Term(regularizers.sparsity, 0.2, weighting.constant), gaussian[0][:300], num_levels=6)
+    assert double.gradient_share() == pytest.approx(2 * found.gradient_share())
+    for level in found.levels:  # the gradient of sparsity has 1 / size in each of the values
+        expected = 0.1 / SIZE / level.snr**0.5
+        assert level.best.auxiliary_gradient == pytest.approx(expected, rel=1e-4)
+        assert level.best.denoising_gradient == pytest.approx(
+            2 * (level.snr * level.best.error) ** 0.5 / SIZE, rel=1e-4
+        )
+
+
 # Verdicts
 
 
@@ -305,6 +317,19 @@ def test_the_command_judges_each_regularizer_and_writes_what_it_found(folder):
     assert json.loads((written / "total_variation.json").read_text())["asked"]["weight"] == 0.03
 
 
+def test_the_command_finds_the_weight_of_a_share(folder):
+    flags = ("--train_data_dir", "fields.npy", "--regularizer", "sparsity", "--num_levels", 4, "--output", "share")
+    done = command(folder, *flags, "--reg_weight", "auto:0.1")
+    assert done.returncode == 0, done.stderr
+    found = json.loads((folder / "share" / "sparsity.json").read_text())
+    levels = [(level["training_share"], level["best"]) for level in found["levels"]]
+    squares = [
+        sum(share * best[f"{name}_gradient"] ** 2 for share, best in levels) for name in ("auxiliary", "denoising")
+    ]
+    assert squares[0] / squares[1] == pytest.approx(0.01)
+    assert f"--reg_weight auto:0.1 comes to about {found['asked']['weight']:.3g}" in done.stdout
+
+
 def test_the_command_measures_a_model(folder, tiny_unet):
     RegDDPMPipeline(tiny_unet(), EPSILON).save_pretrained(str(folder / "model"))
     flags = (
@@ -333,6 +358,7 @@ def test_the_command_measures_a_model(folder, tiny_unet):
         (("--train_data_dir", "fields.npy", "--model", "nothing_there"), "--model nothing_there"),
         (("--resolution", "16", "--model", "model"), "--resolution 16"),
         (("--train_data_dir", "fields.npy", "--num_levels", "1"), "--num_levels"),
+        (("--train_data_dir", "fields.npy", "--reg_target", "total_variation=0.1"), "--reg_target"),
     ],
 )
 def test_what_cannot_work_is_one_line(folder, tiny_unet, flags, said, monkeypatch, capsys):

@@ -73,6 +73,8 @@ def run(args: argparse.Namespace) -> None:
     args = complete(args)
     if not args.regularizer:
         raise UsageError("--regularizer none leaves nothing to diagnose")
+    if args.reg_target:
+        raise UsageError("--reg_target: its weight is found in training only; drop the flag to see what weights buy")
     if args.num_levels < 2:
         raise UsageError("--num_levels must be at least 2")
     terms = build_terms(args)
@@ -83,7 +85,7 @@ def run(args: argparse.Namespace) -> None:
     data = _load_data(args, given, pipeline)
     scheduler = pipeline.scheduler if pipeline else build_noise_scheduler(args, given)
     images, context = _images(args, data)
-    for term in terms:
+    for term, weight in zip(terms, args.reg_weight, strict=True):
         try:
             check_terms((term,), scheduler, data)
         except UsageError as error:
@@ -91,29 +93,33 @@ def run(args: argparse.Namespace) -> None:
                 raise
             _say_why_not(args, term.name, str(error), output)
             continue
-        _diagnose(args, term, scheduler, images, context, pipeline, output)
+        _diagnose(args, term, weight, scheduler, images, context, pipeline, output)
 
 
-def _diagnose(args, term, scheduler, images, context: dict, pipeline, output: Path) -> None:
+def _diagnose(args, term, weight, scheduler, images, context: dict, pipeline, output: Path) -> None:
+    from dataclasses import replace
+
     from tqdm.auto import tqdm
 
     from ..evaluation import diagnose, judge
     from ..evaluation.diagnosis_figure import draw_diagnosis
     from ..evaluation.diagnosis_text import describe, write_json
     from ..training.errors import UsageError
+    from ..training.weight_rules import AutoWeight
 
+    settings = {
+        "model": pipeline.unet if pipeline else None,
+        "snr_gamma": args.snr_gamma,
+        "num_levels": args.num_levels,
+        "seed": args.seed,
+        "progress": lambda levels: tqdm(levels, desc=term.name, unit="timestep", dynamic_ncols=True, leave=False),
+    }
     try:
-        diagnosis = diagnose(
-            scheduler,
-            term,
-            images,
-            model=pipeline.unet if pipeline else None,
-            snr_gamma=args.snr_gamma,
-            num_levels=args.num_levels,
-            seed=args.seed,
-            progress=lambda levels: tqdm(levels, desc=term.name, unit="timestep", dynamic_ncols=True, leave=False),
-            **context,
-        )
+        if isinstance(weight, AutoWeight):
+            share = diagnose(scheduler, replace(term, weight=1.0), images, **settings, **context).gradient_share()
+            term = replace(term, weight=weight.share / share if share else 0.0)
+            print(f"--reg_weight {weight} comes to about {term.weight:.3g} for {term.name}")
+        diagnosis = diagnose(scheduler, term, images, **settings, **context)
     except ValueError as error:
         raise UsageError(str(error)) from error
     verdict = judge(diagnosis)

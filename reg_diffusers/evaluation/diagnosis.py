@@ -165,6 +165,17 @@ class Diagnosis:
     affordable: dict[float, tuple[Cost, ...]]
     unbounded: bool = False
 
+    def gradient_share(self) -> float:
+        """Norm of the auxiliary gradient by the model output over that of the denoising loss, root mean squares.
+
+        What `--reg_weight auto:` sets, for the best guesses in place of a network's; 0 where nothing pulls.
+        """
+        auxiliary, denoising = (
+            sum(level.training_share * getattr(level.best, name) ** 2 for level in self.levels)
+            for name in ("auxiliary_gradient", "denoising_gradient")
+        )
+        return math.sqrt(auxiliary / denoising)
+
 
 def diagnose(
     scheduler,

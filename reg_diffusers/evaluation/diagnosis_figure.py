@@ -46,7 +46,7 @@ def draw_diagnosis(path: Path, diagnosis: Diagnosis, verdict: Verdict) -> None:
 def _noise_axis(axes, diagnosis: Diagnosis, verdict: Verdict) -> None:
     levels = diagnosis.levels
     axes.set_xscale("log")
-    axes.invert_xaxis()
+    axes.set_xlim(1.6 * levels[0].snr, levels[-1].snr / 1.6)
     axes.set_xlabel("SNR, with t above (noise rises to the right)")
     shown = levels[:: max(len(levels) // 6, 1)]
     top = axes.secondary_xaxis("top")
@@ -54,7 +54,7 @@ def _noise_axis(axes, diagnosis: Diagnosis, verdict: Verdict) -> None:
     top.minorticks_off()
     if verdict.max_timestep is not None:
         beyond = [level.snr for level in levels if level.timestep > verdict.max_timestep]
-        axes.axvspan(beyond[0], beyond[-1] / 2, color=_GREY, zorder=0)
+        axes.axvspan(beyond[0], beyond[-1] / 1.6, color=_GREY, zorder=0)
         place = axes.get_xaxis_transform()
         axes.text(
             beyond[0],
@@ -91,10 +91,10 @@ def _wish(axes, diagnosis: Diagnosis) -> None:
 
 def _pull(axes, diagnosis: Diagnosis) -> None:
     snr = [level.snr for level in diagnosis.levels]
-    asked = f"{diagnosis.asked.weighting}, weight {diagnosis.asked.weight:g}"
+    asked = f"{diagnosis.asked.weighting}, weight {diagnosis.asked.weight:.3g}"
     axes.plot(snr, _positive([level.ratio for level in diagnosis.levels]), label=asked, markersize=4, **_BEST)
     constant = _positive([level.ratio_constant for level in diagnosis.levels])
-    axes.plot(snr, constant, label=f"constant, weight {diagnosis.asked.weight:g}", markersize=4, **_CONSTANT)
+    axes.plot(snr, constant, label=f"constant, weight {diagnosis.asked.weight:.3g}", markersize=4, **_CONSTANT)
     axes.set_yscale("log")
     axes.set_title("2a  Which weight acts there?")
     axes.set_ylabel("weight lambda / w_d (missing: 0)")

@@ -43,7 +43,8 @@ def judge(diagnosis: Diagnosis) -> Verdict:
     below some timestep only.
     """
     if diagnosis.unbounded:
-        return Verdict("cannot work", ("L' falls without end: nothing holds x0_hat back. It must be bounded below.",))
+        reason = "L' falls without end: as its weight grows, x0_hat ends more than 20 spreads of the data away."
+        return Verdict("cannot work", (f"{reason} It must be bounded below.",))
     limit = _last_clear_timestep(diagnosis)
     affordable = diagnosis.affordable[_DEAR]
     recommended = affordable[0] if affordable else None
@@ -71,7 +72,7 @@ def _why_idle(diagnosis: Diagnosis) -> str:
     largest = max(level.displacement for level in diagnosis.levels)
     if diagnosis.asked.fall < _NO_FALL and largest < _NO_FALL:
         return (
-            f"At weight {diagnosis.asked.weight:g} it moves x0_hat by at most {largest:.1e} of the data's spread,"
+            f"At weight {diagnosis.asked.weight:.3g} it moves x0_hat by at most {largest:.1e} of the data's spread,"
             f" and L' falls by {diagnosis.asked.fall:.2%}."
         )
     return ""
@@ -115,7 +116,7 @@ def _on_data(diagnosis: Diagnosis) -> str:
 def _shift(diagnosis: Diagnosis) -> str:
     asked = diagnosis.asked
     return (
-        f"At weight {asked.weight:g} ({asked.weighting}) it buys a fall of L' by {asked.fall:.1%} for a rise of the"
+        f"At weight {asked.weight:.3g} ({asked.weighting}) it buys a fall of L' by {asked.fall:.1%} for a rise of the"
         f" denoising loss by {asked.rise:.1%}."
     )
 
@@ -147,7 +148,7 @@ def _price(diagnosis: Diagnosis) -> str:
     asked = diagnosis.asked
     dear = ", which is dear" if asked.rise > _DEAR else ""
     return (
-        f"At weight {asked.weight:g} ({asked.weighting}) the denoising loss rises by {asked.rise:.2%}{dear}, and L'"
+        f"At weight {asked.weight:.3g} ({asked.weighting}) the denoising loss rises by {asked.rise:.2%}{dear}, and L'"
         f" falls by {asked.fall:.1%}."
     )
 
