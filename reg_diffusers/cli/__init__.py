@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 
 from ..training.errors import exit_on_usage_error
-from . import demo, diagnose, evaluate, sample
+from . import demo, diagnose, evaluate, sample, sweep
 
 __all__ = ["build_parser", "main"]
 
@@ -18,7 +18,7 @@ def build_parser() -> argparse.ArgumentParser:
         " accelerate launch train_reg.py --help",
     )
     subparsers = parser.add_subparsers(title="subcommands", metavar="COMMAND", required=True)
-    for command in (demo, diagnose, evaluate, sample):
+    for command in (demo, diagnose, evaluate, sample, sweep):
         command.add_parser(subparsers)
     return parser
 

@@ -292,7 +292,7 @@ def _parts(judged, samples: dict, bench) -> list:
         text = (
             f"{100 * share.value:.1f} ± {100 * share.half_width:.1f} % of the samples are nearer to an image of the"
             f" data than {copies.limit:.3g}, as 5 % of the data are; of the half of the data that is compared,"
-            f" {100 * expected.value:.1f} %. Distances are in {judged.features.description.partition(':')[0]}."
+            f" {100 * expected.value:.1f} %. Distances are those of {_short(judged.features.description)}."
         )
         nearest = copies.distances.argsort()[:_PAIRS_SHOWN].tolist()
         parts.append(
@@ -305,6 +305,11 @@ def _parts(judged, samples: dict, bench) -> list:
             )
         )
     return parts
+
+
+def _short(description: str) -> str:
+    name = description.partition(",")[0]
+    return name if name == "pixels" else f"the features of {name}"
 
 
 def _pair(copies, drawn, bench, index: int):

@@ -15,6 +15,7 @@ __all__ = [
     "Bench",
     "Judged",
     "add_judging_flags",
+    "add_measuring_flags",
     "check_regularizers",
     "choose_features",
     "draw_samples_of",
@@ -36,6 +37,12 @@ _DATA_FLAGS = ("dataset_config_name", "image_column", "label_column", "condition
 
 def add_judging_flags(parser: argparse.ArgumentParser) -> None:
     """Adds the flags about data, samples and features."""
+    add_data_flags(parser)
+    add_measuring_flags(parser)
+
+
+def add_data_flags(parser: argparse.ArgumentParser) -> None:
+    """Adds those about data."""
     add = parser.add_argument
     add(
         "--data",
@@ -54,6 +61,11 @@ def add_judging_flags(parser: argparse.ArgumentParser) -> None:
         help="column with the images that an image-conditioned model is given",
     )
     add("--cache_dir", metavar="FOLDER", help="where decoded images are kept (default: the Hugging Face cache)")
+
+
+def add_measuring_flags(parser: argparse.ArgumentParser) -> None:
+    """Adds those about samples and features."""
+    add = parser.add_argument
     add(
         "--num_images",
         type=positive,
@@ -76,8 +88,8 @@ def add_judging_flags(parser: argparse.ArgumentParser) -> None:
     add("--num_threads", type=positive, metavar="N", help="CPU threads per process (default: the cores, shared)")
 
 
-def load_models(names: list[str], device) -> dict:
-    """The pipelines by their titles, all of images of one size.
+def load_models(names: list[str], device, titles: list[str] | None = None) -> dict:
+    """The pipelines by their titles, all of images of one size; titles are made from the names by default.
 
     Raises:
         UsageError: one is not there, one is named twice, or they do not draw the same kind of images.
@@ -87,7 +99,7 @@ def load_models(names: list[str], device) -> dict:
 
     if doubled := [name for name in names if names.count(name) > 1]:
         raise UsageError(f"--model {doubled[0]} is given twice")
-    models = {title: load_pipeline(name, device) for title, name in zip(_titles(names), names, strict=True)}
+    models = {title: load_pipeline(name, device) for title, name in zip(titles or _titles(names), names, strict=True)}
     (first, one), *others = models.items()
     for title, other in others:
         for what, of_one, of_other in zip(

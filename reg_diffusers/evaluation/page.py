@@ -40,7 +40,7 @@ figure { margin: 1rem 0; }
 .grids { display: grid; gap: 1.25rem; grid-template-columns: repeat(auto-fill, minmax(15rem, 1fr)); }
 .grids figure { margin: 0; }
 .pixels { width: 100%; image-rendering: pixelated; display: block; border: 1px solid var(--line); }
-.pairs { display: grid; gap: 1rem; grid-template-columns: repeat(auto-fill, minmax(9rem, 1fr)); }
+.pairs { display: grid; gap: 1rem; grid-template-columns: repeat(auto-fill, minmax(8rem, 1fr)); }
 .pairs figure { margin: 0; }
 .pairs div { display: grid; grid-template-columns: 1fr 1fr; gap: 2px; }
 dl { display: grid; grid-template-columns: max-content 1fr; gap: 0.25rem 1rem; font-size: 0.95rem; }
@@ -182,4 +182,4 @@ def _data_uri(png: bytes) -> str:
 
 
 def _text(text: str) -> str:
-    return html.escape(text, quote=True)
+    return html.escape(text, quote=True).replace(" %", "\u00a0%")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import textwrap
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from ..measurement import Measurement
@@ -169,6 +169,7 @@ def _label(axes, points: Sequence[tuple[Point, str]]) -> None:
             text.update_positions(renderer)
             box = Text.get_window_extent(text, renderer).padded(2)  # without its line
             hidden = sum(_overlap(box, other) for other in taken if other is not own)
+            hidden += sum(_overlap(box, bar) for bar in _bars(axes, point))
             outside = box.width * box.height - _overlap(box, frame)
             tried.append((round(hidden + outside), len(tried), text, box))
         *_, best, box = min(tried, key=lambda entry: entry[:2])
@@ -178,14 +179,21 @@ def _label(axes, points: Sequence[tuple[Point, str]]) -> None:
         taken.append(box)
 
 
-def _extent(axes, point: Point):
+def _extent(axes, point: Point, space: float = 8):
     """The rectangle of a point with its error bars, in pixels."""
     from matplotlib.transforms import Bbox
 
     x_error, y_error = _finite(point.x_error), _finite(point.y_error)
     ends = [(point.x - x_error, point.y - y_error), (point.x + x_error, point.y + y_error)]
     (left, low), (right, high) = axes.transData.transform(ends)
-    return Bbox.from_extents(left, low, right, high).padded(8)
+    return Bbox.from_extents(left, low, right, high).padded(space)
+
+
+def _bars(axes, point: Point) -> list:
+    """The rectangles of a point's two error bars, which its own name must not hide either."""
+    x_error, y_error = _finite(point.x_error), _finite(point.y_error)
+    across, along = replace(point, y_error=0.0), replace(point, x_error=0.0)
+    return [_extent(axes, bar, 3) for bar, error in ((across, x_error), (along, y_error)) if error]
 
 
 def _overlap(one, other) -> float:
