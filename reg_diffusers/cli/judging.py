@@ -384,11 +384,16 @@ def check_regularizers(regularizers: dict, bench: Bench, models: dict) -> None:
                 " not"
             )
         try:
-            score(regularizer, bench.reference[:2], **{need: bench.conditions[need][:2] for need in needs})
+            values = score(regularizer, bench.reference[:2], **{need: bench.conditions[need][:2] for need in needs})
         except Exception as error:
             told = UsageError(f"--regularizer {name} raised {type(error).__name__} on two images of the data: {error}")
-            told.show_cause = not isinstance(error, ValueError)
+            told.show_cause = True
             raise told from error
+        if tuple(values.shape) != (2,):
+            raise UsageError(
+                f"--regularizer {name} must return one value per image, (2,) for two, and returned"
+                f" {tuple(values.shape)}: average over all dimensions but the first"
+            )
 
 
 def samplers_of(args: argparse.Namespace, models: dict, names: dict, bench: Bench, folder: Path) -> dict:

@@ -36,8 +36,8 @@ def add_parser(subparsers) -> argparse.ArgumentParser:
         "sweep",
         help="which weight? The same short training for several weights and weightings, and the Pareto front",
         description="Runs train_reg.py once for each weight and weighting (weight 0 once), measures the loss L' and"
-        " the distance to the data of each, and draws which of them no other beats in both. The same command again goes"
-        " on where it was interrupted; more weights can be added to it later.",
+        " the distance to the data of each, and draws which of them no other beats in both. The same command again"
+        " goes on where it was interrupted; more weights can be added to it later.",
         usage="reg-diffusers sweep [flags] -- [flags of train_reg.py]",
         allow_abbrev=False,
     )

@@ -1,0 +1,379 @@
+"""`reg-diffusers evaluate` through the real command: what it measures, writes, goes on with and refuses."""
+
+import contextlib
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from html.parser import HTMLParser
+from pathlib import Path
+
+import numpy as np
+import PIL.Image
+import pytest
+import torch
+from accelerate.state import AcceleratorState, GradientState, PartialState
+from diffusers import DDPMScheduler
+from in_processes import in_processes
+
+from reg_diffusers import RegDDPMPipeline
+from reg_diffusers.cli import main
+from reg_diffusers.evaluation import features
+from reg_diffusers.evaluation.distances import frechet, mean_of
+from reg_diffusers.evaluation.features import FeaturesError, named_features, pixels, train_classifier
+from reg_diffusers.evaluation.judgement import SLICED, Row, compare_rows, judge_samples
+from reg_diffusers.regularizers import total_variation
+
+pytestmark = pytest.mark.training
+
+N = 20
+FLAGS = ("--data", "data", "--num_inference_steps", 2, "--num_threads", 1, "--num_images", N)
+PIXELS = (*FLAGS, "--features", "pixels", "--regularizer", "total_variation")
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture
+def folder(tiny_unet, image_folder, tmp_path, monkeypatch):
+    """A folder with data (60 pictures of two classes) and two models, which is the current one."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    image_folder(60, size=(8, 8), name="data")
+    for seed, name in enumerate(("A", "B")):
+        save_model(tiny_unet(channels=3, seed=seed), name)
+    return tmp_path
+
+
+def save_model(unet, name, terms=("total_variation",), **pipeline):
+    RegDDPMPipeline(
+        unet.eval(), DDPMScheduler(prediction_type="v_prediction", clip_sample=False), **pipeline
+    ).save_pretrained(name)
+    record = {"objective": {"terms": [{"regularizer": term} for term in terms]}}
+    Path(name, "reg_config.json").write_text(json.dumps(record))
+
+
+@pytest.fixture
+def evaluate(capsys):
+    """Runs the command in this process; returns what it printed, or how it was refused."""
+
+    def run(*flags, refused=False):
+        for state in (AcceleratorState, PartialState, GradientState):
+            state._reset_state()
+        with pytest.raises(SystemExit, match=r"^2$") if refused else contextlib.nullcontext():
+            main(["evaluate", *map(str, flags)])
+        printed = capsys.readouterr()
+        return printed.err.splitlines()[-1] if refused else printed.out
+
+    return run
+
+
+def result(folder="evaluation"):
+    return json.loads(Path(folder, "evaluation.json").read_text())
+
+
+def test_what_is_measured_is_what_it_says(folder, evaluate):
+    told = evaluate("--model", "A", "--model", "B", *FLAGS, "--features", "pixels")  # the loss from reg_config.json
+    rows = result()["rows"]
+    assert list(rows) == ["data", "A", "B"]
+    for name in ("A", "B"):
+        samples = torch.from_numpy(np.load(f"evaluation/samples/{name}.npz")["arr_0"])
+        assert samples.shape == (N, 3, 8, 8)
+        expected = mean_of(total_variation(samples))
+        found = rows[name]["terms"]["total_variation"]
+        assert found["value"] == pytest.approx(expected.value)
+        assert found["standard_error"] == pytest.approx(expected.standard_error)
+        assert found["interval"][1] - found["value"] == pytest.approx(1.96 * expected.standard_error)
+        low, high = rows[name]["distances"][SLICED]["interval"]
+        assert low < rows[name]["distances"][SLICED]["value"] < high
+    assert (samples.abs() > 1).any()  # L' is of what the model says, not of what a picture can hold
+    assert rows["data"]["distances"][SLICED]["value"] < rows["A"]["distances"][SLICED]["value"]
+    assert rows["data"]["near_copies"]["value"] < 0.5
+    assert "total_variation" in told and "A: total_variation " in told and "B against A: " in told
+    assert sorted(path.name for path in Path("evaluation").iterdir()) == [
+        *("evaluation.json", "evaluation.png", "evaluation.svg", "evaluation.txt", "evaluation_settings.json"),
+        *("index.html", "samples"),
+    ]
+    assert Path("evaluation/evaluation.txt").read_text().strip() in told
+
+
+class Page(HTMLParser):
+    def __init__(self):
+        super().__init__()
+        self.images, self.links, self.open = [], [], []
+        self.cells = []
+
+    def handle_starttag(self, tag, attributes):
+        attributes = dict(attributes)
+        if tag == "img":
+            self.images.append(attributes)
+        self.links += [value for name, value in attributes.items() if name in ("src", "href", "srcset", "action")]
+        if tag in ("script", "iframe", "object", "link"):
+            self.links.append(tag)
+        if tag not in ("img", "meta"):
+            self.open.append(tag)
+
+    def handle_endtag(self, tag):
+        assert self.open.pop() == tag
+
+    def handle_data(self, data):
+        if self.open and self.open[-1] in ("td", "th"):
+            self.cells.append(data)
+
+
+def test_the_page_needs_nothing_but_itself(folder, evaluate):
+    (folder / "a<b>").mkdir()
+    shutil.copytree("A", folder / "a<b>" / "x & y")
+    evaluate("--model", "a<b>/x & y", "B", *PIXELS)
+    text = Path("evaluation/index.html").read_text(encoding="utf-8")
+    page = Page()
+    page.feed(text)
+    assert not page.open
+    assert page.links and all(link.startswith("data:image/png;base64,") for link in page.links)
+    assert "url(" not in text and "@import" not in text and "<b>" not in text.replace("a&lt;b&gt;", "")
+    assert all(image["alt"] for image in page.images)
+    assert len(page.images) == 1 + 3 + 2 * 2 * 2 * 6  # figure, grids, pairs
+    assert {"data", "x & y", "total_variation", SLICED} <= set(page.cells)
+    assert 'name="viewport"' in text
+
+
+def test_the_same_command_goes_on_and_another_is_refused(folder, evaluate):
+    flags = ("--model", "A", *PIXELS)
+    first = evaluate(*flags)
+    samples, rows = Path("evaluation/samples/A.npz"), result()["rows"]
+    before = samples.stat().st_mtime_ns
+    assert evaluate(*flags).splitlines()[-8:] == first.splitlines()[-8:]
+    assert samples.stat().st_mtime_ns == before and result()["rows"] == rows
+
+    refusal = evaluate(*flags, "--regularizer", "symmetry", refused=True)
+    assert "--output evaluation holds another evaluation (of other regularizers)" in refusal and "--reuse" in refusal
+    assert result()["rows"] == rows
+    evaluate(*flags, "--regularizer", "symmetry", "--reuse")
+    assert list(result()["rows"]["A"]["terms"]) == ["symmetry"] and samples.stat().st_mtime_ns == before
+    refusal = evaluate(*flags, "--seed", 1, "--reuse", refused=True)
+    assert "A.npz holds samples that were drawn with seed 0 instead of 1" in refusal
+
+
+@pytest.mark.slow
+def test_what_was_drawn_before_a_kill_is_not_drawn_again(folder, evaluate):
+    command = [sys.executable, "-m", "reg_diffusers", "evaluate", "--model", "A", *map(str, PIXELS)]
+    command += ["--num_inference_steps", "60", "--batch_size", "2"]
+    parts = Path("evaluation/samples/A.npz.parts")
+    running = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    while running.poll() is None and len(list(parts.glob("[0-9]*.npy"))) < 4:
+        time.sleep(0.01)
+    running.send_signal(signal.SIGKILL)
+    running.communicate()
+    drawn = {int(path.stem): np.load(path) for path in parts.glob("[0-9]*.npy")}
+    assert 4 <= len(drawn) < N and not Path("evaluation/evaluation.json").exists()
+    marked = np.zeros_like(next(iter(drawn.values())))
+    np.save(parts / "000000.npy", marked)
+    evaluate("--model", "A", *PIXELS, "--num_inference_steps", 60, "--batch_size", 2)
+    samples = np.load("evaluation/samples/A.npz")["arr_0"]
+    assert (samples[0] == marked).all()
+    assert all((samples[index] == sample).all() for index, sample in drawn.items() if index)
+    assert not parts.exists()
+
+
+def _in_folder(folder, flags):
+    os.chdir(folder)
+    os.environ["HF_HUB_OFFLINE"] = "1"
+    main(["evaluate", *map(str, flags)])
+
+
+@pytest.mark.forks
+@pytest.mark.slow
+def test_two_processes_share_the_samples_and_judge_once(folder, evaluate):
+    flags = ("--model", "A", *PIXELS)
+    in_processes(_in_folder, folder, (*flags, "--output", "two"))
+    evaluate(*flags, "--output", "one")
+    one, two = (np.load(f"{name}/samples/A.npz")["arr_0"] for name in ("one", "two"))
+    np.testing.assert_allclose(one, two, atol=1e-4)
+    for name, found in result("one")["rows"]["A"]["distances"].items():
+        assert result("two")["rows"]["A"]["distances"][name]["value"] == pytest.approx(found["value"], rel=1e-3)
+
+
+# Features
+
+
+@pytest.fixture
+def network(folder):
+    """A DINOv2 of random weights, saved as transformers does."""
+    from transformers import BitImageProcessorPil, Dinov2Config, Dinov2Model
+
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "image_size": 28, "patch_size": 14}
+    Dinov2Model(Dinov2Config(**sizes)).save_pretrained("network")
+    BitImageProcessorPil(
+        size={"shortest_edge": 32},
+        crop_size={"height": 28, "width": 28},
+        image_mean=[0.485, 0.456, 0.406],
+        image_std=[0.229, 0.224, 0.225],
+    ).save_pretrained("network")
+    return "network"
+
+
+def test_a_named_network_gives_its_distances(folder, evaluate, network):
+    evaluate("--model", "A", *FLAGS, "--features", network)
+    row = result()["rows"]["A"]
+    expected = ["FD-DINOv2", "KD-DINOv2", "precision", "recall", "density", "coverage", SLICED]
+    assert list(row["distances"]) == expected
+    assert result()["settings"]["features"] == "network, 28 x 28"
+
+
+def test_images_are_brought_to_a_network_as_its_processor_does(network):
+    from transformers import AutoImageProcessor, Dinov2Model
+
+    picture = PIL.Image.fromarray(np.random.default_rng(0).integers(0, 256, (20, 20, 3), dtype=np.uint8))
+    picture = picture.resize((20, 20)).resize((64, 64), PIL.Image.Resampling.BICUBIC)
+    batch = AutoImageProcessor.from_pretrained(network)(picture, return_tensors="pt")
+    expected = Dinov2Model.from_pretrained(network)(**batch).last_hidden_state[:, 0]
+    image = torch.from_numpy(np.asarray(picture).copy()).permute(2, 0, 1)[None] / 127.5 - 1
+    found = named_features(network).extract(image)
+    assert (found - expected).abs().max() < 0.05 * expected.abs().max()
+    upside_down = named_features(network).extract(image.flip(2))
+    assert (found - expected).norm() < 0.2 * (found - upside_down).norm()
+
+
+def test_without_the_network_the_classifier_is_taken_and_said(folder, evaluate, monkeypatch):
+    monkeypatch.setattr(features, "_STEPS", 20)
+    told = evaluate("--model", "A", *FLAGS)
+    assert "features    a classifier of these data instead of facebook/dinov2-small: facebook/dinov2-small: " in told
+    row = result()["rows"]["A"]
+    assert next(iter(row["distances"])) == "classifier FD" and "FID" not in "".join(row["distances"])
+    assert "held-out images recognised" in result()["settings"]["features"]
+
+
+def test_without_labels_it_is_pixels(folder, evaluate):
+    (folder / "flat").mkdir()
+    for index, path in enumerate(sorted((folder / "data").rglob("*.png"))):
+        shutil.copy(path, folder / "flat" / f"{index}.png")
+    flags = ("--model", "A", *FLAGS, "--data", "flat")
+    told = evaluate(*flags)
+    assert "features    pixels instead of a network's features" in told and "there are no labels" in told
+    assert list(result()["rows"]["A"]["distances"]) == [SLICED]
+    assert "--features classifier needs labels" in evaluate(*flags, "--features", "classifier", refused=True)
+    assert "--features nowhere: " in evaluate(*flags, "--features", "nowhere", refused=True)
+
+
+def test_the_classifier_recognises_what_it_was_trained_on(monkeypatch):
+    monkeypatch.setattr(features, "_STEPS", 80)
+    generator = torch.Generator().manual_seed(0)
+    labels = torch.randint(3, (300,), generator=generator)
+    images = 0.3 * torch.randn(300, 1, 8, 8, generator=generator) + (labels.float() - 1)[:, None, None, None]
+    classifier = train_classifier(images, labels, 3)
+    assert "100.0% of 30 held-out images" in classifier.description
+    vectors = classifier.extract(images)
+    assert torch.equal(vectors, train_classifier(images, labels, 3).extract(images))  # the same seed
+    one, other, different = vectors[labels == 0][:40], vectors[labels == 0][40:80], vectors[labels == 2][:40]
+    assert frechet(one, other) < 0.1 * frechet(one, different)
+    with pytest.raises(FeaturesError, match="needs 2 classes and 20 images"):
+        train_classifier(images[:10], labels[:10], 3)
+
+
+# What is said
+
+
+def test_copies_of_the_data_are_found(folder, evaluate):
+    evaluate("--model", "A", *PIXELS)
+    path = Path("evaluation/samples/A.npz")
+    picture = np.asarray(PIL.Image.open(next(Path("data").rglob("*.png")))).transpose(2, 0, 1) / 127.5 - 1
+    samples = np.load(path)["arr_0"]
+    samples = np.random.default_rng(1).uniform(-3, 3, samples.shape).astype(np.float32)  # far from all data
+    samples[:5] = picture
+    np.savez(path, arr_0=samples)
+    evaluate("--model", "A", *PIXELS)
+    assert result()["rows"]["A"]["near_copies"]["value"] == 5 / N
+    assert "distance 0 *" in Path("evaluation/index.html").read_text(encoding="utf-8").replace("\u00a0", " ")
+
+
+def test_differences_within_the_uncertainty_are_not_called_any():
+    generator = torch.Generator().manual_seed(0)
+    reference, like, other = torch.randn(3, 100, 1, 4, 4, generator=generator)
+
+    def row(samples):
+        return judge_samples(samples, reference, {"mean": lambda x: x.flatten(1).mean(1)}, features=pixels())
+
+    rows = {"data": row(like), "A": row(other), "B": row(other + 0.01), "C": row(other - 3)}
+    said = "\n".join(compare_rows(rows))
+    assert "A: mean like the data's" in said and "C: mean below the data's" in said and "no merit by itself" in said
+    assert "B against A: mean no difference shown (+0.01 ± " in said
+    assert "C against A: mean lower by 3 ± " in said and f"{SLICED} higher by " in said
+    assert isinstance(rows["A"], Row) and rows["A"].near_copies is None
+
+
+# What cannot work
+
+
+def test_what_cannot_work_is_one_line(folder, evaluate, tiny_unet):
+    def refusal(*flags):
+        line = evaluate(*flags, refused=True)
+        assert not Path("evaluation").exists()
+        return line
+
+    assert "--model nowhere: no such folder or Hub id" in refusal("--model", "nowhere", *PIXELS)
+    assert "--model A is given twice" in refusal("--model", "A", "A", *PIXELS)
+    assert "60 images are too few: 80 are needed, two halves; --num_images 30 would do" in refusal(
+        "--model", "A", *PIXELS, "--num_images", 40
+    )
+    assert "--num_images 5: at least 20" in refusal("--model", "A", *PIXELS, "--num_images", 5)
+    save_model(tiny_unet(channels=1), "grey")
+    assert "--model grey has images 1 x 8 x 8, A 3 x 8 x 8" in refusal("--model", "A", "grey", *PIXELS)
+    np.save("fields.npy", np.random.default_rng(0).normal(size=(60, 1, 4, 4)).astype(np.float32))
+    assert "images are 1 x 4 x 4, those of --model grey 1 x 8 x 8" in refusal(
+        "--model", "grey", *PIXELS, "--data", "fields.npy"
+    )
+    assert "--data nowhere" in refusal("--model", "A", *PIXELS, "--data", "nowhere/")
+    Path("my_loss.py").write_text(
+        "def by_class(x, /, *, class_labels):\n    return x.flatten(1).mean(1) * class_labels\n"
+        'by_class.needs = ("class_labels",)\n'
+        "def one(x, /):\n    return x.mean()\n"
+    )
+    flags = ("--model", "A", *FLAGS, "--features", "pixels", "--regularizer")
+    assert "--regularizer my_loss:by_class needs class_labels" in refusal(*flags, "my_loss:by_class")
+    assert "--regularizer my_loss:one must return one value per image" in refusal(*flags, "my_loss:one")
+    assert "--regularizer: unknown regularizer 'no'" in refusal(*flags, "no")
+    assert "--scheduler Foo: this model can be sampled with" in refusal("--model", "A", *PIXELS, "--scheduler", "Foo")
+    assert "--fid: the Frechet inception distance needs torch-fidelity" in refusal("--model", "A", *PIXELS, "--fid")
+    save_model(tiny_unet(channels=3), "plain", terms=())
+    assert "name no" in refusal("--model", "plain", *FLAGS).replace("names", "name")
+    save_model(tiny_unet(channels=3), "foreign", terms=("os:abort",))  # what a file names is not run
+    assert "say which loss to measure" in refusal("--model", "foreign", *FLAGS)
+    Path("evaluation").write_text("")
+    assert "is a file: name a folder" in evaluate("--model", "A", *PIXELS, refused=True)
+    assert "holds no evaluation: name another" in evaluate("--model", "A", *PIXELS, "--output", "data", refused=True)
+
+
+def test_a_class_conditional_model_is_asked_for_the_classes_of_the_data(folder, evaluate, tiny_unet):
+    save_model(tiny_unet(channels=3, num_class_embeds=2), "classes")
+    Path("my_conditional_loss.py").write_text(
+        "def of_class(x, /, *, class_labels):\n    return class_labels.float() + 0 * x.flatten(1).mean(1)\n"
+        'of_class.needs = ("class_labels",)\n'
+    )
+    evaluate("--model", "classes", *FLAGS, "--features", "pixels", "--regularizer", "my_conditional_loss:of_class")
+    rows = result()["rows"]
+    settings = json.loads(Path("evaluation/samples/classes.npz.json").read_text())
+    labels = settings["class_labels"]
+    assert len(labels) == N and set(labels) == {0, 1}
+    assert rows["classes"]["terms"]["my_conditional_loss:of_class"]["value"] == pytest.approx(sum(labels) / N)
+    save_model(tiny_unet(channels=3, num_class_embeds=1), "one")
+    refusal = evaluate("--model", "one", *PIXELS, "--output", "e", refused=True)
+    assert "--model one has 1 classes, the data have 2" in refusal
+
+
+def test_fields_are_compared_in_the_models_units(folder, evaluate, tiny_unet):
+    fields = np.random.default_rng(0).normal(280, 20, size=(60, 1, 8, 8)).astype(np.float32)
+    np.save("fields.npy", fields)
+    save_model(tiny_unet(), "fields", normalization={"offset": [280.0], "scale": [40.0]})
+    told = evaluate("--model", "fields", *FLAGS, "--data", "fields.npy")
+    assert "pixels instead of a network's features" in told and "fields" in told
+    spread = result()["rows"]["data"]["terms"]["total_variation"]["value"]
+    assert spread == pytest.approx(2 * 2 / np.sqrt(np.pi) * 0.5, rel=0.1)  # a difference of two normals, twice
