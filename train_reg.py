@@ -15,6 +15,7 @@ from diffusers.optimization import get_scheduler
 from tqdm.auto import tqdm
 
 from reg_diffusers import RegularizedLoss, draw_timesteps, with_condition
+from reg_diffusers.attention import use_explicit_attention
 from reg_diffusers.balancing import balance
 from reg_diffusers.card import write_card
 from reg_diffusers.hub import Uploads, check_upload
@@ -22,6 +23,7 @@ from reg_diffusers.training.arguments import parse_args
 from reg_diffusers.training.bad_steps import BadSteps
 from reg_diffusers.training.checkpoint import Checkpoints, Progress, endless_batches
 from reg_diffusers.training.checks import check_terms
+from reg_diffusers.training.compiling import compile_for_training
 from reg_diffusers.training.conflict_free import ConflictFree, check_balance
 from reg_diffusers.training.data import flip_half, load_training_data, make_dataloader
 from reg_diffusers.training.dropped_images import DroppedImages
@@ -29,17 +31,18 @@ from reg_diffusers.training.ema import build_ema
 from reg_diffusers.training.engine import check_engine
 from reg_diffusers.training.errors import UsageError, exit_on_usage_error
 from reg_diffusers.training.gathering import SampledNetwork, whole
-from reg_diffusers.training.hardware import choose_mixed_precision, set_threads
+from reg_diffusers.training.hardware import choose_mixed_precision, keep_freed_memory, set_threads
 from reg_diffusers.training.interruption import Interruption
 from reg_diffusers.training.launch import resume_command
 from reg_diffusers.training.loss_parts import LossParts
 from reg_diffusers.training.metrics import MetricsLog, check_logger
-from reg_diffusers.training.model import build_noise_scheduler, build_unet, load_given_model
+from reg_diffusers.training.model import build_noise_scheduler, build_unet, choose_attention, load_given_model
 from reg_diffusers.training.output import prepare_output_dir, save_pipeline, write_settings
 from reg_diffusers.training.preview import conditions_of, preview_conditions, sampling_pipeline, save_preview
 from reg_diffusers.training.processes import in_turn, join_processes, leave_processes, on_main_process, together
+from reg_diffusers.training.profiling import StepProfile
 from reg_diffusers.training.record import record_weights, write_record
-from reg_diffusers.training.report import compare, describe, describe_result
+from reg_diffusers.training.report import compare, describe, describe_machine, describe_result
 from reg_diffusers.training.settings import check_settings, mathematical_settings
 from reg_diffusers.training.term_weights import MEASURED_STEPS, TermWeights
 from reg_diffusers.training.terms import build_terms, check_rules, weight_rules, with_weights
@@ -54,6 +57,7 @@ def main(argv=None):
     check_engine(args, state)
     check_balance(args, state.distributed_type)
     mixed_precision, threads = choose_mixed_precision(args), set_threads(args)
+    keeps_memory = keep_freed_memory(state.device)
     repo_id = on_main_process(state, lambda: check_upload(args))
     terms = together(state, lambda: build_terms(args))
     given, data = in_turn(state, lambda: load(args))
@@ -62,17 +66,19 @@ def main(argv=None):
     on_data = together(state, lambda: check_terms(terms, noise_scheduler, data, state.device, mixed_precision))
     together(state, lambda: check_rules(weight_rules(args, terms), on_data))
     unet = build_unet(args, given, data)
+    attention, attention_reason = choose_attention(args, unet, state.device)
     check_logger(args)
     output_dir = Path(args.output_dir)
     on_main_process(state, lambda: prepare_output_dir(args))
-    settings = mathematical_settings(args, data, state, mixed_precision)
+    settings = mathematical_settings(args, data, state, mixed_precision, attention)
     on_main_process(state, lambda: check_settings(args, output_dir, settings))
     resume = resume_command(argv, state)
     uploads = on_main_process(state, lambda: Uploads(args, repo_id) if repo_id else None)
     if state.is_main_process:
         write_settings(args, output_dir)
         write_record(args, argv, state, data, noise_scheduler, terms, mixed_precision, output_dir)
-        print(describe(args, state, data, unet, noise_scheduler, terms, on_data, mixed_precision, threads), flush=True)
+        machine = describe_machine(args, state, threads, keeps_memory, mixed_precision, attention, attention_reason)
+        print(describe(args, data, unet, noise_scheduler, terms, on_data, machine), flush=True)
 
     del given, unet
     with Interruption(state, args.max_train_time) as interruption:
@@ -125,6 +131,10 @@ def train(args, data, settings, resume, interruption, output_dir, terms=(), on_d
     given = load_given_model(args)
     noise_scheduler = build_noise_scheduler(args, given)
     unet = build_unet(args, given, data)
+    if choose_attention(args, unet, accelerator.device)[0] == "explicit":
+        use_explicit_attention(unet)
+    if args.compile:
+        compile_for_training(unet, args.train_batch_size)
     loss_fn = RegularizedLoss(noise_scheduler, terms, snr_gamma=args.snr_gamma, max_nonfinite_steps=None)
     loss_fn.to(accelerator.device)
     adamw = torch.optim.AdamW(
@@ -160,7 +170,10 @@ def train(args, data, settings, resume, interruption, output_dir, terms=(), on_d
     dropped = DroppedImages(accelerator, regularization.nonfinite, regularization.names, args.max_bad_steps)
     loss_parts = LossParts(accelerator, regularization.names, means_on_data)
     conflict_free = ConflictFree(accelerator, unet, args.reg_balance) if args.reg_balance and terms else None
-    network = conflict_free.network if conflict_free else unet
+    profile = StepProfile(accelerator, args.profile, output_dir)
+    network = profile.around("forward", conflict_free.network if conflict_free else unet)
+    regularization.forward = profile.around("auxiliary", regularization.forward)
+    balanced = profile.around("auxiliary", balance)
     counters = {"metrics": metrics, "loss_parts": loss_parts, "bad_steps": bad_steps, "nonfinite": dropped}
     if args.streaming:
         counters["stream"] = dataloader.batch_sampler
@@ -192,17 +205,18 @@ def train(args, data, settings, resume, interruption, output_dir, terms=(), on_d
         while progress.step < max_train_steps:
             if accelerator.sync_gradients and interruption.agreed():
                 break
-            batch = next(batches)
-            original_samples = data.normalization.normalize(batch["values"])
-            conditions = conditions_of(data, batch)
-            if args.random_flip:
-                original_samples, conditions = flip_half(original_samples, conditions)
+            with profile("data"):
+                batch = next(batches)
+                original_samples = data.normalization.normalize(batch["values"])
+                conditions = conditions_of(data, batch)
+                if args.random_flip:
+                    original_samples, conditions = flip_half(original_samples, conditions)
             model = with_condition(network, conditions.get("condition"))
             labels = {"class_labels": conditions["class_labels"]} if args.class_conditional else {}
             noise = torch.randn_like(original_samples)
             timesteps = draw_timesteps(noise_scheduler, len(original_samples))
             with accelerator.accumulate(unet):
-                output = balance(
+                output = balanced(
                     loss_fn(
                         model,
                         original_samples,
@@ -214,15 +228,17 @@ def train(args, data, settings, resume, interruption, output_dir, terms=(), on_d
                     weights.current,
                 )
                 loss = bad_steps.spread(output.loss, timesteps, batch["ids"])
-                if conflict_free:
-                    conflict_free.backward(loss, output)
-                else:
-                    accelerator.backward(loss)
-                if accelerator.sync_gradients:
-                    gradient_norm = accelerator.clip_grad_norm_(unet.parameters(), args.max_grad_norm)
-                    bad_steps.mark(progress.step + 1, optimizer, whole(gradient_norm))
-                optimizer.step()
-                optimizer.zero_grad()
+                with profile("backward"):
+                    if conflict_free:
+                        conflict_free.backward(loss, output)
+                    else:
+                        accelerator.backward(loss)
+                with profile("optimizer"):
+                    if accelerator.sync_gradients:
+                        gradient_norm = accelerator.clip_grad_norm_(unet.parameters(), args.max_grad_norm)
+                        bad_steps.mark(progress.step + 1, optimizer, whole(gradient_norm))
+                    optimizer.step()
+                    optimizer.zero_grad()
             metrics.add({"loss": output.loss, **output.terms})
             loss_parts.add(output)
             weights.add(output)
@@ -232,10 +248,13 @@ def train(args, data, settings, resume, interruption, output_dir, terms=(), on_d
             for line in weights.update():
                 bar.write(line)
             lr_scheduler.step()
-            if ema:
-                ema.step(unet.parameters())
+            with profile("EMA"):
+                if ema:
+                    ema.step(unet.parameters())
             progress.step += 1
             bar.update()
+            for line in profile.step():
+                bar.write(line)
 
             is_last, is_checkpoint = progress.step == max_train_steps, progress.step % args.checkpointing_steps == 0
             is_logged = is_last or progress.step % LOG_INTERVAL == 0
@@ -272,6 +291,9 @@ def train(args, data, settings, resume, interruption, output_dir, terms=(), on_d
                     with sampled.ready():
                         if uploads:
                             uploads.in_background(pipeline, output_dir, progress.step)
+
+        for line in profile.finish():
+            bar.write(line)
 
     # A comparison may be interrupted in its second half, when this model is done.
     if (interruption or (args.compare and terms)) and progress.step % args.checkpointing_steps:

@@ -18,7 +18,7 @@ from .upload import Upload, reason
 
 __all__ = ["Uploads", "check_upload", "hub_user"]
 
-_NOT_UPLOADED = ("checkpoint-*", "plain/*", ".*")
+_NOT_UPLOADED = ("checkpoint-*", "plain/*", "profile/*", ".*")
 _STAGING = ".upload"
 
 

@@ -19,7 +19,7 @@ LAYERS = [
     {"prediction", "weighting", "regularizers", "term", "estimators", "objective", "nonfinite", "balancing", "specs"}
     | {"conditioning"},
     {"files", "guidance", "model_index", "measurement", "card_text", "card", "repository", "standalone", "pipeline"}
-    | {"samplers"},
+    | {"samplers", "attention"},
     {"evaluation", "generation"},
     {"data", "training"},
     {"hub", "hub_samples", "upload", "demo", "cli", "__main__", "train_reg"},

@@ -63,6 +63,7 @@ def train(tmp_path, monkeypatch, tiny_unet):
         script.main(arguments)
         return tmp_path / output
 
+    run.script = script
     yield run
     torch.set_num_threads(threads)
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 __all__ = ["add_model_flag", "load_pipeline"]
 
+_TYPICAL_BATCH = 64  # one number for all batches, so that no sample depends on how many are drawn at a time
+
 
 def add_model_flag(parser) -> None:
     """Adds --model."""
@@ -12,20 +14,24 @@ def add_model_flag(parser) -> None:
     )
 
 
-def load_pipeline(model: str, device=None):
+def load_pipeline(model: str, device=None, *, is_fast: bool = True):
     """The pipeline, its network frozen.
 
     Args:
         model: folder or Hub id.
         device: to bring it to; default: the accelerator if there is one.
+        is_fast: compute attention in the way that is fastest here; else samples are those of the pipeline in Python,
+            bit for bit.
 
     Raises:
         UsageError: there is no such pipeline.
     """
     import torch
 
+    from ..attention import prefers_explicit_attention, use_explicit_attention
     from ..pipeline import RegDDPMPipeline
     from ..training.errors import UsageError
+    from ..training.hardware import keep_freed_memory
 
     try:
         pipeline = RegDDPMPipeline.from_pretrained(model)
@@ -37,4 +43,8 @@ def load_pipeline(model: str, device=None):
     if device is None:
         device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else "cpu"
     pipeline.unet.requires_grad_(False)  # guidance asks for gradients of the image only
+    device = torch.device(device)
+    keep_freed_memory(device)
+    if is_fast and prefers_explicit_attention(pipeline.unet, _TYPICAL_BATCH, device.type):
+        use_explicit_attention(pipeline.unet)
     return pipeline.to(device)

@@ -115,7 +115,8 @@ def run(args: argparse.Namespace) -> None:
     state = join_processes()
     set_threads(args)
     repo_id = on_main_process(state, lambda: _open_dataset(args)) if args.push_to_hub else None
-    sampler = _sampler(args, load_pipeline(args.model, state.device))
+    pipeline = load_pipeline(args.model, state.device, is_fast=args.mixed_precision == "bf16")
+    sampler = _sampler(args, pipeline)
     store = _store(args, sampler)
     missing = _missing(args, sampler, store)
     if state.is_main_process and 0 < len(missing) < args.num_images:

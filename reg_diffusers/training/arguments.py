@@ -265,6 +265,23 @@ def _optimization(parser) -> None:
         help="precision of the network; default: what accelerate is configured for, else bf16 where the processor has"
         " it in hardware. L' always runs in float32",
     )
+    add(
+        "--attention",
+        choices=["sdpa", "explicit"],
+        help="how attention is computed: by PyTorch's fused kernel, or by explicit products of matrices; default:"
+        " explicit on a CPU where the matrices of a batch take at most 256 MB, else sdpa",
+    )
+    add(
+        "--compile",
+        action="store_true",
+        help="compile the network for the training (torch.compile): minutes at the start, then shorter steps, so for"
+        " long runs only",
+    )
+    add(
+        "--gradient_checkpointing",
+        action="store_true",
+        help="keep fewer activations and compute them again in the backward pass: less memory, longer steps",
+    )
     add("--num_threads", type=_positive_int, help="CPU threads per process; default: the cores shared evenly")
     add("--local_rank", type=int, help="accepted for compatibility: accelerate knows")
     add("--enable_xformers_memory_efficient_attention", action="store_true", help="use xformers' attention on a GPU")
@@ -303,6 +320,13 @@ def _output(parser) -> None:
     )
     add(
         "--logger", choices=["tensorboard", "wandb", "trackio"], help="also log there; metrics.jsonl is always written"
+    )
+    add(
+        "--profile",
+        type=_positive_int,
+        metavar="N",
+        help="profile N steps after a warm-up: prints where their time goes, and writes OUTPUT_DIR/profile/trace.json,"
+        " which chrome://tracing and ui.perfetto.dev open",
     )
     add("--logging_dir", default="logs", help="folder in --output_dir for the logger's files")
 

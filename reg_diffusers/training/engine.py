@@ -17,9 +17,12 @@ def check_engine(args: argparse.Namespace, state: PartialState) -> None:
     """Refuses what accelerate would silently leave out, and engines whose weights nobody could sample from.
 
     Raises:
-        UsageError: FSDP on CPUs or of version 1; DeepSpeed of stage 3, with weights in half precision, or clipping
-            gradients at another norm.
+        UsageError: --compile with either; FSDP on CPUs or of version 1; DeepSpeed of stage 3, with weights in half
+            precision, or clipping gradients at another norm.
     """
+    divided = [name for name in ("FSDP", "DeepSpeed") if parse_flag_from_env(f"ACCELERATE_USE_{name.upper()}")]
+    if args.compile and divided:
+        raise UsageError(f"--compile is not supported with {divided[0]}: leave it out")
     if parse_flag_from_env("ACCELERATE_USE_FSDP"):
         if state.device.type == "cpu":
             raise UsageError("FSDP needs GPUs, on CPUs accelerate leaves it out: launch without an FSDP configuration")

@@ -8,14 +8,17 @@ import math
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
 from diffusers import DDPMScheduler, DiffusionPipeline, FlowMatchEulerDiscreteScheduler, UNet2DModel
 
+from ..attention import attention_bytes, prefers_explicit_attention
 from ..model_index import check_weights, saved_normalization
 from ..prediction import prediction_type, refuse_zero_terminal_snr
 from .data import Normalization, TrainingData
 from .errors import UsageError
 
-__all__ = ["GivenModel", "build_noise_scheduler", "build_unet", "load_given_model", "new_unet_config"]
+__all__ = ["GivenModel", "build_noise_scheduler", "build_unet", "choose_attention", "load_given_model"]
+__all__ += ["new_unet_config"]
 
 
 @dataclass(frozen=True)
@@ -146,7 +149,31 @@ def build_unet(args: argparse.Namespace, given: GivenModel, data: TrainingData) 
             unet.enable_xformers_memory_efficient_attention()
         except (ImportError, ValueError) as error:
             raise UsageError(f"--enable_xformers_memory_efficient_attention: {error}") from error
+    if args.gradient_checkpointing:
+        unet.enable_gradient_checkpointing()
     return unet
+
+
+def choose_attention(args: argparse.Namespace, unet: UNet2DModel, device: torch.device) -> tuple[str, str]:
+    """ "explicit" or "sdpa", and why, in a few words; by a rule, so that a run goes on as it began.
+
+    Args:
+        args: the settings.
+        unet: the network, of `build_unet`.
+        device: that is trained on.
+
+    Raises:
+        UsageError: --attention and xformers' attention, which exclude each other.
+    """
+    if args.enable_xformers_memory_efficient_attention:
+        if args.attention is not None:
+            raise UsageError("--enable_xformers_memory_efficient_attention and --attention exclude each other")
+        return "sdpa", "xformers in its place"
+    size = attention_bytes(unet, args.train_batch_size)
+    reason = f"{size / 2**20:.0f} MB a layer and batch on {device.type}" if size else "the network has none"
+    if args.attention is not None:
+        return args.attention, "as asked"
+    return ("explicit" if prefers_explicit_attention(unet, args.train_batch_size, device.type) else "sdpa"), reason
 
 
 def new_unet_config(resolution: int) -> dict:

@@ -14,6 +14,7 @@ from ..card import CARD_FILE, read_card
 from ..files import write_whole
 from .checkpoint import named_checkpoint
 from .errors import UsageError
+from .profiling import PROFILE_FOLDER
 
 __all__ = ["SETTINGS_FILE", "prepare_output_dir", "save_pipeline", "write_settings"]
 
@@ -60,7 +61,7 @@ def _remove_earlier_run(args: argparse.Namespace, folder: Path) -> None:
     """Deletes what a run of this script writes, and nothing else."""
     written = ["plain", "samples", "unet", "scheduler", "model_index.json", "pipeline.py", "metrics.jsonl"]
     written += ["bad_steps.jsonl", "reg_config.json", "comparison.json", "comparison.png", "evaluation.png"]
-    written += [args.logging_dir, ".upload", ".pipeline"]
+    written += [args.logging_dir, PROFILE_FOLDER, ".upload", ".pipeline"]
     for path in [*(folder / name for name in written), *folder.glob("checkpoint-*"), *folder.glob(".checkpoint-*")]:
         if path.is_dir():
             shutil.rmtree(path)
@@ -96,7 +97,7 @@ def write_settings(args: argparse.Namespace, folder: Path) -> None:
     Without tokens, and without what was said for this start only.
     """
     left_out = ("config", "hub_token", "local_rank", "resume_from_checkpoint", "overwrite_output_dir")
-    left_out += ("allow_changed_settings",)
+    left_out += ("allow_changed_settings", "profile")
     left_out += ("push_to_hub", "hub_strategy")  # else an upload would be repeated by whoever repeats the training
     settings = {name: value for name, value in vars(args).items() if name not in left_out}
     if not settings["regularizer"]:

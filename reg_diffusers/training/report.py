@@ -18,13 +18,15 @@ from ..prediction import prediction_type
 from ..term import Term
 from .checks import OnData
 from .data import TrainingData
+from .hardware import precision_reason
 from .interruption import Interruption
 from .output import SETTINGS_FILE
 from .preview import conditions_of, draw_samples, grid
+from .profiling import PROFILE_FOLDER
 from .terms import weight_rules
 from .weight_rules import AutoWeight, Target
 
-__all__ = ["compare", "describe", "describe_result"]
+__all__ = ["compare", "describe", "describe_machine", "describe_result"]
 
 _IMAGES_MEASURED = 256
 _IMAGES_SHOWN = 36
@@ -32,14 +34,12 @@ _IMAGES_SHOWN = 36
 
 def describe(
     args: argparse.Namespace,
-    state: PartialState,
     data: TrainingData,
     unet,
     noise_scheduler,
     terms: tuple[Term, ...],
     on_data: dict[str, OnData],
-    mixed_precision: str,
-    threads: int,
+    machine: list[str],
 ) -> str:
     """The run in a few lines: data, model, objective, machine."""
     channels, height, width = data.shape
@@ -61,11 +61,30 @@ def describe(
             f" {prediction_type(noise_scheduler)}",
             f"objective  {' + '.join(['denoising loss', *extra])}",
             *(f"target     {_target(target, on_data[target.name].mean)}" for target in targets),
-            f"machine    {state.num_processes} x {state.device}, {threads} threads each, mixed precision"
-            f" {mixed_precision}",
+            *(f"machine    {line}" for line in machine),
             f"output     {args.output_dir}",
         ]
     )
+
+
+def describe_machine(
+    args: argparse.Namespace,
+    state: PartialState,
+    threads: int,
+    keeps_memory: bool,
+    mixed_precision: str,
+    attention: str,
+    attention_reason: str,
+) -> list[str]:
+    """What was chosen for the speed of the training, each with its reason, in two lines."""
+    memory = "freed memory kept" if keeps_memory else "freed memory left to the system"
+    precision = f"mixed precision {mixed_precision} ({precision_reason(args, mixed_precision)})"
+    compiled = "compiled, minutes before the first step" if args.compile else "not compiled (long runs: --compile)"
+    checkpointing = ", gradient checkpointing" if args.gradient_checkpointing else ""
+    return [
+        f"{state.num_processes} x {state.device}, {threads} threads each, {memory}, {precision}",
+        f"{attention} attention ({attention_reason}), {compiled}{checkpointing}",
+    ]
 
 
 def _term(name: str, rule, weighting: str) -> str:
@@ -137,6 +156,7 @@ def describe_result(args: argparse.Namespace, output_dir: Path, interruption: In
         "evaluation": output_dir / "evaluation.png",
         "plain model": output_dir / "plain",
         "metrics": output_dir / "metrics.jsonl",
+        "profile": output_dir / PROFILE_FOLDER,
         "settings": output_dir / SETTINGS_FILE,
     }
     lines += [f"{name:<12}{path}" for name, path in shown.items() if path.exists()]

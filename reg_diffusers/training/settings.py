@@ -21,16 +21,17 @@ _NO_MATHEMATICS = {
     *("checkpointing_steps", "checkpoints_total_limit", "resume_from_checkpoint", "allow_changed_settings"),
     *("max_train_time", "max_bad_steps", "push_to_hub", "hub_strategy", "hub_token", "hub_model_id"),
     *("hub_private_repo", "hub_license", "num_threads", "dataloader_num_workers", "local_rank", "center_crop"),
-    "enable_xformers_memory_efficient_attention",
+    *("enable_xformers_memory_efficient_attention", "gradient_checkpointing", "profile"),
 }
 _PATHS = ("dataset_name", "train_data_dir", "pretrained_model_name_or_path", "model_config_name_or_path")
 _LENGTHS = ("num_epochs", "max_train_steps")
 
 
 def mathematical_settings(
-    args: argparse.Namespace, data: TrainingData, state: PartialState, mixed_precision: str
+    args: argparse.Namespace, data: TrainingData, state: PartialState, mixed_precision: str, attention: str
 ) -> dict:
-    """The settings by flag, as JSON, with what they mean here: number of images, processes, precision.
+    """The settings by flag, as JSON, with what they mean here: number of images, processes, precision,
+    how attention is computed.
 
     A folder counts by its last name, because clusters lay the same files under another path at each start.
     """
@@ -40,7 +41,7 @@ def mathematical_settings(
             found[name] = Path(found[name]).resolve().name
     if args.lr_scheduler.startswith("constant"):  # then a longer run begins as a shorter one does
         found = {name: value for name, value in found.items() if name not in _LENGTHS}
-    found["mixed_precision"] = mixed_precision
+    found |= {"mixed_precision": mixed_precision, "attention": attention}
     flags = {f"--{name}": value for name, value in found.items()}
     given = {**flags, "images": data.number, "shape": list(data.shape), "processes": state.num_processes}
     return json.loads(json.dumps(given, default=str))  # rules of weights as they are said

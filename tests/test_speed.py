@@ -1,0 +1,351 @@
+"""What makes a training fast changes neither its weights' names nor, within rounding, what it learns."""
+
+import functools
+import json
+import os
+import re
+import subprocess
+import sys
+
+import pytest
+import torch
+from accelerate import Accelerator
+from diffusers import UNet2DModel
+from diffusers.models.attention_processor import Attention, AttnProcessor
+from safetensors.torch import load_file
+from test_train_reg import differ, metrics, train, weights  # noqa: F401
+
+from reg_diffusers.attention import attention_bytes, prefers_explicit_attention, use_explicit_attention
+from reg_diffusers.training.compiling import compile_for_training
+from reg_diffusers.training.profiling import SECTIONS, WARM_UP_STEPS, StepProfile
+
+pytestmark = pytest.mark.training
+
+on_glibc = pytest.mark.skipif("CS_GNU_LIBC_VERSION" not in getattr(os, "confstr_names", {}), reason="glibc's malloc")
+
+
+# Attention
+
+
+def batch_for(unet, number=4):
+    generator = torch.Generator().manual_seed(1)
+    size = unet.config.sample_size
+    sample = torch.randn(number, unet.config.in_channels, size, size, generator=generator)
+    return sample, torch.randint(0, 1000, (number,), generator=generator)
+
+
+def gradients(unet, sample, timesteps):
+    unet.zero_grad()
+    output = unet(sample, timesteps, return_dict=False)[0]
+    output.square().sum().backward()
+    return output.detach(), {name: p.grad.clone() for name, p in unet.named_parameters()}
+
+
+def test_explicit_attention_is_the_same_function(tiny_unet):
+    unet = tiny_unet()
+    before = list(unet.state_dict())
+    output, grads = gradients(unet, *batch_for(unet))
+    use_explicit_attention(unet)
+    processors = {type(module.processor) for module in unet.modules() if isinstance(module, Attention)}
+    assert processors == {AttnProcessor}
+    explicit_output, explicit_grads = gradients(unet, *batch_for(unet))
+    torch.testing.assert_close(explicit_output, output, atol=1e-5, rtol=1e-5)
+    for name in grads:
+        torch.testing.assert_close(explicit_grads[name], grads[name], atol=1e-3, rtol=1e-4, msg=name)
+    assert list(unet.state_dict()) == before
+
+
+def test_a_softmax_in_bfloat16_is_the_rounded_float32_one():
+    """Why no float32 copy of the attention matrix is kept: the numbers would be the same."""
+    scores = torch.randn(3, 64, 64, generator=torch.Generator().manual_seed(0)).mul(5).bfloat16()
+    assert torch.equal(scores.softmax(-1), scores.float().softmax(-1).bfloat16())
+
+
+@pytest.mark.parametrize("size", [8, (16, 8)])
+def test_the_size_of_the_attention_matrix_is_that_of_the_largest_one_made(tiny_unet, size, monkeypatch):
+    unet = tiny_unet()
+    height, width = (size, size) if isinstance(size, int) else size
+    unet.register_to_config(sample_size=size)
+    use_explicit_attention(unet)
+    sizes = []
+    scores_of = Attention.get_attention_scores
+
+    def measured(self, *args, **kwargs):
+        scores = scores_of(self, *args, **kwargs)
+        sizes.append(scores.numel() * scores.element_size())
+        return scores
+
+    monkeypatch.setattr(Attention, "get_attention_scores", measured)
+    unet(torch.zeros(3, 1, height, width), 0)
+    assert len(sizes) == 4 and attention_bytes(unet, 3) == max(sizes)
+
+
+def test_explicit_attention_is_for_cpus_and_for_matrices_that_stay_small(tiny_unet):
+    unet = tiny_unet()  # 2 heads of 16 pixels: 2 KB an image
+    assert attention_bytes(unet, 1) == 2048
+    assert prefers_explicit_attention(unet, 131072, "cpu") and not prefers_explicit_attention(unet, 131073, "cpu")
+    assert not prefers_explicit_attention(unet, 1, "cuda")
+    plain = UNet2DModel(
+        sample_size=8, block_out_channels=(8,), down_block_types=("DownBlock2D",), up_block_types=("UpBlock2D",),
+        norm_num_groups=4, add_attention=False,
+    )  # fmt: skip
+    assert attention_bytes(plain, 1) == 0 and not prefers_explicit_attention(plain, 1, "cpu")
+
+
+def test_a_run_says_how_it_computes_and_why_and_goes_on_only_so(train, capsys):  # noqa: F811
+    out = train("--max_train_steps", 2, "--checkpointing_steps", 1)
+    machine = re.findall("^machine +(.*)$", capsys.readouterr().out, re.MULTILINE)
+    assert re.match(
+        r"1 x cpu, \d+ threads each, freed memory (kept|left to the system), mixed precision no", machine[0]
+    )
+    assert "explicit attention (0 MB a layer and batch on cpu), not compiled (long runs: --compile)" in machine[1]
+    assert {"unet", "model_index.json"} <= {path.name for path in out.iterdir()}
+    with pytest.raises(SystemExit):
+        train("--max_train_steps", 2, "--attention", "sdpa", "--resume", "auto")
+    assert "--attention explicit -> sdpa" in capsys.readouterr().err
+
+
+def test_attention_and_xformers_exclude_each_other(train, capsys):  # noqa: F811
+    with pytest.raises(SystemExit):
+        train("--attention", "explicit", "--enable_xformers_memory_efficient_attention")
+    assert "xformers" in capsys.readouterr().err
+
+
+# Numerics
+
+
+def every_loss(train, *flags, output):  # noqa: F811
+    return torch.tensor([line["loss"] for line in metrics(train(*flags, output=output))])
+
+
+def test_the_fast_path_learns_what_plain_float32_learns(train, monkeypatch):  # noqa: F811
+    """bfloat16 keeps 8 bits: each product is off by up to 2^-9 = 0.2 %, in either direction. A loss is a mean of many
+    of them, and training feeds them back: 1 % bounds each of 20 steps. In float32 explicit and fused attention differ
+    by the order of sums alone, by 1e-7 or so, which training feeds back, too: 0.01 %.
+    """
+    monkeypatch.setattr(train.script, "LOG_INTERVAL", 1)
+    flags = ("--max_train_steps", 20, "--learning_rate", 3e-3)
+    plain = every_loss(train, *flags, "--attention", "sdpa", output="plain")
+    explicit = every_loss(train, *flags, output="explicit")
+    fast = every_loss(train, *flags, "--mixed_precision", "bf16", output="fast")
+    assert len(plain) == 20 and plain[-8:].mean() < 0.95 * plain[:8].mean()  # it does learn
+    torch.testing.assert_close(explicit, plain, rtol=1e-4, atol=0)
+    torch.testing.assert_close(fast, plain, rtol=1e-2, atol=0)
+    assert not torch.equal(fast, plain) and not torch.equal(explicit, plain)  # or it was not used
+
+
+# Memory
+
+
+CHILD = """
+import sys, torch
+from reg_diffusers.training.hardware import keep_freed_memory
+kept = keep_freed_memory(torch.device(sys.argv[1]))
+import resource
+def step():
+    blocks = [torch.ones(2**22) for _ in range(8)]  # 16 MB each, touched
+    del blocks
+def faults():
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+for _ in range(3):
+    step()
+before = faults()
+for _ in range(5):
+    step()
+print(kept, faults() - before, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
+"""
+
+
+def memory_of_steps(device="cpu", **env):
+    clean = {name: value for name, value in os.environ.items() if not name.startswith(("MALLOC_", "GLIBC_"))}
+    done = subprocess.run(
+        [sys.executable, "-c", CHILD, device], env=clean | env, capture_output=True, text=True, check=True
+    )
+    kept, faults, peak = done.stdout.split()
+    return kept == "True", int(faults), int(peak)
+
+
+@on_glibc
+def test_freed_memory_is_used_again_without_page_faults_and_without_a_higher_peak():
+    kept, faults, peak = memory_of_steps()
+    not_kept, many_faults, plain_peak = memory_of_steps(device="cuda")  # not a training on a CPU
+    assert kept and not not_kept
+    assert faults < 1000 < many_faults
+    assert peak < 1.05 * plain_peak
+
+
+@on_glibc
+def test_a_users_own_choice_of_allocation_is_kept():
+    kept, faults, _ = memory_of_steps(MALLOC_MMAP_THRESHOLD_="65536")
+    assert not kept and faults > 1000
+
+
+@pytest.mark.parametrize("raised", [ValueError, AttributeError])
+def test_another_c_library_is_left_alone(monkeypatch, raised):
+    from reg_diffusers.training import hardware
+
+    def confstr(name):
+        raise raised
+
+    monkeypatch.setattr(hardware.os, "confstr", confstr)
+    for name in ("MALLOC_MMAP_MAX_", "MALLOC_MMAP_THRESHOLD_", "MALLOC_TRIM_THRESHOLD_", "GLIBC_TUNABLES"):
+        monkeypatch.delenv(name, raising=False)
+    assert hardware.keep_freed_memory(torch.device("cpu")) is False
+
+
+def test_checkpointed_gradients_are_the_same(tiny_unet):
+    unet = tiny_unet()
+    output, grads = gradients(unet, *batch_for(unet))
+    unet.enable_gradient_checkpointing()
+    again, checkpointed = gradients(unet, *batch_for(unet))
+    assert torch.equal(output, again) and not differ(grads, checkpointed)
+
+
+def test_a_run_with_gradient_checkpointing_keeps_less_and_ends_in_the_same_weights(train):  # noqa: F811
+    kept, trained = {}, {}
+    for name, flags in {"plain": (), "checkpointed": ("--gradient_checkpointing",)}.items():
+        sizes = []
+        with torch.autograd.graph.saved_tensors_hooks(
+            lambda t, sizes=sizes: sizes.append(t.numel()) or t, lambda t: t
+        ):
+            trained[name] = weights(train("--max_train_steps", 2, *flags, output=name))
+        kept[name] = sum(sizes)
+    assert not differ(trained["plain"], trained["checkpointed"])
+    assert kept["checkpointed"] < kept["plain"]
+
+
+# Compiling
+
+
+@pytest.fixture
+def compiled_by(monkeypatch, train):  # noqa: F811
+    """Has train_reg.py compile with a quick back end; returns the shapes it compiled for and how often each ran."""
+
+    def use(backend):
+        runs = []
+
+        def counting(graph, example_inputs):
+            forward = backend(graph, example_inputs)
+            runs.append(0)
+            place = len(runs) - 1
+
+            def run(*args):
+                runs[place] += 1
+                return forward(*args)
+
+            return run
+
+        torch._dynamo.reset()
+        monkeypatch.setattr(
+            train.script, "compile_for_training", functools.partial(compile_for_training, backend=counting)
+        )
+        return runs
+
+    yield use
+    torch._dynamo.reset()
+
+
+def as_it_is(graph, example_inputs):
+    return graph.forward
+
+
+def test_a_compiled_run_is_the_plain_one_with_the_same_names_and_resumes(train, compiled_by, capsys):  # noqa: F811
+    runs = compiled_by(as_it_is)
+    flags = ("--max_train_steps", 3, "--checkpointing_steps", 2, "--preview_steps", 2)
+    flags += ("--gradient_accumulation_steps", 2)
+    plain = weights(train(*flags, output="plain"))
+    assert runs == [] and "not compiled" in capsys.readouterr().out
+    out = train(*flags, "--compile", output="compiled")
+    assert "compiled, minutes before the first step" in capsys.readouterr().out
+    assert runs == [6]  # one shape, for each training batch; previews ran the plain network
+    assert list(weights(out)) == list(plain) and not differ(weights(out), plain)
+    state = load_file(out / "checkpoint-2" / "model.safetensors")
+    assert set(state) == set(plain) and UNet2DModel.from_pretrained(out / "unet")
+    torch._dynamo.reset()
+    resumed = train(*flags, "--compile", "--resume_from_checkpoint", "checkpoint-2", output="compiled")
+    assert runs == [6, 2] and not differ(weights(resumed), plain)
+
+
+def test_only_full_batches_in_training_are_compiled_and_bad_graphs_are_no_secret(tiny_unet):
+    torch._dynamo.reset()
+    unet, compiled_for = tiny_unet(), []
+
+    def noting(graph, example_inputs):
+        compiled_for.append([t.shape[0] for t in example_inputs if isinstance(t, torch.Tensor) and t.ndim == 4])
+        return graph.forward
+
+    compile_for_training(unet, batch_size=4, backend=noting)
+    sample, timesteps = batch_for(unet)
+    unet(sample, timesteps, return_dict=False)
+    assert len(compiled_for) == 1
+    unet(sample[:3], timesteps[:3], return_dict=False)  # a last, shorter batch
+    with torch.no_grad():
+        unet(sample, timesteps, return_dict=False)
+    unet.eval()
+    unet(sample, 7)  # as a pipeline does
+    assert len(compiled_for) == 1
+
+
+@pytest.mark.parametrize("engine", ["FSDP", "DEEPSPEED"])
+def test_compiling_is_refused_where_it_was_never_tried(train, capsys, monkeypatch, engine):  # noqa: F811
+    monkeypatch.setenv(f"ACCELERATE_USE_{engine}", "true")
+    with pytest.raises(SystemExit):
+        train("--compile")
+    assert "--compile is not supported with" in capsys.readouterr().err
+
+
+# Profile
+
+
+def test_a_profile_says_where_the_time_goes_and_leaves_a_trace(train, capsys):  # noqa: F811
+    out = train("--max_train_steps", 8, "--profile", 3)
+    said = capsys.readouterr()
+    lines = (said.out + said.err).replace("\r", "\n")
+    (heading,) = re.findall(r"profile +3 steps, ([\d.]+) ms each; (\S+)", lines)
+    assert heading[1] == "out/profile/trace.json"
+    table = dict(re.findall(r"^  (\w+) +([\d.]+)% +[\d.]+ ms", lines, re.MULTILINE))
+    assert list(table) == [*SECTIONS, "rest"]
+    assert sum(map(float, table.values())) == pytest.approx(100, abs=0.5)
+    assert all(float(share) > 0 for share in table.values())
+    assert float(table["forward"]) > float(table["data"])
+    events = json.loads((out / "profile" / "trace.json").read_text())["traceEvents"]
+    labelled = [event["name"] for event in events if event.get("cat") == "user_annotation"]
+    assert {name: labelled.count(name) for name in SECTIONS} == {
+        name: 6 if name == "auxiliary" else 3 for name in SECTIONS
+    }
+    assert "profile" not in (out / "reg_settings.yaml").read_text()
+
+
+def test_a_profile_of_a_run_that_ends_early_is_of_what_there_was(train, capsys):  # noqa: F811
+    out = train("--max_train_steps", WARM_UP_STEPS + 2, "--profile", 100)
+    said = capsys.readouterr()
+    assert "profile    2 steps" in said.out + said.err and (out / "profile" / "trace.json").is_file()
+
+
+def test_a_profile_changes_nothing_that_is_learned(train):  # noqa: F811
+    assert not differ(
+        weights(train("--max_train_steps", 5)), weights(train("--max_train_steps", 5, "--profile", 1, output="b"))
+    )
+
+
+def test_sections_count_what_is_theirs_alone(tmp_path, monkeypatch):
+    now = [0.0]
+    monkeypatch.setattr("reg_diffusers.training.profiling.time.perf_counter", lambda: now[0])
+    profile = StepProfile(Accelerator(cpu=True), 1, tmp_path)
+
+    def forward():
+        now[0] += 3
+
+    labelled = profile.around("forward", forward)
+    for _ in range(WARM_UP_STEPS):
+        labelled()
+        assert profile.step() == []
+    with profile("auxiliary"):
+        labelled()
+        now[0] += 1
+    now[0] += 4
+    lines = profile.step()
+    assert lines[0].startswith("profile    1 steps, 8000.0 ms each")
+    shares = {line.split()[0]: line.split()[1] for line in lines[1:]}
+    assert shares == dict.fromkeys(SECTIONS, "0.0%") | {"forward": "37.5%", "auxiliary": "12.5%", "rest": "50.0%"}
+    assert profile.step() == [] and profile.around("forward", forward) is forward
