@@ -37,6 +37,12 @@ def accelerator():
     return Accelerator(cpu=True)
 
 
+@pytest.fixture
+def soon(monkeypatch):
+    """Units are frozen after 6 steps; to be asked for before `train`, which reads it."""
+    monkeypatch.setattr(term_weights, "MEASURED_STEPS", 6)
+
+
 class Pull:
     """A toy with a closed form: the output is o itself; denoising |o - 1|^2, L' = |o|^2. Unconstrained, o = 1."""
 
@@ -124,6 +130,12 @@ def test_the_multiplier_of_a_slack_target_is_exactly_zero(accelerator):
     assert toy.output.mean().item() == pytest.approx(1, rel=1e-3)
 
 
+def test_a_slack_target_is_the_plain_training(soon, train):  # noqa: F811
+    slack = train("--reg_target", "total_variation=50", "--max_train_steps", 10, output="slack")
+    plain = train("--regularizer", "none", "--max_train_steps", 10, output="plain")
+    assert not differ(weights(slack), weights(plain)) and metrics(slack)[-1]["constraint/total_variation"] < 0
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", ["epsilon", "v_prediction"])
 def test_a_trained_network_meets_its_target(accelerator, kind):
@@ -182,12 +194,6 @@ def test_a_state_goes_on_where_it_was(accelerator):
 RULES = (
     "--regularizer total_variation sparsity out_of_range --reg_weight auto:0.1 0 0.1 --reg_target sparsity=0.9x"
 ).split()
-
-
-@pytest.fixture
-def soon(monkeypatch):
-    """Units are frozen after 6 steps; to be asked for before `train`, which reads it."""
-    monkeypatch.setattr(term_weights, "MEASURED_STEPS", 6)
 
 
 def test_a_resumed_run_has_the_weights_and_the_log_of_an_undisturbed_one(soon, train, capsys):  # noqa: F811
