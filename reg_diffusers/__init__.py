@@ -7,7 +7,7 @@ Names are imported on first use, so that `import reg_diffusers` costs next to no
 
 from importlib import import_module
 
-__version__ = "0.2.0"
+__version__ = "0.3.0"
 
 _HOME = {
     "BalancedLoss": "balancing",

@@ -3,8 +3,8 @@
     python docs/benchmarks/predicted_rise.py
 
 Trains one plain model and one for each pair of regularizer and weight below, from the same weights, batches and noise,
-on the embedded pictures, and measures the denoising loss of each on the same images, noise and timesteps. Runs that are
-in --output are not trained again. Writes the table beside this script.
+on the embedded pictures, and measures the denoising loss of each on the same images, noise and timesteps. Runs that
+are in --output are not trained again. Writes the table beside this script.
 """
 
 import argparse
@@ -80,13 +80,13 @@ def loss_of(args, seed, images, *flags):
 
 def line(regularizer, weight, weighting, predicted, measured):
     spread = f" ± {np.std(measured, ddof=1):.2%}" if len(measured) > 1 else ""
-    return f"{regularizer:<18}{weight:<6g}{weighting:<10}{predicted:>10.2%}  {np.mean(measured):>10.2%}{spread}"
+    return f"{regularizer:<18}{weight:<7g}{weighting:<10}{predicted:>10.2%}  {np.mean(measured):>10.2%}{spread}"
 
 
 def report(args, rows):
     predicted, measured = [row[3] for row in rows], [np.mean(row[4]) for row in rows]
     correlation = spearmanr(predicted, measured).statistic
-    head = f"{'regularizer':<18}{'weight':<6}{'weighting':<10}{'predicted':>10}  {'measured':>10}"
+    head = f"{'regularizer':<18}{'weight':<7}{'weighting':<10}{'predicted':>10}  {'measured':>10}"
     said = f"rank correlation over {len(rows)} pairs: {correlation:.2f}"
     settings = f"{args.max_train_steps} steps, {args.seeds} seed(s), v-prediction, embedded pictures at 16 x 16"
     text = "\n".join([settings, "", head, *(line(*row) for row in rows), "", said]) + "\n"
