@@ -54,8 +54,9 @@ def jackknife(statistic: Callable[..., float | dict], *sets: Tensor) -> Estimate
     """A statistic of sets of samples, with the standard error of the delete-a-group jackknife.
 
     The samples are dealt out to GROUPS groups, sample i to group i modulo GROUPS, and each group is left out in turn:
-    from all sets at once, where several are given. SE^2 = (g - 1)/g sum_j (theta_-j - mean theta_-)^2. A bias that a
-    statistic has for all sets of its size, as the Frechet distance has, is in the value and not in the error.
+    from all sets at once, where several are given. SE^2 = (g - 1)/g sum_j (s_j - mean s)^2 over the statistics s_j of
+    what is left. A bias that a statistic has for all sets of its size, as the Frechet distance has, is in the value
+    and not in the error.
 
     Source: Shao & Tu, The Jackknife and Bootstrap, 1995, section 2.3.
 
@@ -86,8 +87,8 @@ def _jackknifed(value: float, parts: list[float]) -> Estimate:
 def frechet(samples: Tensor, reference: Tensor) -> float:
     """Frechet distance of the Gaussians with the means and covariances of two sets of features.
 
-    |m1 - m2|^2 + tr(S1 + S2 - 2 (S1^1/2 S2 S1^1/2)^1/2), in squared units of the features. It is too large for finite
-    sets, the more so the fewer they are: compare only values of sets of one size.
+    That is |m1 - m2|^2 + tr(S1 + S2 - 2 (S1^1/2 S2 S1^1/2)^1/2), in squared units of the features. It is too large for
+    finite sets, the more so the smaller they are: compare only values of sets of one size.
 
     Source: Dowson & Landau 1982; on features of a network, Heusel et al. 2017 (arXiv:1706.08500).
 
