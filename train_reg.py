@@ -66,7 +66,7 @@ def main(argv=None):
     on_data = together(state, lambda: check_terms(terms, noise_scheduler, data, state.device, mixed_precision))
     together(state, lambda: check_rules(weight_rules(args, terms), on_data))
     unet = build_unet(args, given, data)
-    attention, attention_reason = choose_attention(args, unet, state.device)
+    attention, attention_reason = choose_attention(args, unet, state.device, mixed_precision)
     check_logger(args)
     output_dir = Path(args.output_dir)
     on_main_process(state, lambda: prepare_output_dir(args))
@@ -131,7 +131,7 @@ def train(args, data, settings, resume, interruption, output_dir, terms=(), on_d
     given = load_given_model(args)
     noise_scheduler = build_noise_scheduler(args, given)
     unet = build_unet(args, given, data)
-    if choose_attention(args, unet, accelerator.device)[0] == "explicit":
+    if choose_attention(args, unet, accelerator.device, accelerator.mixed_precision)[0] == "explicit":
         use_explicit_attention(unet)
     if args.compile:
         compile_for_training(unet, args.train_batch_size)

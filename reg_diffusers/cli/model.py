@@ -14,14 +14,13 @@ def add_model_flag(parser) -> None:
     )
 
 
-def load_pipeline(model: str, device=None, *, is_fast: bool = True):
+def load_pipeline(model: str, device=None, *, mixed_precision: str = "no"):
     """The pipeline, its network frozen.
 
     Args:
         model: folder or Hub id.
         device: to bring it to; default: the accelerator if there is one.
-        is_fast: compute attention in the way that is fastest here; else samples are those of the pipeline in Python,
-            bit for bit.
+        mixed_precision: "bf16" for samples in bfloat16, whose attention is computed in the way that is fastest here.
 
     Raises:
         UsageError: there is no such pipeline.
@@ -45,6 +44,6 @@ def load_pipeline(model: str, device=None, *, is_fast: bool = True):
     pipeline.unet.requires_grad_(False)  # guidance asks for gradients of the image only
     device = torch.device(device)
     keep_freed_memory(device)
-    if is_fast and prefers_explicit_attention(pipeline.unet, _TYPICAL_BATCH, device.type):
+    if prefers_explicit_attention(pipeline.unet, _TYPICAL_BATCH, device.type, mixed_precision):
         use_explicit_attention(pipeline.unet)
     return pipeline.to(device)

@@ -115,7 +115,7 @@ def run(args: argparse.Namespace) -> None:
     state = join_processes()
     set_threads(args)
     repo_id = on_main_process(state, lambda: _open_dataset(args)) if args.push_to_hub else None
-    pipeline = load_pipeline(args.model, state.device, is_fast=args.mixed_precision == "bf16")
+    pipeline = load_pipeline(args.model, state.device, mixed_precision=args.mixed_precision)
     sampler = _sampler(args, pipeline)
     store = _store(args, sampler)
     missing = _missing(args, sampler, store)

@@ -269,7 +269,7 @@ def _optimization(parser) -> None:
         "--attention",
         choices=["sdpa", "explicit"],
         help="how attention is computed: by PyTorch's fused kernel, or by explicit products of matrices; default:"
-        " explicit on a CPU where the matrices of a batch take at most 256 MB, else sdpa",
+        " explicit in bf16 on a CPU where the matrix of a batch takes at most 128 MB in each layer, else sdpa",
     )
     add(
         "--compile",

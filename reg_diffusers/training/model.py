@@ -154,13 +154,16 @@ def build_unet(args: argparse.Namespace, given: GivenModel, data: TrainingData) 
     return unet
 
 
-def choose_attention(args: argparse.Namespace, unet: UNet2DModel, device: torch.device) -> tuple[str, str]:
+def choose_attention(
+    args: argparse.Namespace, unet: UNet2DModel, device: torch.device, mixed_precision: str
+) -> tuple[str, str]:
     """ "explicit" or "sdpa", and why, in a few words; by a rule, so that a run goes on as it began.
 
     Args:
         args: the settings.
         unet: the network, of `build_unet`.
         device: that is trained on.
+        mixed_precision: of the training.
 
     Raises:
         UsageError: --attention and xformers' attention, which exclude each other.
@@ -169,11 +172,13 @@ def choose_attention(args: argparse.Namespace, unet: UNet2DModel, device: torch.
         if args.attention is not None:
             raise UsageError("--enable_xformers_memory_efficient_attention and --attention exclude each other")
         return "sdpa", "xformers in its place"
-    size = attention_bytes(unet, args.train_batch_size)
-    reason = f"{size / 2**20:.0f} MB a layer and batch on {device.type}" if size else "the network has none"
     if args.attention is not None:
         return args.attention, "as asked"
-    return ("explicit" if prefers_explicit_attention(unet, args.train_batch_size, device.type) else "sdpa"), reason
+    if prefers_explicit_attention(unet, args.train_batch_size, device.type, mixed_precision):
+        return "explicit", "faster in bf16 on a CPU"
+    if device.type != "cpu" or mixed_precision != "bf16":
+        return "sdpa", "PyTorch's own"
+    return "sdpa", f"explicit would keep {attention_bytes(unet, args.train_batch_size) / 2**20:.0f} MB a layer"
 
 
 def new_unet_config(resolution: int) -> dict:
