@@ -16,6 +16,8 @@ import torch
 from safetensors.torch import load_file
 from test_train_reg import QUICK, ROOT, differ, metrics, refusal, train, weights  # noqa: F401
 
+from reg_diffusers.training import checkpoint
+
 pytestmark = pytest.mark.reliability
 
 FLAGS = ("--max_train_steps", 9, "--checkpointing_steps", 3)
@@ -173,6 +175,13 @@ def test_other_mathematics_is_refused_with_its_differences(train, capsys, tmp_pa
     assert "--allow_changed_settings" in error
     assert "--max_train_steps 9 -> 12" in refusal(train, capsys, "--resume", "auto", "--max_train_steps", 12)
     assert {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()} == before
+
+
+def test_a_flag_that_an_earlier_version_did_not_have_changes_nothing_while_it_is_off(train):  # noqa: F811
+    folder = cut(train) / "checkpoint-6"
+    settings = checkpoint._read_manifest(folder)["settings"]
+    assert checkpoint.changed_settings(folder, settings | {"--new": False, "--newer": None}) == []
+    assert checkpoint.changed_settings(folder, settings | {"--new": 3}) == ["--new None -> 3"]
 
 
 def test_what_is_no_mathematics_may_change(train, undisturbed, tmp_path):  # noqa: F811

@@ -151,7 +151,7 @@ class Diagnosis:
         affordable: by relative rise of the denoising loss (0.01, 0.05), what each weighting does at the weight that
             makes it rise so much; without those that never do. First the one under which L' falls most, among those
             whose `largest_rise` is at most 1.
-        unbounded: whether L' falls without end, so that nothing holds images back.
+        unbounded: whether L' falls without end, so that nothing holds images back at some weight.
     """
 
     name: str
@@ -431,7 +431,7 @@ class _Prospects:
         before = (self._decided * np.array([path.start for path in self._responses])).sum()
         taus = self._taus(weight, lambdas)
         after = [path.value_at(tau) for path, tau in zip(self._responses, taus, strict=True)]
-        fall = float(1 - (self._decided * after).sum() / before) if before else 0.0
+        fall = float((before - (self._decided * after).sum()) / abs(before)) if before else 0.0
         largest = float((self.displacements(weight, lambdas) ** 2 / self._errors).max())
         return Cost(name, weight, self._rise(weight, lambdas), largest, fall)
 

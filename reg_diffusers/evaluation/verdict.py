@@ -15,6 +15,7 @@ _BLUR = 0.25  # of the way from L' of images to L' of their mean: from there on 
 _SMALL_SHARE = 0.02
 _DEAR = 0.05  # rise of the denoising loss
 _NO_FALL = 1e-3
+_FAR = 20.0  # spreads of the data
 
 
 @dataclass(frozen=True)
@@ -42,9 +43,13 @@ def judge(diagnosis: Diagnosis) -> Verdict:
     no image nearer to a real one contradicts the data; one whose weighting acts where x0_hat is a blur makes sense
     below some timestep only.
     """
-    if diagnosis.unbounded:
-        reason = "L' falls without end: as its weight grows, x0_hat ends more than 20 spreads of the data away."
-        return Verdict("cannot work", (f"{reason} It must be bounded below.",))
+    furthest = max(level.displacement for level in diagnosis.levels)
+    if furthest > _FAR:
+        reason = (
+            f"At weight {diagnosis.asked.weight:.3g} nothing holds x0_hat back: it ends {furthest:.3g} spreads of the"
+            " data away, and would go further. L' must be bounded below, or its weight far smaller."
+        )
+        return Verdict("cannot work", (reason,))
     limit = _last_clear_timestep(diagnosis)
     affordable = diagnosis.affordable[_DEAR]
     recommended = affordable[0] if affordable else None
@@ -52,6 +57,8 @@ def judge(diagnosis: Diagnosis) -> Verdict:
         return Verdict("has no effect", (idle,), recommended, limit)
     agrees, reason = _agreement(diagnosis)
     reasons = [reason, _on_data(diagnosis)]
+    if diagnosis.unbounded:
+        reasons.append("L' has no minimum: at a much larger weight x0_hat would end more than 20 spreads away.")
     if not agrees:
         return Verdict("contradicts the data", (*reasons, _shift(diagnosis)), None, limit)
     acts_on_blur, blur = _blur(diagnosis, limit)
@@ -95,7 +102,7 @@ def _agreement(diagnosis: Diagnosis) -> tuple[bool, str]:
     if agrees:
         return True, (
             f"Lowering L' leads towards real images {measured}: the best step against it would take away"
-            f" {cosine**2:.0%} of such an error."
+            f" {cosine**2:.1%} of such an error."
         )
     if cosine < -_STANDARD_ERRORS * error:
         return False, f"Lowering L' leads away from real images {measured}."
@@ -105,7 +112,7 @@ def _agreement(diagnosis: Diagnosis) -> tuple[bool, str]:
 def _on_data(diagnosis: Diagnosis) -> str:
     data = diagnosis.data
     low, high = data.percentiles[1], data.percentiles[99]
-    if high <= 0:
+    if data.mean == 0 and data.standard_deviation == 0:
         return "Real images fulfil the wish: L' is 0 on all of them, so it can only mend what the network gets wrong."
     return (
         f"L' of real images is {data.mean:.3g}, 98 % of them between {low:.3g} and {high:.3g}: a value below {low:.3g}"

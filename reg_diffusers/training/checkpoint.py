@@ -230,7 +230,8 @@ def changed_settings(folder: Path, settings: dict) -> list[str]:
         before = _read_manifest(folder)["settings"]
     except (OSError, ValueError, KeyError):
         return []
-    names = dict.fromkeys([*before, *settings])
+    # A flag that an earlier version did not have changes nothing while it is off.
+    names = dict.fromkeys([*before, *(name for name, value in settings.items() if name in before or value)])
     return [
         f"{name} {_said(before.get(name))} -> {_said(settings.get(name))}"
         for name in names
