@@ -52,7 +52,7 @@ def use_explicit_attention(unet: nn.Module) -> None:
 
 
 class _Explicit(AttnProcessor):
-    """diffusers' explicit attention, for some images of the batch after the other.
+    """diffusers' explicit self-attention, for some images of the batch after the other.
 
     Its result has the channels last in memory, and so would all that follows in the network; PyTorch's group norm for
     a CPU is ten times slower on that, so the usual order is restored.

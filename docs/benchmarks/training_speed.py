@@ -68,9 +68,16 @@ def main() -> None:
     parser.add_argument("--parts", nargs="*", choices=["training", "x0", "sampling"], default=["training"])
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--steps", type=int, default=8, help="measured in each process, after those that warm up")
+    parser.add_argument(
+        "--threads", type=int, help="of each process; 1 is less disturbed by others; default: all cores"
+    )
     parser.add_argument("--append", action="store_true", help="keep what earlier calls have found")
     parser.add_argument("--child", nargs="+", help=argparse.SUPPRESS)
     args = parser.parse_args()
+    if args.threads:
+        import torch
+
+        torch.set_num_threads(args.threads)
     if args.child:
         print(json.dumps(CHILDREN[args.child[0]](args, *args.child[1:])))
         return
@@ -158,7 +165,8 @@ def write_pictures(folder: Path, resolution: int, number: int) -> None:
 
 
 def run_child(args, environment: dict | None, *what: str) -> dict:
-    command = [sys.executable, __file__, "--steps", str(args.steps), "--child", *what]
+    threads = ["--threads", str(args.threads)] if args.threads else []
+    command = [sys.executable, __file__, "--steps", str(args.steps), *threads, "--child", *what]
     if args.peer:
         command[2:2] = ["--peer", str(args.peer)]
     with tempfile.TemporaryDirectory() as home:
@@ -206,7 +214,8 @@ def train(args, name: str, row: str, folder: str) -> dict:
             sys.argv = [str(args.peer), *flags]
             runpy.run_path(str(args.peer), run_name="__main__")
         else:
-            sys.argv = [str(SCRIPT), *flags, "--no-compare", "--lr_scheduler", "cosine"]
+            threads = ["--num_threads", str(args.threads)] if args.threads else []
+            sys.argv = [str(SCRIPT), *flags, *threads, "--no-compare"]
             runpy.run_path(str(SCRIPT), run_name="__main__")
     except Enough:
         pass
@@ -220,14 +229,14 @@ def train(args, name: str, row: str, folder: str) -> dict:
 
 
 def x0_row(args) -> None:
-    found = run_child(args, None, "x0")
-    say("\nx0_hat of 64 images of 3 x 64 x 64 at 64 timesteps with its total variation, forward and backward")
-    for name, seconds in found.items():
-        say(f"  {name:<36}{1000 * seconds:8.2f} ms")
-    say(f"  {'ratio of the medians':<36}{found['scheduler.step in a loop'] / found['batched']:8.1f} x")
+    say("\nx0_hat of 64 images at 64 timesteps with its total variation, forward and backward")
+    for side in (32, 64):
+        looped, batched = run_child(args, None, "x0", str(side))["seconds"]
+        say(f"  3 x {side} x {side}: scheduler.step in a loop {1000 * looped:.2f} ms, batched {1000 * batched:.2f} ms,"
+            f" {looped / batched:.1f} x")  # fmt: skip
 
 
-def x0(args) -> dict:
+def x0(args, side: str) -> dict:
     """A loop over the images that asks `scheduler.step` for each x0_hat, as it takes one timestep; and one batch."""
     import torch
     from diffusers import DDPMScheduler
@@ -236,8 +245,8 @@ def x0(args) -> dict:
     from reg_diffusers.regularizers import total_variation
 
     torch.manual_seed(0)
-    scheduler = DDPMScheduler(clip_sample=False)
-    noisy, timesteps = torch.randn(64, 3, 64, 64), torch.randint(0, 1000, (64,))
+    scheduler, shape = DDPMScheduler(clip_sample=False), (64, 3, int(side), int(side))
+    noisy, timesteps = torch.randn(shape), torch.randint(0, 1000, (64,))
 
     def looped(model_output):
         outputs = [
@@ -249,14 +258,14 @@ def x0(args) -> dict:
     def batched(model_output):
         return predict_original_sample(scheduler, model_output, timesteps, noisy)
 
-    times = {"scheduler.step in a loop": [], "batched": []}
+    times = {looped: [], batched: []}
     for _ in range(60):
-        for name, x0_hat in zip(times, (looped, batched), strict=True):
-            model_output = torch.randn(64, 3, 64, 64, requires_grad=True)
+        for x0_hat, found in times.items():
+            model_output = torch.randn(shape, requires_grad=True)
             start = time.perf_counter()
             total_variation(x0_hat(model_output)).mean().backward()
-            times[name].append(time.perf_counter() - start)
-    return {name: statistics.median(seconds[5:]) for name, seconds in times.items()}
+            found.append(time.perf_counter() - start)
+    return {"seconds": [statistics.median(found[5:]) for found in times.values()]}
 
 
 # Sampling
