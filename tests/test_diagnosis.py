@@ -157,6 +157,15 @@ def test_min_snr_counts_as_in_the_training(gaussian):
         assert level.denoising_weight == pytest.approx(min(level.snr, 5), rel=1e-5)
 
 
+def test_the_share_of_the_gradient_under_min_snr_is_that_of_its_losses(gaussian):
+    """In x_0 units both gradients are plain; by the model output both have the slope of the parameterization."""
+    found = diagnose(EPSILON, Term(regularizers.sparsity, 0.1, weighting.constant), gaussian[0][:300], snr_gamma=5)
+    for level in found.levels:
+        expected = 2 * min(level.snr, 5) * (level.best.error / level.snr) ** 0.5 / SIZE
+        assert level.best.denoising_gradient == pytest.approx(expected, rel=1e-4)
+        assert level.best.auxiliary_gradient == pytest.approx(0.1 / SIZE / level.snr**0.5, rel=1e-4)
+
+
 def test_the_share_of_the_gradient_is_that_at_the_model_output(gaussian):
     found = diagnose(EPSILON, Term(regularizers.sparsity, 0.1, weighting.constant), gaussian[0][:300], num_levels=6)
     double = diagnose(EPSILON, Term(regularizers.sparsity, 0.2, weighting.constant), gaussian[0][:300], num_levels=6)
@@ -191,6 +200,15 @@ def falls_without_end(images, /):
     return -images.square().flatten(1).mean(1)
 
 
+def brighter(images, /):
+    return -images.flatten(1).mean(1)
+
+
+def no_number_on_guesses(images, /):
+    """Real pictures have nothing below -1; guesses have."""
+    return (images + 1 + 1e-6).sqrt().flatten(1).mean(1)
+
+
 @pytest.mark.parametrize(
     "regularizer, weight, weighted, answer",
     [
@@ -203,6 +221,10 @@ def falls_without_end(images, /):
         (partial(regularizers.out_of_range, low=-50, high=50), 1.0, weighting.matched, "has no effect"),
         (falls_without_end, 5.0, weighting.matched, "cannot work"),
         (falls_without_end, 0.01, weighting.matched, "contradicts the data"),
+        (brighter, 1e3, weighting.matched, "cannot work"),
+        (brighter, 1e-2, weighting.matched, "contradicts the data"),
+        (regularizers.total_variation, 1.0, weighting.matched, "makes sense, with a smaller weight"),
+        (no_number_on_guesses, 0.1, weighting.matched, "cannot work"),
     ],
 )
 def test_verdict(blocks, regularizer, weight, weighted, answer):
@@ -360,6 +382,8 @@ def test_the_command_measures_a_model(folder, tiny_unet):
         (("--resolution", "16", "--model", "model"), "--resolution 16"),
         (("--train_data_dir", "fields.npy", "--num_levels", "1"), "--num_levels"),
         (("--train_data_dir", "fields.npy", "--reg_target", "total_variation=0.1"), "--reg_target"),
+        (("--train_data_dir", "fields.npy", "--num_images", "-1"), "--num_images"),
+        (("--train_data_dir", "fields.npy", "--streaming"), "--streaming"),
     ],
 )
 def test_what_cannot_work_is_one_line(folder, tiny_unet, flags, said, monkeypatch, capsys):

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from pathlib import Path
 
 from ..files import write_whole
 from ..training.arguments import add_objective_flags, complete
+from .numbers import natural, positive
 
 __all__ = ["add_parser", "run"]
 
@@ -33,21 +35,21 @@ def add_parser(subparsers) -> argparse.ArgumentParser:
     )
     add(
         "--num_images",
-        type=int,
+        type=positive,
         default=_IMAGES,
         metavar="N",
         help="images used of a larger set (default: %(default)s)",
     )
     add(
         "--num_levels",
-        type=int,
+        type=positive,
         default=20,
         metavar="N",
         help="timesteps looked at, evenly in log SNR (default: %(default)s)",
     )
     add(
         "--seed",
-        type=int,
+        type=natural,
         default=0,
         metavar="N",
         help="of the choice of images and of the noise (default: %(default)s)",
@@ -65,6 +67,7 @@ def run(args: argparse.Namespace) -> None:
     Raises:
         UsageError: data, model or settings that cannot be used, files that would be overwritten.
     """
+    from ..term import TermError
     from ..training.checks import check_terms
     from ..training.errors import UsageError
     from ..training.model import build_noise_scheduler, load_given_model
@@ -75,6 +78,8 @@ def run(args: argparse.Namespace) -> None:
         raise UsageError("--regularizer none leaves nothing to diagnose")
     if args.reg_target:
         raise UsageError("--reg_target: its weight is found in training only; drop the flag to see what weights buy")
+    if args.streaming:
+        raise UsageError("--streaming: a diagnosis reads --num_images images, and no more; drop the flag")
     if args.num_levels < 2:
         raise UsageError("--num_levels must be at least 2")
     terms = build_terms(args)
@@ -93,7 +98,10 @@ def run(args: argparse.Namespace) -> None:
                 raise
             _say_why_not(args, term.name, str(error), output)
             continue
-        _diagnose(args, term, weight, scheduler, images, context, pipeline, output)
+        try:
+            _diagnose(args, term, weight, scheduler, images, context, pipeline, output)
+        except TermError as error:
+            _say_why_not(args, term.name, str(error), output)
 
 
 def _diagnose(args, term, weight, scheduler, images, context: dict, pipeline, output: Path) -> None:
@@ -104,6 +112,7 @@ def _diagnose(args, term, weight, scheduler, images, context: dict, pipeline, ou
     from ..evaluation import diagnose, judge
     from ..evaluation.diagnosis_figure import draw_diagnosis
     from ..evaluation.diagnosis_text import describe, write_json
+    from ..term import TermError
     from ..training.errors import UsageError
     from ..training.weight_rules import AutoWeight
 
@@ -120,6 +129,8 @@ def _diagnose(args, term, weight, scheduler, images, context: dict, pipeline, ou
             term = replace(term, weight=weight.share / share if share else 0.0)
             print(f"--reg_weight {weight} comes to about {term.weight:.3g} for {term.name}")
         diagnosis = diagnose(scheduler, term, images, **settings, **context)
+    except TermError:
+        raise
     except ValueError as error:
         raise UsageError(str(error)) from error
     verdict = judge(diagnosis)
@@ -136,6 +147,8 @@ def _say_why_not(args, name: str, reason: str, output: Path) -> None:
 
     verdict = Verdict("cannot work", (reason,))
     print(describe_verdict(name, verdict))
+    for suffix in ("png", "svg"):  # those of an earlier diagnosis would contradict this one
+        (output / f"{name}.{suffix}").unlink(missing_ok=True)
     path = output / f"{name}.json"
     write_whole(path, lambda path: write_json(path, None, verdict, **_settings(args)))
     print(f"written: {path}\n", flush=True)
@@ -148,13 +161,15 @@ def _settings(args) -> dict:
 def _check_output(output: Path, names: list[str], overwrite: bool) -> None:
     from ..training.errors import UsageError
 
-    there = [path for name in names for path in [output / f"{name}.json"] if path.exists()]
-    if there and not overwrite:
-        raise UsageError(
-            f"--output {output} holds {there[0].name} of an earlier diagnosis: name another, or --overwrite"
-        )
     if output.exists() and not output.is_dir():
         raise UsageError(f"--output {output} is a file: name a folder")
+    files = [output / f"{name}.{suffix}" for name in names for suffix in ("json", "png", "svg")]
+    there = [file for file in files if file.exists()]
+    if there and not overwrite:
+        raise UsageError(f"--output {output} holds {there[0].name} already: name another folder, or --overwrite")
+    parent = next(folder for folder in (output, *output.absolute().parents) if folder.exists())
+    if not os.access(parent, os.W_OK):
+        raise UsageError(f"--output {output} cannot be written: permission denied")
 
 
 def _pipeline(args):

@@ -23,7 +23,7 @@ from torch import Tensor
 
 from .. import weighting
 from ..objective import X0Regularization, draw_timesteps
-from ..prediction import NoiseLevel, predict_original_sample, scale_model_input
+from ..prediction import NoiseLevel, noise_level, predict_original_sample, scale_model_input
 from ..regularizers import score
 from ..term import Term, TermError, checked_values, checked_weights, term_context
 from .ideal_denoiser import IdealDenoiser, LinearDenoiser, spread
@@ -74,6 +74,7 @@ class Guesses:
         denoising_gradient, auxiliary_gradient: root mean square norms of the gradients of both losses, weights
             included, by the model output.
         cosine, cosine_error: between them, mean over images: above 0 they pull the same way, below 0 they fight.
+        nonfinite: number of images left out of all that concerns L', because it or its gradient is no number.
     """
 
     source: str
@@ -86,6 +87,7 @@ class Guesses:
     auxiliary_gradient: float
     cosine: float
     cosine_error: float
+    nonfinite: int
 
 
 @dataclass(frozen=True)
@@ -127,6 +129,7 @@ class Cost:
         largest_rise: of the denoising loss at one timestep, the one where it rises most. Above 1 the loss on the image
             would pull harder there than the data.
         fall: of L', relative, levels counted by how much of a sample they decide.
+        last_timestep: the noisiest of the levels at which the weighting is not 0.
     """
 
     weighting: str
@@ -134,6 +137,7 @@ class Cost:
     rise: float
     largest_rise: float
     fall: float
+    last_timestep: float | None
 
 
 @dataclass(frozen=True)
@@ -224,13 +228,14 @@ def diagnose(
     denoisers = {"ideal": IdealDenoiser(known), "linear": LinearDenoiser(known, held_out)}
     noise = torch.randn(held_out.shape, generator=generator)
     lambdas, size = checked_weights(term, level).tolist(), held_out[0].numel()
+    natural_weights = noise_level(scheduler, level.timesteps).denoising_weight.tolist()
     found, responses = [], []
     for index in progress(range(len(level.snr))):
         alpha, sigma, weight = (x[index].item() for x in (level.alpha, level.sigma, level.denoising_weight))
         noisy_samples = alpha * held_out + sigma * noise
         guesses = {name: denoiser(noisy_samples, alpha, sigma) for name, denoiser in denoisers.items()}
         source = min(guesses, key=lambda name: (guesses[name] - held_out).square().mean())
-        gradients = term.weight * lambdas[index], weight
+        gradients = term.weight * lambdas[index], weight, natural_weights[index]
         best = _guesses(source, guesses[source], held_out, values, evaluate, *gradients)
         of_model = None
         if model is not None:
@@ -261,7 +266,9 @@ def diagnose(
     ]
     name = getattr(term.weighting, "__name__", type(term.weighting).__name__)
     weightings = {known_name: getattr(weighting, known_name) for known_name in weighting.__all__}
-    weightings.setdefault(name, term.weighting)
+    if weightings.get(name) is not term.weighting:
+        name = f"{term.weighting.__module__}:{name}"  # as the command line names it
+        weightings[name] = term.weighting
     return Diagnosis(
         name=term.name,
         images=len(known),
@@ -288,14 +295,23 @@ class _Evaluation:
         self._term, self._context = term, term_context(term, context)
 
     def __call__(self, x0_hat: Tensor) -> tuple[Tensor, Tensor]:
-        """L' (B,) of the first B held-out images' guesses, and its gradient (B, C, H, W)."""
+        """L' (B,) of the first B held-out images' guesses, and its gradient (B, C, H, W).
+
+        Where one of them is no number, L' is nan and the gradient 0: as in a training, that image is left alone.
+        """
+        values, gradient = self._raw(x0_hat)
+        finite = values.isfinite() & gradient.flatten(1).isfinite().all(1)
+        shape = (len(values),) + (1,) * (gradient.ndim - 1)
+        return torch.where(finite, values, torch.nan), torch.where(finite.view(shape), gradient, 0.0)
+
+    def _raw(self, x0_hat: Tensor) -> tuple[Tensor, Tensor]:
         x0_hat = x0_hat.detach().requires_grad_()
         values = checked_values(self._term, x0_hat, self._part(slice(len(x0_hat))))
         return values.detach(), torch.autograd.grad(values.sum(), x0_hat)[0]
 
     def check(self, images: Tensor) -> None:
         """Raises `TermError` unless L' and its gradient are finite, and L' of an image is its own business."""
-        name, (values, gradient) = self._term.name, self(images)
+        name, (values, gradient) = self._term.name, self._raw(images)
         for what, finite in {"it": values.isfinite(), "its gradient": gradient.flatten(1).isfinite().all(1)}.items():
             if not finite.all():
                 raise TermError(
@@ -371,14 +387,17 @@ def _guesses(
     evaluate: _Evaluation,
     auxiliary_weight: float,
     denoising_weight: float,
+    natural_weight: float,
 ) -> Guesses:
     values, gradient = evaluate(x0_hat)
     error = x0_hat - original_samples
     size = error[0].numel()
     value, value_error = _mean(values)
     gap, gap_error = _mean(values - on_images)
-    cosine, cosine_error = _mean(_cosines(gradient, error))
-    # By the model output: the derivative of x0_hat by it is 1 / sqrt(w_d).
+    bad = values.isnan()
+    cosine, cosine_error = _mean(torch.where(bad, torch.nan, _cosines(gradient, error)))
+    # By the model output: the derivative of x0_hat by it is 1 / sqrt(w_d), of the plain denoising loss.
+    slope = 1 / math.sqrt(natural_weight)
     return Guesses(
         source=source,
         error=error.double().square().mean().item(),
@@ -386,10 +405,11 @@ def _guesses(
         value_error=value_error,
         gap=gap,
         gap_error=gap_error,
-        denoising_gradient=2 * math.sqrt(denoising_weight) * _norm(error) / size,
-        auxiliary_gradient=auxiliary_weight * _norm(gradient) / math.sqrt(denoising_weight),
+        denoising_gradient=2 * denoising_weight * slope * _norm(error) / size,
+        auxiliary_gradient=auxiliary_weight * slope * _norm(gradient),
         cosine=cosine,
         cosine_error=cosine_error,
+        nonfinite=int(bad.sum()),
     )
 
 
@@ -433,7 +453,8 @@ class _Prospects:
         after = [path.value_at(tau) for path, tau in zip(self._responses, taus, strict=True)]
         fall = float((before - (self._decided * after).sum()) / abs(before)) if before else 0.0
         largest = float((self.displacements(weight, lambdas) ** 2 / self._errors).max())
-        return Cost(name, weight, self._rise(weight, lambdas), largest, fall)
+        acting = [time for time, value in zip(self._level.timesteps.tolist(), lambdas, strict=True) if value]
+        return Cost(name, weight, self._rise(weight, lambdas), largest, fall, max(acting, default=None))
 
     def affordable(self, weightings: dict[str, Callable], rise: float) -> tuple[Cost, ...]:
         """For each weighting the weight that makes the denoising loss rise so much."""
@@ -469,6 +490,8 @@ def _norm(tensor: Tensor) -> float:
 
 
 def _mean(values: Tensor) -> tuple[float, float]:
-    """Mean and its standard error."""
-    values = values.double()
+    """Mean of what is a number, and its standard error."""
+    values = values[values.isfinite()].double()
+    if len(values) < 2:
+        return (values.item() if len(values) else math.nan), math.nan
     return values.mean().item(), values.std().item() / math.sqrt(len(values))

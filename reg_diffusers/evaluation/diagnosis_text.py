@@ -38,11 +38,14 @@ def describe(diagnosis: Diagnosis, verdict: Verdict) -> str:
         lines += ["The same for the model:", *_aligned([_MODEL_HEAD, *map(_model_cells, diagnosis.levels)]), ""]
     lines += _price_list(diagnosis)
     lines.append(describe_verdict(diagnosis.name, verdict))
-    if cost := verdict.recommended:
-        lines.append(
-            f"Recommended: --reg_weighting {cost.weighting} --reg_weight {cost.weight:.2g} (denoising loss"
-            f" {cost.rise:+.1%}, L' {-cost.fall:+.1%}, both predicted)"
-        )
+    if verdict.recommended:
+        weighting = verdict.recommended.weighting
+        same = [cost for costs in diagnosis.affordable.values() for cost in costs if cost.weighting == weighting]
+        lines += [
+            f"Recommended: --reg_weighting {weighting} --reg_weight {cost.weight:.2g} (denoising loss"
+            f" {cost.rise:+.1%}, L' {-cost.fall:+.1%}, both predicted; acts up to t={cost.last_timestep:g})"
+            for cost in same
+        ]
     return "\n".join(lines)
 
 

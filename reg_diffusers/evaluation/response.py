@@ -13,7 +13,7 @@ where the loss is strong the point comes to rest near a minimum of L', which a f
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -23,6 +23,7 @@ __all__ = ["Response", "proximal_point", "response"]
 
 _SIZES = np.logspace(-4, 1, 11)  # of the first-order step, in units of the data's spread
 _ITERATIONS = 15
+_STEADY = 1.5  # power of tau with which the squared displacement grows at the end; 2 is that of a constant pull
 _FAR = 20.0  # spreads; the proximal point of a convex loss is never further than the first-order step, ten
 
 
@@ -35,7 +36,7 @@ class Response:
         squared_displacement: (G,) mean square of x0_hat* - D over the values of an image.
         value: (G,) L'(x0_hat*).
         start: L'(D).
-        unbounded: whether a loss of finite weight drove images away without end.
+        unbounded: whether a finite weight drives images away without end: they are far, or go on as fast as it grows.
     """
 
     tau: np.ndarray
@@ -45,16 +46,21 @@ class Response:
     unbounded: bool = False
 
     def displacement_at(self, tau: float) -> float:
-        """Mean square of x0_hat* - D: interpolated in powers of tau; below the first it falls with tau^2."""
+        """Mean square of x0_hat* - D: interpolated in powers of tau; outside the ends go on as they are."""
         if len(self.tau) == 0 or tau <= 0:
             return 0.0
         if tau < self.tau[0]:
             return float(self.squared_displacement[0] * (tau / self.tau[0]) ** 2)
+        if tau > self.tau[-1]:
+            return float(self.squared_displacement[-1] * (tau / self.tau[-1]) ** _last_power(self))
         logarithms = np.log(np.maximum(self.squared_displacement, 1e-300))
         return float(np.exp(np.interp(np.log(tau), np.log(self.tau), logarithms)))
 
     def value_at(self, tau: float) -> float:
-        """L'(x0_hat*): interpolated in the logarithm of tau; below the first the change falls with tau."""
+        """L'(x0_hat*): interpolated in the logarithm of tau; below the first the change falls with tau.
+
+        Beyond the last it is that of the last.
+        """
         if len(self.tau) == 0 or tau <= 0:
             return self.start
         if tau < self.tau[0]:
@@ -71,7 +77,7 @@ def response(evaluate: Callable[[Tensor], tuple[Tensor, Tensor]], guesses: Tenso
         spread: of the data, in pixel values.
     """
     values, gradient = evaluate(guesses)
-    start, slope = values.double().mean().item(), gradient.double().square().mean().sqrt().item()
+    start, slope = values.double().nanmean().item(), gradient.double().square().mean().sqrt().item()
     if not slope > 0:
         return Response(np.empty(0), np.empty(0), np.empty(0), start)
     tau = _SIZES * spread / slope
@@ -79,9 +85,16 @@ def response(evaluate: Callable[[Tensor], tuple[Tensor, Tensor]], guesses: Tenso
     for size, strength in zip(_SIZES, tau, strict=True):
         points, values = proximal_point(evaluate, guesses, float(strength), points, first_step=1 / (1 + size))
         squares.append((points - guesses).double().square().mean().item())
-        reached.append(values.double().mean().item())
+        reached.append(values.double().nanmean().item())
+    path = Response(tau, np.array(squares), np.array(reached), start)
     far = not squares[-1] < (_FAR * spread) ** 2
-    return Response(tau, np.array(squares), np.array(reached), start, unbounded=far)
+    return replace(path, unbounded=far or _last_power(path) > _STEADY)
+
+
+def _last_power(path: Response) -> float:
+    """The power of tau with which the squared displacement grows at the end of the path, 0 to 2."""
+    before, last = np.maximum(path.squared_displacement[-2:], 1e-300)
+    return float(np.clip(np.log(last / before) / np.log(path.tau[-1] / path.tau[-2]), 0, 2))
 
 
 def proximal_point(

@@ -24,7 +24,7 @@ class Verdict:
 
     Attributes:
         answer: "makes sense", "makes sense only below t=...", "contradicts the data", "has no effect" or "cannot
-            work".
+            work"; the first two with ", with a smaller weight" where the one asked for is dear.
         reasons: whole sentences, each with its number.
         recommended: weighting and weight, or None where there is nothing to recommend.
         max_timestep: the timestep from which on x0_hat is too much of a blur for L', or None if it never is.
@@ -39,32 +39,51 @@ class Verdict:
 def judge(diagnosis: Diagnosis) -> Verdict:
     """Weighs what was measured.
 
-    In this order: a loss that runs away cannot work; one that moves nothing has no effect; one whose decrease brings
-    no image nearer to a real one contradicts the data; one whose weighting acts where x0_hat is a blur makes sense
-    below some timestep only.
+    In this order: a loss that is no number, or runs away, cannot work; one that moves nothing has no effect; one whose
+    decrease brings no image nearer to a real one contradicts the data; one whose weighting acts where x0_hat is a blur
+    makes sense below some timestep only; one that is dear makes sense with a smaller weight.
     """
-    furthest = max(level.displacement for level in diagnosis.levels)
-    if furthest > _FAR:
-        reason = (
-            f"At weight {diagnosis.asked.weight:.3g} nothing holds x0_hat back: it ends {furthest:.3g} spreads of the"
-            " data away, and would go further. L' must be bounded below, or its weight far smaller."
-        )
-        return Verdict("cannot work", (reason,))
+    if problem := _why_impossible(diagnosis):
+        return Verdict("cannot work", (problem,))
     limit = _last_clear_timestep(diagnosis)
-    affordable = diagnosis.affordable[_DEAR]
-    recommended = affordable[0] if affordable else None
+    recommended = next(
+        (cost for cost in diagnosis.affordable[_DEAR] if cost.largest_rise <= 1 and cost.fall > 0), None
+    )
     if idle := _why_idle(diagnosis):
         return Verdict("has no effect", (idle,), recommended, limit)
     agrees, reason = _agreement(diagnosis)
     reasons = [reason, _on_data(diagnosis)]
     if diagnosis.unbounded:
         reasons.append("L' has no minimum: at a much larger weight x0_hat would end more than 20 spreads away.")
+    if bad := max(level.best.nonfinite for level in diagnosis.levels):
+        reasons.append(f"It is no number on up to {bad} of {diagnosis.held_out} best guesses, which go without it.")
+    if limit is not None and limit < diagnosis.levels[0].timestep:
+        agrees = False
+        reasons.append(f"Already at t={diagnosis.levels[0].timestep:g} the best guess is a blur for L'.")
     if not agrees:
         return Verdict("contradicts the data", (*reasons, _shift(diagnosis)), None, limit)
     acts_on_blur, blur = _blur(diagnosis, limit)
     reasons += [blur, _price(diagnosis)]
     answer = f"makes sense only below t={limit:g}" if acts_on_blur else "makes sense"
+    if diagnosis.asked.rise > _DEAR:
+        answer += ", with a smaller weight"
     return Verdict(answer, tuple(reasons), recommended, limit)
+
+
+def _why_impossible(diagnosis: Diagnosis) -> str:
+    bad = [level for level in diagnosis.levels if level.best.nonfinite > diagnosis.held_out / 2]
+    if sum(level.decided_share for level in bad) > 0.5:
+        return (
+            f"It, or its gradient, is no number on {bad[0].best.nonfinite} of {diagnosis.held_out} best guesses at"
+            f" t={bad[0].timestep:g}: look for a root, a logarithm or a quotient."
+        )
+    furthest = max(level.displacement for level in diagnosis.levels)
+    if furthest > _FAR:
+        return (
+            f"At weight {diagnosis.asked.weight:.3g} nothing holds x0_hat back: it ends {furthest:.3g} spreads of the"
+            " data away. L' must be bounded below, or its weight far smaller."
+        )
+    return ""
 
 
 def _why_idle(diagnosis: Diagnosis) -> str:
@@ -161,7 +180,10 @@ def _price(diagnosis: Diagnosis) -> str:
 
 
 def _last_clear_timestep(diagnosis: Diagnosis) -> float | None:
-    """The last timestep up to which L' of the best guess is nearly that of an image; None: it always is."""
+    """The last timestep up to which L' of the best guess is nearly that of an image; None: it always is.
+
+    One before the first, where it never is.
+    """
     data = diagnosis.data
     whole_way = max(abs(data.blurred - data.mean), data.standard_deviation / 2)
     if whole_way == 0:  # the mean of all images fulfils the wish as they do
@@ -170,6 +192,6 @@ def _last_clear_timestep(diagnosis: Diagnosis) -> float | None:
     for level in diagnosis.levels:
         towards = math.copysign(1.0, data.blurred - data.mean)
         if towards * level.best.gap - _STANDARD_ERRORS * level.best.gap_error > _BLUR * whole_way:
-            return clear if clear is not None else 0.0
+            return clear if clear is not None else level.timestep - 1
         clear = level.timestep
     return None
