@@ -58,12 +58,17 @@ class _Explicit(AttnProcessor):
     a CPU is ten times slower on that, so the usual order is restored.
     """
 
-    def __call__(self, attn: Attention, hidden_states: Tensor, *args, **kwargs) -> Tensor:
-        """(B, C, H, W) or (B, N, C) -> the same shape, in the usual order of memory."""
+    def __call__(
+        self, attn: Attention, hidden_states: Tensor, encoder_hidden_states=None, attention_mask=None, temb=None
+    ) -> Tensor:
+        """(B, C, H, W) or (B, N, C) -> the same shape, in the usual order of memory.
+
+        The other arguments are named because diffusers looks at the names; a UNet2DModel has no use for them.
+        """
         pixels = hidden_states[0, 0].numel() if hidden_states.ndim == 4 else hidden_states.shape[1]
         images = max(_SLICE // (attn.heads * pixels**2 * 2), 1)
         if torch.compiler.is_compiling() or images >= len(hidden_states):
-            return super().__call__(attn, hidden_states, *args, **kwargs).contiguous()
+            return super().__call__(attn, hidden_states).contiguous()
         parts = [super(_Explicit, self).__call__(attn, part) for part in hidden_states.split(images)]
         return torch.cat(parts).contiguous()
 

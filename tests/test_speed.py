@@ -2,16 +2,19 @@
 
 import functools
 import json
+import logging
 import os
 import re
 import subprocess
 import sys
 
+import numpy as np
 import pytest
 import torch
 from accelerate import Accelerator
 from diffusers import UNet2DModel
 from diffusers.models.attention_processor import Attention, AttnProcessor
+from in_processes import run_script
 from safetensors.torch import load_file
 from test_train_reg import differ, metrics, train, weights  # noqa: F401
 
@@ -42,7 +45,8 @@ def gradients(unet, sample, timesteps):
 
 
 @pytest.mark.parametrize("slice_bytes", [2**23, 3 * 1024, 1])  # all images at a time, 3, one
-def test_explicit_attention_is_the_same_function(tiny_unet, monkeypatch, slice_bytes):
+def test_explicit_attention_is_the_same_function(tiny_unet, monkeypatch, caplog, slice_bytes):
+    monkeypatch.setattr(logging.getLogger("diffusers"), "propagate", True)
     monkeypatch.setattr("reg_diffusers.attention._SLICE", slice_bytes)
     unet = tiny_unet()
     before = list(unet.state_dict())
@@ -50,6 +54,7 @@ def test_explicit_attention_is_the_same_function(tiny_unet, monkeypatch, slice_b
     use_explicit_attention(unet)
     assert all(isinstance(m.processor, AttnProcessor) for m in unet.modules() if isinstance(m, Attention))
     explicit_output, explicit_grads = gradients(unet, *batch_for(unet))
+    assert not caplog.records  # diffusers warns of processors that take no temb
     torch.testing.assert_close(explicit_output, output, atol=1e-5, rtol=1e-5)
     for name in grads:
         torch.testing.assert_close(explicit_grads[name], grads[name], atol=1e-3, rtol=1e-4, msg=name)
@@ -268,7 +273,7 @@ def as_it_is(graph, example_inputs):
 def test_a_compiled_run_is_the_plain_one_with_the_same_names_and_resumes(train, compiled_by, capsys):  # noqa: F811
     runs = compiled_by(as_it_is)
     flags = ("--max_train_steps", 3, "--checkpointing_steps", 2, "--preview_steps", 2)
-    flags += ("--gradient_accumulation_steps", 2)
+    flags += ("--gradient_accumulation_steps", 2, "--mixed_precision", "bf16")  # with explicit attention
     plain = weights(train(*flags, output="plain"))
     assert runs == [] and "not compiled" in capsys.readouterr().out
     out = train(*flags, "--compile", output="compiled")
@@ -300,6 +305,24 @@ def test_only_full_batches_in_training_are_compiled_and_bad_graphs_are_no_secret
     unet.eval()
     unet(sample, 7)  # as a pipeline does
     assert len(compiled_for) == 1
+
+
+@pytest.mark.forks
+def test_two_processes_train_one_compiled_model_with_clean_names(tmp_path, tiny_unet):
+    np.save(tmp_path / "fields.npy", np.random.default_rng(0).normal(size=(16, 1, 8, 8)).astype("float32"))
+    tiny_unet().save_config(tmp_path / "tiny")
+
+    def quickly(script):
+        torch._dynamo.reset()
+        script.compile_for_training = functools.partial(compile_for_training, backend="eager")
+
+    flags = ("--max_train_steps", 3, "--output_dir")
+    assert run_script(tmp_path, *flags, "plain") == [0, 0]
+    assert run_script(tmp_path, *flags, "compiled", "--compile", prepare=quickly) == [0, 0]
+    plain = weights(tmp_path / "plain")
+    assert list(weights(tmp_path / "compiled")) == list(plain)
+    for name, value in weights(tmp_path / "compiled").items():
+        torch.testing.assert_close(value, plain[name], atol=1e-6, rtol=0, msg=name)
 
 
 @pytest.mark.parametrize("engine", ["FSDP", "DEEPSPEED"])
