@@ -89,6 +89,39 @@ def test_large_sets_are_taken_in_parts(monkeypatch):
         torch.testing.assert_close(found, expected)
 
 
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_distances_of_what_is_not_finite_are_no_numbers(value):
+    points = torch.randn(40, 3)
+    broken = points.clone()
+    broken[1, 2] = value
+    for one, other in ((broken, points), (points, broken)):
+        assert math.isnan(frechet(one, other)) and math.isnan(kernel(one, other))
+        assert all(map(math.isnan, manifolds(one, other).values()))
+    estimate = jackknife(lambda part: frechet(part, points), broken)
+    assert math.isnan(estimate.value) and math.isnan(estimate.half_width)
+
+
+class OnMps(torch.Tensor):
+    """Stands for a tensor on a device without 64 bits."""
+
+    device = torch.device("mps")
+
+    @classmethod
+    def __torch_function__(cls, function, types, args=(), kwargs=None):
+        if function is torch.Tensor.double:
+            raise TypeError("Cannot convert a MPS Tensor to float64 dtype")
+        found = super().__torch_function__(function, types, args, kwargs)
+        return found.as_subclass(torch.Tensor) if function is torch.Tensor.cpu else found
+
+
+def test_devices_without_64_bits_are_left_first():
+    samples, reference = torch.randn(40, 3), torch.randn(40, 3)
+    there = samples.as_subclass(OnMps), reference.as_subclass(OnMps)
+    assert frechet(*there) == frechet(samples, reference)
+    assert kernel(*there) == kernel(samples, reference)
+    assert mean_of(there[0][:, 0]) == mean_of(samples[:, 0])
+
+
 def test_manifolds_of_identical_and_of_disjoint_sets():
     points = torch.randn(60, 5)
     same = manifolds(points, points)

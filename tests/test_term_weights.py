@@ -13,6 +13,7 @@ from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from in_processes import run_script
 from losses import images, mean_square, scheduler_of
+from test_distances import OnMps
 from test_processes import feed, fill
 from test_train_reg import differ, metrics, refusal, train, weights  # noqa: F401
 from torch import nn
@@ -332,6 +333,12 @@ def test_the_parts_are_told_by_noise_level(accelerator):
     assert not parts.read()
 
 
+def test_a_device_without_64_bits_is_left_before_the_parts_are_read(accelerator):
+    parts = LossParts(accelerator, ["energy"], {})
+    parts._sums = (parts._sums + 1).as_subclass(OnMps)
+    assert parts.read()["active/energy"] == 1
+
+
 def test_a_batch_that_is_not_finite_does_not_count(accelerator):
     loss_fn = RegularizedLoss(scheduler_of("sample"), [Term(mean_square, 0.5, constant, "energy")])
     original, noise = images(2, 4, 1, 4, 4, dtype=torch.float32)
@@ -412,6 +419,7 @@ def test_targets_are_read_as_they_are_said(text, value):
         ("--regularizer out_of_range --reg_target out_of_range=0.9x", "of the data is 0, which gives no scale"),
         ("--regularizer none --reg_target sparsity=0.1", "is about a regularizer, and there is none"),
         ("--regularizer none --reg_balance pcgrad", "it needs a --regularizer"),
+        ("--compile --reg_balance config", "once for each loss, what --compile makes only once"),
     ],
 )  # fmt: skip
 def test_a_rule_that_cannot_work_is_one_line(train, capsys, tmp_path, flags, message):  # noqa: F811

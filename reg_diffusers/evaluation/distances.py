@@ -34,9 +34,18 @@ class Estimate:
 
 def mean_of(values: Tensor) -> Estimate:
     """The mean of independent values (N,), N at least 2."""
-    values = values.double()
+    values = _in_64_bits(values)
     error = values.std().item() / math.sqrt(len(values))
     return Estimate(values.mean().item(), error, _NORMAL * error)
+
+
+def _in_64_bits(values: Tensor) -> Tensor:
+    """On the same device, but for MPS, which has no such numbers."""
+    return values.cpu().double() if values.device.type == "mps" else values.double()
+
+
+def _finite(samples: Tensor, reference: Tensor) -> bool:
+    return bool(samples.isfinite().all() and reference.isfinite().all())
 
 
 def share_of(which: Tensor) -> Estimate:
@@ -95,8 +104,13 @@ def frechet(samples: Tensor, reference: Tensor) -> float:
     Args:
         samples: (N, D).
         reference: (M, D).
+
+    Returns:
+        The distance, nan where a feature is not finite.
     """
-    samples, reference = samples.double(), reference.double()
+    if not _finite(samples, reference):
+        return math.nan
+    samples, reference = _in_64_bits(samples), _in_64_bits(reference)
     one, other = (torch.atleast_2d(torch.cov(features.T)) for features in (samples, reference))
     values, vectors = torch.linalg.eigh(one)
     root = (vectors * values.clamp(min=0).sqrt()) @ vectors.T
@@ -113,8 +127,11 @@ def kernel(samples: Tensor, reference: Tensor) -> float:
     Args:
         samples: (N, D), N at least 2.
         reference: (M, D), M at least 2.
+
+    Returns:
+        The distance, nan where a feature is not finite.
     """
-    samples, reference = samples.double(), reference.double()
+    samples, reference = _in_64_bits(samples), _in_64_bits(reference)
     within = [_mean_of_pairs(features, features, len(features)) for features in (samples, reference)]
     return (sum(within) - 2 * _mean_of_pairs(samples, reference, 0)).item()
 
@@ -140,7 +157,12 @@ def manifolds(samples: Tensor, reference: Tensor, neighbours: int = 5) -> dict[s
         samples: (N, D), N above `neighbours`.
         reference: (M, D), M above `neighbours`.
         neighbours: k.
+
+    Returns:
+        The four by name, all nan where a feature is not finite.
     """
+    if not _finite(samples, reference):
+        return dict.fromkeys(("precision", "recall", "density", "coverage"), math.nan)
     radii, radii_of_samples = (_radii(features, neighbours) for features in (reference, samples))
     inside = torch.zeros(len(samples), device=samples.device)  # in how many balls of the reference each sample is
     recalled, nearest_sample = [], []

@@ -30,6 +30,11 @@ def check_balance(args: argparse.Namespace, distributed_type: DistributedType) -
     flag = f"--reg_balance {args.reg_balance}"
     if not args.regularizer:
         raise UsageError(f"{flag} is about the gradients of several losses: it needs a --regularizer")
+    if args.compile:
+        raise UsageError(
+            f"{flag} goes back through the network once for each loss, what --compile makes only once: leave one of"
+            " the two out"
+        )
     if find_spec("conflictfree") is None:
         raise UsageError(f"{flag} needs a package that is not installed: pip install conflictfree")
     if distributed_type not in _WHOLE_WEIGHTS:

@@ -61,7 +61,7 @@ class LossParts:
 
         What has no image to speak of is left out. To be called by all processes.
         """
-        sums = self._accelerator.reduce(self._sums, "sum").double().cpu()
+        sums = self._accelerator.reduce(self._sums, "sum").cpu().double()
         self._sums = self._nothing()
         found = {}
         for bin_name, row in zip(["", *_bin_names()], [sums.sum(0), *sums], strict=True):
