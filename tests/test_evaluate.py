@@ -21,10 +21,11 @@ from in_processes import in_processes
 
 from reg_diffusers import RegDDPMPipeline
 from reg_diffusers.cli import main
+from reg_diffusers.cli.judging import Bench, check_regularizers
 from reg_diffusers.evaluation import features
 from reg_diffusers.evaluation.distances import frechet, mean_of
 from reg_diffusers.evaluation.features import FeaturesError, named_features, pixels, train_classifier
-from reg_diffusers.evaluation.judgement import SLICED, Row, compare_rows, judge_samples
+from reg_diffusers.evaluation.judgement import SLICED, Row, compare_rows, find_copies, judge_samples
 from reg_diffusers.regularizers import total_variation
 
 pytestmark = pytest.mark.training
@@ -229,6 +230,19 @@ def test_a_named_network_gives_its_distances(folder, evaluate, network):
     assert result()["settings"]["features"] == "network, 28 x 28"
 
 
+def test_a_network_that_brings_code_is_refused_without_asking(network, monkeypatch):
+    """On a terminal transformers asks whether to run the code of such a folder: an answer must not be possible."""
+    config = json.loads(Path(network, "config.json").read_text())
+    config |= {"model_type": "stranger", "auto_map": {"AutoConfig": "code.Config", "AutoModel": "code.Model"}}
+    Path(network, "config.json").write_text(json.dumps(config))
+    Path(network, "code.py").write_text("import pathlib\npathlib.Path('was_run').touch()\n")
+    asked = []
+    monkeypatch.setattr("builtins.input", lambda *question: asked.append(question) or "y")
+    with pytest.raises(FeaturesError):
+        named_features(network)
+    assert not asked and not Path("was_run").exists()
+
+
 def test_images_are_brought_to_a_network_as_its_processor_does(network):
     from transformers import AutoImageProcessor, Dinov2Model
 
@@ -307,7 +321,50 @@ def test_differences_within_the_uncertainty_are_not_called_any():
     assert "A: mean like the data's" in said and "C: mean below the data's" in said and "no merit by itself" in said
     assert "B against A: mean no difference shown (+0.01 ± " in said
     assert "C against A: mean lower by 3 ± " in said and f"{SLICED} higher by " in said
+    own, distance = (rows[name].distances[SLICED].value for name in ("data", "C"))
+    assert f", at {SLICED} {distance:.3g} (data {own:.3g})." in said  # never one number without the other
     assert isinstance(rows["A"], Row) and rows["A"].near_copies is None
+
+
+def test_copies_are_found_among_data_that_are_there_twice():
+    data = torch.arange(10.0)[:, None].repeat(2, 1)
+    copies = find_copies(torch.tensor([[3.0], [3.5], [20.0]]), data, torch.zeros(20))
+    assert copies.limit == 0 and copies.near.tolist() == [True, False, False]
+    assert copies.share.value == pytest.approx(1 / 3)
+
+
+def test_samples_that_are_not_finite_are_counted_and_said(folder, evaluate, network):
+    flags = ("--model", "A", "B", *FLAGS, "--features", network)
+    evaluate(*flags)
+    path = Path("evaluation/samples/B.npz")
+    samples = np.load(path)["arr_0"]
+    samples[2:5, 0, 0, 0] = np.nan
+    np.savez(path, arr_0=samples)
+    told = evaluate(*flags)
+    assert f"B: 3 of {N} images are not finite, so their mean L' and distances are no numbers." in told.splitlines()
+    assert "B: total_variation cannot be compared with the data's (nan, data " in told
+    assert "B against A: total_variation cannot be compared (nan and " in told
+    row = result()["rows"]["B"]
+    assert row["not_finite"] == 3 and result()["rows"]["A"]["not_finite"] == 0
+    assert all(distance["value"] is None for distance in row["distances"].values()) and len(row["distances"]) == 7
+
+
+def test_regularizers_that_are_networks_are_frozen_and_on_the_device():
+    class Critic(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layers = torch.nn.Sequential(torch.nn.Dropout(), torch.nn.Conv2d(1, 1, 3))
+
+        def forward(self, x0_hat):
+            assert x0_hat.device.type == "meta"
+            return self.layers(x0_hat).flatten(1).mean(1)
+
+    critic, models = Critic(), {"A": RegDDPMPipeline(None, DDPMScheduler())}
+    bench = Bench(None, "", [], 2, torch.zeros(2, 1, 8, 8), None)
+    check_regularizers({"my_losses:critic": critic}, bench, models, "meta")
+    assert not critic.training and not critic.layers[0].training
+    (weight, bias) = critic.parameters()
+    assert not weight.requires_grad and weight.device.type == bias.device.type == "meta"
 
 
 # What cannot work

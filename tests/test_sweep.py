@@ -80,7 +80,14 @@ def test_the_figure_tells_weightings_by_shape_and_names_weights(tmp_path):
     save = Figure.savefig
     try:
         Figure.savefig = lambda figure, path, **kwargs: (keep(figure.axes[0]), save(figure, path, **kwargs))
-        draw_pareto([tmp_path / "a.png"], {"a": points}, ["", "", "matched", "constant"], "distance", "loss")
+        draw_pareto(
+            [tmp_path / "a.png"],
+            {"a": points},
+            {"a": [points[2]]},
+            ["", "", "matched", "constant"],
+            "distance",
+            "loss",
+        )
     finally:
         Figure.savefig = save
     (axes,) = drawn
@@ -142,6 +149,20 @@ def test_what_cannot_work_is_one_line(folder, sweep, monkeypatch):
     assert "--reg_weightings: unknown weighting 'no'" in sweep("--reg_weightings", "no", refused=True)
     assert "'-1' is not a number of at least 0" in sweep("--reg_weights=-1", refused=True)
     assert not Path("sweep").exists()
+    for text, name in (
+        ("reg_target: [total_variation=0.5]", "reg_target"),
+        ("push_to_hub: true", "push_to_hub"),
+        ("overwrite_output_dir: true", "overwrite_output_dir"),
+    ):
+        Path("training.yaml").write_text(f"{text}\n")
+        refusal = sweep(training=["training.yaml", *TRAINING], refused=True)
+        assert f"--{name} after --: the sweep decides it" in refusal and "YAML" in refusal
+    assert not Path("sweep").exists()
+    for number, text in enumerate(("{", "[]")):
+        Path(f"broken{number}").mkdir()
+        Path(f"broken{number}/sweep_settings.json").write_text(text)
+        refusal = sweep("--output", f"broken{number}", refused=True)
+        assert f"--output broken{number}: sweep_settings.json cannot be read: name another folder" in refusal
     Path("fails.py").write_text("import sys\nsys.exit(7)\n")
     refusal = sweep("--script", "fails.py", refused=True)
     assert "the training in sweep/runs/weight-0 failed with status 7" in refusal

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import json
 import shlex
 import sys
 from pathlib import Path
@@ -17,9 +16,11 @@ from .judging import (
     load_models,
     open_bench,
     read_samples,
+    read_settings,
     recorded_regularizers,
     regularizers_of,
     samplers_of,
+    write_settings,
 )
 
 __all__ = ["add_parser", "run"]
@@ -85,7 +86,7 @@ def run(args: argparse.Namespace) -> None:
     specs = args.regularizer or recorded_regularizers(args.model)
     regularizers = together(state, lambda: regularizers_of(specs))
     bench = in_turn(state, lambda: open_bench(args, models))
-    together(state, lambda: check_regularizers(regularizers, bench, models))
+    together(state, lambda: check_regularizers(regularizers, bench, models, state.device))
     on_main_process(state, lambda: _check_fid(args, bench))
     names = dict(zip(models, args.model, strict=True))
     samplers = together(state, lambda: samplers_of(args, models, names, bench, output / "samples"))
@@ -164,25 +165,16 @@ def _settings(args: argparse.Namespace, samplers: dict, bench, specs: list[str],
 
 def _keep_settings(args: argparse.Namespace, output: Path, settings: dict) -> None:
     """Refuses a folder of another evaluation; else keeps the settings there, before the first sample."""
-    from ..files import write_whole
     from ..training.errors import UsageError
 
-    path = output / _SETTINGS_FILE
-    if path.is_file() and not args.reuse:
-        try:
-            before = json.loads(path.read_text(encoding="utf-8"))
-            differing = [name for name in settings if before.get(name) != settings[name] and name != "data"]
-        except (ValueError, AttributeError) as error:
-            raise UsageError(f"--output {output}: {_SETTINGS_FILE} cannot be read: name another folder") from error
+    if not args.reuse and (before := read_settings(output, _SETTINGS_FILE)) is not None:
+        differing = [name for name in settings if before.get(name) != settings[name] and name != "data"]
         if differing:
             raise UsageError(
                 f"--output {output} holds another evaluation (of other {', '.join(differing)}): name another folder,"
                 " or --reuse its samples and replace its results"
             )
-    try:
-        write_whole(path, lambda part: part.write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8"))
-    except OSError as error:
-        raise UsageError(f"--output {output} cannot be written: {error.strerror}") from error
+    write_settings(output, _SETTINGS_FILE, settings)
 
 
 def _write(args: argparse.Namespace, output: Path, judged, samples: dict, bench, settings: dict) -> None:
@@ -274,8 +266,9 @@ def _explanations(rows: dict, bench) -> list[tuple[str, str]]:
     said.append(
         (
             "near copies",
-            "share of samples that are nearer to an image of the data than 95 % of the data are to each other; 5 % for"
-            f" the data. Looked for among {bench.searched:,} of {len(bench.order):,} images.",
+            "share of samples that are as near to an image of the data as 5 % of the data are to each other, or"
+            " nearer; about 5 % for the data, more if they have duplicates. Looked for among"
+            f" {bench.searched:,} of {len(bench.order):,} images.",
         )
     )
     return said
@@ -290,8 +283,9 @@ def _parts(judged, samples: dict, bench) -> list:
         copies = judged.copies[title]
         share, expected = copies.share, judged.rows["data"].near_copies
         text = (
-            f"{100 * share.value:.1f} ± {100 * share.half_width:.1f} % of the samples are nearer to an image of the"
-            f" data than {copies.limit:.3g}, as 5 % of the data are; of the half of the data that is compared,"
+            f"{100 * share.value:.1f} ± {100 * share.half_width:.1f} % of the samples are within {copies.limit:.3g} of"
+            " an image of the data, as 5 % of the data are, or more if they have duplicates; of the half of the data"
+            " that is compared,"
             f" {100 * expected.value:.1f} %. Distances are those of {_short(judged.features.description)}."
         )
         nearest = copies.distances.argsort()[:_PAIRS_SHOWN].tolist()
@@ -317,9 +311,11 @@ def _pair(copies, drawn, bench, index: int):
     from ..training.preview import grid
 
     place = int(copies.indices[index])
-    distance = float(copies.distances[index])
     return Pair(
-        grid(drawn[index][None]), grid(bench.images(range(place, place + 1))), distance, distance < copies.limit
+        grid(drawn[index][None]),
+        grid(bench.images(range(place, place + 1))),
+        float(copies.distances[index]),
+        bool(copies.near[index]),
     )
 
 

@@ -12,6 +12,7 @@ from pathlib import Path
 from .numbers import natural, positive
 
 __all__ = [
+    "DATA_FLAGS",
     "Bench",
     "Judged",
     "add_judging_flags",
@@ -23,16 +24,18 @@ __all__ = [
     "load_models",
     "open_bench",
     "read_samples",
+    "read_settings",
     "recorded_regularizers",
     "regularizers_of",
     "samplers_of",
+    "write_settings",
 ]
 
 _IMAGES = 2048
 _SEARCHED = 10_000  # images of the data that are looked at: for reference, for near copies, by the classifier
 _IMAGES_OF_LOSS = 256
 _BATCH_SIZE = 64
-_DATA_FLAGS = ("dataset_config_name", "image_column", "label_column", "conditioning_image_column", "cache_dir")
+DATA_FLAGS = ("dataset_config_name", "image_column", "label_column", "conditioning_image_column", "cache_dir")
 
 
 def add_judging_flags(parser: argparse.ArgumentParser) -> None:
@@ -260,7 +263,7 @@ def _load_data(args: argparse.Namespace, title: str, pipeline, by_class: bool):
     flag, flags = _data_flag(args.data), []
     if args.data:
         flags += [f"{flag}={args.data}"]
-    flags += [f"--{name}={getattr(args, name)}" for name in _DATA_FLAGS if getattr(args, name)]
+    flags += [f"--{name}={getattr(args, name)}" for name in DATA_FLAGS if getattr(args, name)]
     loading = parse_args(flags)
     loading.resolution = None
 
@@ -367,16 +370,20 @@ def _batches(number: int, size: int = _BATCH_SIZE) -> list[range]:
     return [range(start, min(start + size, number)) for start in range(0, number, size)]
 
 
-def check_regularizers(regularizers: dict, bench: Bench, models: dict) -> None:
-    """Tries each on two images of the data.
+def check_regularizers(regularizers: dict, bench: Bench, models: dict, device) -> None:
+    """Freezes those that are networks and moves them to the device, as a training does; tries each on two images.
 
     Raises:
         UsageError: it needs what a sample has not, raises, or returns something else than one value for each image.
     """
+    from ..objective import Term, X0Regularization
     from ..regularizers import score
     from ..training.errors import UsageError
 
+    some = next(iter(models.values()))
+    images = bench.reference[:2].to(device)
     for name, regularizer in regularizers.items():
+        X0Regularization(some.scheduler, [Term(regularizer, 1.0, name=name)]).to(device)
         needs = getattr(regularizer, "needs", ())
         if missing := [need for need in needs if need not in bench.conditions]:
             raise UsageError(
@@ -384,7 +391,8 @@ def check_regularizers(regularizers: dict, bench: Bench, models: dict) -> None:
                 " not"
             )
         try:
-            values = score(regularizer, bench.reference[:2], **{need: bench.conditions[need][:2] for need in needs})
+            context = {need: bench.conditions[need][:2].to(device) for need in needs}
+            values = score(regularizer, images, **context)
         except Exception as error:
             told = UsageError(f"--regularizer {name} raised {type(error).__name__} on two images of the data: {error}")
             told.show_cause = True
@@ -394,6 +402,42 @@ def check_regularizers(regularizers: dict, bench: Bench, models: dict) -> None:
                 f"--regularizer {name} must return one value per image, (2,) for two, and returned"
                 f" {tuple(values.shape)}: average over all dimensions but the first"
             )
+
+
+def read_settings(output: Path, name: str) -> dict | None:
+    """The settings that are kept in a file of this name, None if it is not there.
+
+    Raises:
+        UsageError: it cannot be read.
+    """
+    from ..training.errors import UsageError
+
+    path = output / name
+    if not path.is_file():
+        return None
+    try:
+        settings = json.loads(path.read_text(encoding="utf-8"))
+        if not isinstance(settings, dict):
+            raise ValueError("no object")
+    except (OSError, ValueError) as error:
+        raise UsageError(f"--output {output}: {name} cannot be read: name another folder") from error
+    return settings
+
+
+def write_settings(output: Path, name: str, settings: dict) -> None:
+    """Keeps them there.
+
+    Raises:
+        UsageError: the folder cannot be written.
+    """
+    from ..files import write_whole
+    from ..training.errors import UsageError
+
+    text = json.dumps(settings, indent=2) + "\n"
+    try:
+        write_whole(output / name, lambda part: part.write_text(text, encoding="utf-8"))
+    except OSError as error:
+        raise UsageError(f"--output {output} cannot be written: {error.strerror}") from error
 
 
 def samplers_of(args: argparse.Namespace, models: dict, names: dict, bench: Bench, folder: Path) -> dict:

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import argparse
-import json
 import math
 import subprocess
 import sys
 from pathlib import Path
 
 from .judging import (
+    DATA_FLAGS,
     add_measuring_flags,
     check_regularizers,
     choose_features,
@@ -18,16 +18,19 @@ from .judging import (
     load_models,
     open_bench,
     read_samples,
+    read_settings,
     regularizers_of,
     samplers_of,
+    write_settings,
 )
 
 __all__ = ["add_parser", "run"]
 
 _SETTINGS_FILE = "sweep_settings.json"
 _OWN_FLAGS = ("output_dir", "reg_weight", "reg_weighting", "compare", "no-compare", "resume", "overwrite_output_dir")
-_OWN_FLAGS += ("resume_from_checkpoint", "push_to_hub")
-_DATA = ("dataset_config_name", "image_column", "label_column", "conditioning_image_column", "cache_dir")
+_OWN_FLAGS += ("resume_from_checkpoint", "push_to_hub", "reg_target")
+_DECIDED = "after --: the sweep decides it (--reg_weights, --reg_weightings, --output)"
+_NOT_OVERRIDDEN = ("reg_target", "push_to_hub", "overwrite_output_dir")  # by the flags that a run is given
 
 
 def add_parser(subparsers) -> argparse.ArgumentParser:
@@ -68,14 +71,12 @@ def run(args: argparse.Namespace) -> None:
     from accelerate import PartialState
 
     from ..training.arguments import parse_args
-    from ..training.errors import UsageError
     from ..training.hardware import cpu_is_wanted, set_threads
 
     output = Path(args.output)
     _check(args)
     training = parse_args(args.training)
-    if not training.regularizer:
-        raise UsageError("--regularizer none leaves nothing to weight: name the loss after --")
+    _check_training(training)
     regularizers = regularizers_of(training.regularizer)
     runs = _runs(args)
     settings = _settings(args)
@@ -92,10 +93,10 @@ def run(args: argparse.Namespace) -> None:
     names = {title: str(output / "runs" / _name(title)) for title, *_ in runs}
     models = load_models(list(names.values()), state.device, list(names))
     args.data = training.dataset_name or training.train_data_dir
-    for name in _DATA:
+    for name in DATA_FLAGS:
         setattr(args, name, getattr(training, name))
     bench = open_bench(args, models)
-    check_regularizers(regularizers, bench, models)
+    check_regularizers(regularizers, bench, models, state.device)
     samplers = samplers_of(args, models, names, bench, output / "samples")
     features, why = choose_features(args, bench, state.device)
     if why:
@@ -128,7 +129,7 @@ def _check(args: argparse.Namespace) -> None:
     for word in args.training:
         name = word.partition("=")[0].removeprefix("--")
         if word.startswith("--") and name in _OWN_FLAGS:
-            raise UsageError(f"--{name} after --: the sweep decides it (--reg_weights, --reg_weightings, --output)")
+            raise UsageError(f"--{name} {_DECIDED}")
     if not Path(args.script).is_file():
         raise UsageError(f"--script {args.script}: no such file; name the path of train_reg.py")
     try:
@@ -136,6 +137,17 @@ def _check(args: argparse.Namespace) -> None:
             load_weighting(name)
     except ValueError as error:
         raise UsageError(f"--reg_weightings: {error}") from error
+
+
+def _check_training(training: argparse.Namespace) -> None:
+    """About the settings as a training will have them, those of a YAML file among them."""
+    from ..training.errors import UsageError
+
+    for name in _NOT_OVERRIDDEN:
+        if getattr(training, name):
+            raise UsageError(f"--{name} {_DECIDED}; take it out of the YAML file")
+    if not training.regularizer:
+        raise UsageError("--regularizer none leaves nothing to weight: name the loss after --")
 
 
 def _runs(args: argparse.Namespace) -> list[tuple[str, str, float]]:
@@ -160,21 +172,16 @@ def _settings(args: argparse.Namespace) -> dict:
 
 def _keep_settings(output: Path, settings: dict) -> None:
     """Refuses a folder of another sweep; weights may be added."""
-    from ..files import write_whole
     from ..training.errors import UsageError
 
-    path = output / _SETTINGS_FILE
     if output.exists() and not output.is_dir():
         raise UsageError(f"--output {output} is a file: name a folder")
-    if path.is_file():
-        if json.loads(path.read_text(encoding="utf-8")) != settings:
+    if (before := read_settings(output, _SETTINGS_FILE)) is not None:
+        if before != settings:
             raise UsageError(f"--output {output} holds a sweep of other trainings or samples: name another folder")
     elif output.is_dir() and any(output.iterdir()):
         raise UsageError(f"--output {output} is there and holds no sweep: name another")
-    try:
-        write_whole(path, lambda part: part.write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8"))
-    except OSError as error:
-        raise UsageError(f"--output {output} cannot be written: {error.strerror}") from error
+    write_settings(output, _SETTINGS_FILE, settings)
 
 
 def _is_finished(folder: Path) -> bool:
@@ -207,14 +214,14 @@ def _stop(output: Path) -> None:
 
 
 def _write(output: Path, rows: dict, runs: list, settings: dict) -> None:
-    from ..evaluation.judgement import write_rows
+    from ..evaluation.judgement import tell_not_finite, write_rows
     from ..evaluation.pareto import draw_pareto, pareto_front
     from ..evaluation.trade_off import Point
     from ..files import write_whole
 
     some = rows["data"]
     distance = some.distance[0]
-    panels, fronts = {}, {}
+    panels, fronts, titles_on_front = {}, {}, {}
     labels = {"data": "data", **{title: f"{weight:g}" for title, _, weight in runs}}
     for name in some.terms:
         panels[name] = [
@@ -228,15 +235,16 @@ def _write(output: Path, rows: dict, runs: list, settings: dict) -> None:
             for title, row in rows.items()
         ]
         front = pareto_front([(point.x, point.y) for point in panels[name][1:]])
-        fronts[name] = [runs[index][0] for index in front]
+        fronts[name] = [panels[name][1 + index] for index in front]
+        titles_on_front[name] = [runs[index][0] for index in front]
     groups = ["", *(weighting if weight else "" for _, weighting, weight in runs)]
     axes = f"{distance} to the data (left is closer)", f"loss: mean over {some.images} samples"
     for suffix in ("png", "svg"):
-        write_whole(output / f"sweep.{suffix}", lambda path: draw_pareto([path], panels, groups, *axes))
-    write_whole(output / "sweep.json", lambda path: write_rows(path, rows, pareto=fronts, settings=settings))
-    text = _table(rows, fronts)
+        write_whole(output / f"sweep.{suffix}", lambda path: draw_pareto([path], panels, fronts, groups, *axes))
+    write_whole(output / "sweep.json", lambda path: write_rows(path, rows, pareto=titles_on_front, settings=settings))
+    text = _table(rows, titles_on_front)
     write_whole(output / "sweep.txt", lambda path: path.write_text(f"{text}\n", encoding="utf-8"))
-    print("", text, "", sep="\n")
+    print("", text, "", *tell_not_finite(rows), sep="\n")
     print("* no other run is better in both, loss and distance; ± is half of a 95 % confidence interval")
     print(f"written     {output / 'sweep.png'}, .svg, .json, .txt", flush=True)
 

@@ -73,8 +73,10 @@ def named_features(name: str, device: torch.device | str = "cpu") -> Features:
     try:
         if not Path(name).is_dir():
             _ask_the_hub(name)
-        processor = AutoImageProcessor.from_pretrained(name)
-        model, found = AutoModel.from_pretrained(name, use_safetensors=True, output_loading_info=True)
+        processor = AutoImageProcessor.from_pretrained(name, trust_remote_code=False)
+        model, found = AutoModel.from_pretrained(
+            name, trust_remote_code=False, use_safetensors=True, output_loading_info=True
+        )
         model = getattr(model, "vision_model", model).to(device).eval().requires_grad_(False)
         pooled = not any("pooler" in key for key in found["missing_keys"])
         extract = _Network(model, processor, pooled)

@@ -29,6 +29,7 @@ __all__ = [
     "find_copies",
     "judge_samples",
     "table_cells",
+    "tell_not_finite",
     "write_rows",
 ]
 
@@ -44,14 +45,22 @@ class Copies:
     Attributes:
         distances: (N,) from each sample to its nearest image, in the features' units.
         indices: (N,) the numbers of those images among the searched.
-        limit: so near is 1 of 20 images of the data to its nearest other.
-        share: of samples that are nearer than that; about 0.05 for the data themselves.
+        limit: so near, or nearer, is 1 of 20 images of the data to its nearest other; 0 where many are there twice.
     """
 
     distances: Tensor
     indices: Tensor
     limit: float
-    share: Estimate
+
+    @property
+    def near(self) -> Tensor:
+        """Which samples are within the limit, (N,) bool."""
+        return self.distances <= self.limit
+
+    @property
+    def share(self) -> Estimate:
+        """Of samples that are; about 0.05 for the data themselves."""
+        return share_of(self.near)
 
 
 @dataclass(frozen=True)
@@ -64,6 +73,7 @@ class Row:
         distances: to the data, by name; the first is the one to look at.
         near_copies: see `Copies.share`; None where it was not asked.
         denoising_loss: on fixed images, noise and timesteps; None where it was not asked.
+        not_finite: how many of the images hold a value that is not finite; their L' and distances are no numbers.
     """
 
     images: int
@@ -71,6 +81,7 @@ class Row:
     distances: dict[str, Estimate] = field(default_factory=dict)
     near_copies: Estimate | None = None
     denoising_loss: float | None = None
+    not_finite: int = 0
 
     @property
     def distance(self) -> tuple[str, Estimate]:
@@ -113,7 +124,8 @@ def judge_samples(
         distances |= jackknife(lambda part: manifolds(part, of_reference), of_samples)
     # Of two sets of one size only: both lose a group.
     distances[SLICED] = jackknife(sliced_wasserstein, samples, reference)
-    return Row(len(samples), terms, distances, copies and copies.share, denoising_loss)
+    not_finite = len(samples) - int(samples.flatten(1).isfinite().all(1).sum())
+    return Row(len(samples), terms, distances, copies and copies.share, denoising_loss, not_finite)
 
 
 def _scores(regularizer: Regularizer, samples: Tensor, context: dict[str, Tensor]) -> Tensor:
@@ -129,7 +141,7 @@ def _scores(regularizer: Regularizer, samples: Tensor, context: dict[str, Tensor
 
 
 def find_copies(vectors: Tensor, searched: Tensor, own: Tensor) -> Copies:
-    """The nearest image of the data to each sample, and how many samples are nearer than data are to each other.
+    """The nearest image of the data to each sample, and how many samples are as near as few data are to each other.
 
     Args:
         vectors: features of the samples, (N, D).
@@ -142,18 +154,18 @@ def find_copies(vectors: Tensor, searched: Tensor, own: Tensor) -> Copies:
 
 def copies_of(distances: Tensor, indices: Tensor, own: Tensor) -> Copies:
     """The same where the nearest images are known."""
-    limit = torch.quantile(own.double(), _NEAR).item()
-    return Copies(distances.cpu(), indices.cpu(), limit, share_of(distances < limit))
+    limit = torch.quantile(own.cpu().double(), _NEAR).item()
+    return Copies(distances.cpu(), indices.cpu(), limit)
 
 
 def compare_rows(rows: Mapping[str, Row]) -> list[str]:
     """Sentences: each model against the data, and against the first model, with what the numbers can tell."""
     (_, of_data), *models = rows.items()
     first, of_first = models[0]
-    said = []
+    said = tell_not_finite(rows)
     for title, row in models:
         for name in row.terms:
-            said.append(_against_data(title, name, row.terms[name], of_data.terms[name]))
+            said.append(_against_data(title, name, row, of_data))
     for title, row in models[1:]:
         parts = [_change(name, row.terms[name], of_first.terms[name]) for name in row.terms]
         name, distance = row.distance
@@ -162,12 +174,24 @@ def compare_rows(rows: Mapping[str, Row]) -> list[str]:
     return said
 
 
+def tell_not_finite(rows: Mapping[str, Row]) -> list[str]:
+    """A sentence for each set of images that are not all finite."""
+    return [
+        f"{title}: {row.not_finite:,} of {row.images:,} images are not finite, so their mean L' and distances are"
+        " no numbers."
+        for title, row in rows.items()
+        if row.not_finite
+    ]
+
+
 def _differ(one: Estimate, other: Estimate) -> bool:
     return abs(one.value - other.value) > math.hypot(one.half_width, other.half_width)
 
 
 def _change(name: str, now: Estimate, before: Estimate) -> str:
     by = math.hypot(now.half_width, before.half_width)
+    if not math.isfinite(now.value - before.value):
+        return f"{name} cannot be compared ({now.value:.3g} and {before.value:.3g})"
     if not _differ(now, before):
         return f"{name} no difference shown ({now.value - before.value:+.3g} ± {by:.2g})"
     word = "lower" if now.value < before.value else "higher"
@@ -175,15 +199,19 @@ def _change(name: str, now: Estimate, before: Estimate) -> str:
     return f"{name} {word} by {abs(now.value - before.value):.3g} ± {by:.2g}{relative}"
 
 
-def _against_data(title: str, name: str, model: Estimate, data: Estimate) -> str:
+def _against_data(title: str, name: str, row: Row, of_data: Row) -> str:
+    """L' against that of the data, never without the distance, beside the distance of the data to themselves."""
+    model, data = row.terms[name], of_data.terms[name]
+    what, distance = row.distance
+    own = of_data.distances[what]
+    pair = f"({model.value:.3g}, data {data.value:.3g}), at {what} {distance.value:.3g} (data {own.value:.3g})."
+    if not math.isfinite(model.value - data.value):
+        return f"{title}: {name} cannot be compared with the data's {pair}"
     if not _differ(model, data):
-        return f"{title}: {name} like the data's ({model.value:.3g}, data {data.value:.3g})."
+        return f"{title}: {name} like the data's {pair}"
     if model.value > data.value:
-        return f"{title}: {name} above the data's ({model.value:.3g}, data {data.value:.3g})."
-    return (
-        f"{title}: {name} below the data's ({model.value:.3g}, data {data.value:.3g}), which is no merit by itself:"
-        " real images are not so."
-    )
+        return f"{title}: {name} above the data's {pair}"
+    return f"{title}: {name} below the data's {pair} Below is no merit by itself: real images are not so."
 
 
 def describe_rows(rows: Mapping[str, Row]) -> str:

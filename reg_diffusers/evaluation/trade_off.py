@@ -10,12 +10,12 @@ from pathlib import Path
 
 from ..measurement import Measurement
 
-__all__ = ["Point", "draw_evaluation", "draw_point", "draw_trade_off"]
+__all__ = ["COLORS", "MARKERS", "Point", "draw_evaluation", "draw_point", "draw_trade_off"]
 
 _COLUMNS = 3
-_MARKERS = "osD^vP"
+MARKERS = "osD^vP"
 # Okabe & Ito's colours, whose greys differ too.
-_COLORS = ("#000000", "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00")
+COLORS = ("#000000", "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00")
 _LABEL_WIDTH = 24
 # Where a label may be: offset from its point in typographic points, horizontal and vertical alignment.
 _PLACES = [
@@ -81,7 +81,7 @@ def draw_trade_off(
         panels: the points of each term, the data first.
         xlabel: of the distance.
         ylabel: of L'.
-        draw_panel: draws the points of one panel, and returns those that are labelled, with their colours.
+        draw_panel: draws the points of one panel, given its name; returns those that are labelled, with their colours.
     """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
@@ -97,7 +97,7 @@ def draw_trade_off(
     for axes, (name, points) in zip(frames, panels.items(), strict=False):
         finite = [point for point in points if math.isfinite(point.x) and math.isfinite(point.y)]
         missing = [f"{point.title}: not finite" for point in points if point not in finite]
-        drawn.append((axes, (draw_panel or _draw_points)(axes, points, finite)))
+        drawn.append((axes, (draw_panel or _draw_points)(axes, name, points, finite)))
         _frame(axes, points[0], finite)
         axes.set_title("\n".join([name, *missing]))
         axes.set_xlabel(xlabel)
@@ -109,11 +109,11 @@ def draw_trade_off(
         figure.savefig(path, dpi=110, bbox_inches="tight")
 
 
-def _draw_points(axes, points: Sequence[Point], finite: Sequence[Point]) -> list[tuple[Point, str]]:
+def _draw_points(axes, name: str, points: Sequence[Point], finite: Sequence[Point]) -> list[tuple[Point, str]]:
     """Each in a colour and with a marker of its own."""
     labelled = []
     for index, point in enumerate(points):
-        color, marker = _COLORS[index % len(_COLORS)], _MARKERS[index % len(_MARKERS)]
+        color, marker = COLORS[index % len(COLORS)], MARKERS[index % len(MARKERS)]
         if point in finite:
             draw_point(axes, point, color, marker)
             labelled.append((point, color))
