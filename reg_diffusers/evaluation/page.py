@@ -59,7 +59,7 @@ class Pair:
         sample: a picture.
         nearest: a picture.
         distance: between the two.
-        is_near: nearer than images of the data usually are to each other.
+        is_near: as near as few images of the data are to each other, or nearer.
     """
 
     sample: PIL.Image.Image
@@ -127,7 +127,7 @@ def page(
         body.append("<h2>Copies of the data?</h2>")
         body.append(
             '<p class="soft">Left a sample, right the image of the data that is nearest to it. A * marks what is'
-            " nearer than 95 % of the data are to their own nearest neighbours.</p>"
+            " as near as 5 % of the data are to their own nearest neighbours, or nearer.</p>"
         )
         body += [_pairs(part) for part in parts if part.nearest]
     body.append("<h2>How it was measured</h2>")

@@ -209,9 +209,10 @@ def _regularization(parser) -> None:
     add(
         "--reg_balance",
         choices=["config", "pcgrad"],
-        help="combine the gradients of all losses so that no update raises one of them, by ConFIG (arXiv:2408.11104;"
-        " weights then count for the length of an update alone) or PCGrad (arXiv:2001.06782): one backward pass for"
-        " each loss, and memory for its gradients; needs pip install conflictfree",
+        help="combine the gradients of all losses into one that points against none of them, before AdamW and clipping"
+        " and to first order: by ConFIG (arXiv:2408.11104; weights then count for the length of an update alone) or"
+        " PCGrad (arXiv:2001.06782; pair by pair): one backward pass for each loss, and memory for its gradients;"
+        " needs pip install conflictfree",
     )
     add("--snr_gamma", type=_positive, help="min-SNR weighting of the denoising loss, 5 is usual (arXiv:2303.09556)")
     add(

@@ -1,4 +1,4 @@
-"""Updates that lower every part of the loss at once: ConFIG and PCGrad, from one backward pass for each part.
+"""A gradient that points against no part of the loss: ConFIG and PCGrad, from one backward pass for each part.
 
 ConFIG (Liu, Chu & Thuerey 2024, arXiv:2408.11104) goes where all gradients are lowered at the same rate, measured by
 their own lengths; PCGrad (Yu et al. 2020, arXiv:2001.06782) takes from each gradient what points against another.
