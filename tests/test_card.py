@@ -105,6 +105,7 @@ def text_of(folder):
 # The code
 
 
+@pytest.mark.slow
 def test_the_code_of_every_kind_of_card_runs_as_it_is(save, tmp_path):
     """From the cards that the server got: what needs the package with it, the rest without it."""
     with HubServer() as hub:

@@ -265,6 +265,7 @@ def start(tmp_path, *flags):
     return subprocess.Popen(command, cwd=tmp_path, stdout=log, stderr=log, start_new_session=True)
 
 
+@pytest.mark.slow
 def test_killed_while_it_saves_and_started_again_it_ends_the_same(train, tmp_path):  # noqa: F811
     flags = ("--max_train_steps", 12, "--checkpointing_steps", 2, "--mixed_precision", "no", "--resume", "auto")
     whole = train(*flags, output="whole")

@@ -76,6 +76,7 @@ def test_unknown_columns_are_named(pairs):
         load(pairs.parent / "f.npy", *COLUMN)
 
 
+@pytest.mark.slow
 def test_the_network_learns_to_make_one_image_from_the_other(train, pairs, tmp_path):  # noqa: F811
     common = ("--train_data_dir", pairs, "--resolution", 8, "--max_train_steps", 150, "--lr_warmup_steps", 5)
     common += ("--learning_rate", 5e-3, "--lr_scheduler", "constant", "--prediction_type", "sample", "--random_flip")

@@ -352,6 +352,7 @@ class Page:
         )
 
 
+@pytest.mark.slow
 def test_the_page_shows_what_the_pipeline_gives(tiny_unet, tmp_path, browser):
     pytest.importorskip("gradio")
     from selenium.webdriver import Keys

@@ -340,6 +340,7 @@ def test_the_command_judges_each_regularizer_and_writes_what_it_found(folder):
     assert json.loads((written / "total_variation.json").read_text())["asked"]["weight"] == 0.03
 
 
+@pytest.mark.slow
 def test_the_command_finds_the_weight_of_a_share(folder):
     flags = ("--train_data_dir", "fields.npy", "--regularizer", "sparsity", "--num_levels", 4, "--output", "share")
     done = command(folder, *flags, "--reg_weight", "auto:0.1")

@@ -208,6 +208,7 @@ def test_terms_add_up_and_the_weighting_is_that_of_the_timestep(method):
     torch.testing.assert_close(gated, gate * first, rtol=1e-4, atol=1e-6)
 
 
+@pytest.mark.slow
 def test_the_effect_does_not_grow_with_the_number_of_steps(tiny_unet):
     """Twice the scale moves the samples twice as far, four times the steps do not."""
     scheduler = DDIMScheduler(clip_sample=False, prediction_type="sample")

@@ -97,6 +97,7 @@ def commit(hub, title, repo=REPO):
 # A run that is uploaded
 
 
+@pytest.mark.slow
 def test_the_training_goes_on_while_an_upload_hangs(hub, run):
     assert run["trained_while_hanging"] and not run["commits_while_hanging"]
     told = "uploads     1 of 1 during the training, 2 left out while another was under way"
@@ -231,6 +232,7 @@ def refused(hub, client, run):
     hub.read_only = False
 
 
+@pytest.mark.slow
 def test_a_refused_upload_keeps_the_run_and_its_command_uploads_later(hub, client, refused):
     line = refused.stdout.splitlines()[-1]
     told = "upload      failed (HfHubHTTPError 403: You don't have the rights to write under the namespace tester)"
@@ -283,6 +285,7 @@ def test_what_the_owner_wrote_while_the_training_went_on_stays(hub, client, run,
 # What cannot work, and what goes wrong
 
 
+@pytest.mark.slow
 def test_ctrl_c_ends_a_run_whose_upload_hangs(hub, client):
     hub.takes_uploads.clear()
     before = asked(hub, "PUT", "/upload/")

@@ -67,6 +67,7 @@ def test_a_signal_saves_and_ends_with_status_0(start, tmp_path, number):
     assert (tmp_path / "out" / "model_index.json").is_file()
 
 
+@pytest.mark.slow
 def test_a_second_signal_ends_at_once(start, tmp_path):
     process = start("--train_batch_size", "2000")  # steps that take long
     process.send_signal(signal.SIGTERM)
@@ -76,6 +77,7 @@ def test_a_second_signal_ends_at_once(start, tmp_path):
     assert not list((tmp_path / "out").glob("checkpoint-*"))
 
 
+@pytest.mark.slow
 def test_the_time_limit_does_the_same(command_line, tmp_path, tiny_unet):
     tiny_unet().save_config(tmp_path / "tiny")
     done = command_line(*ENDLESS, "--max_train_time", "2s")

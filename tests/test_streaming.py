@@ -411,6 +411,7 @@ def test_bad_images_are_left_out_and_named(load, tmp_path, capsys):
     assert data.examples.__getitems__([0, 1, 7])["values"][:, 0, 0, 0].tolist() == [0, 2, 0]
 
 
+@pytest.mark.slow
 def test_nothing_but_bad_images_is_refused(load, tmp_path):
     _, data = load(*STREAM, "--dataset_name", half_bad(tmp_path, bad=bool), "--skip_bad_images")
     with pytest.raises(UsageError, match=r"bad\.parquet: none of 7 images can be decoded"):

@@ -128,6 +128,7 @@ def test_the_same_seed_gives_the_same_weights_and_another_seed_others(train):
     assert not differ(weights(first), weights(second)) and differ(weights(first), weights(other))
 
 
+@pytest.mark.slow
 def test_a_large_weight_makes_samples_smooth(train):
     """The sign and the path of the gradient, end to end: x0_hat loses variation when variation is all that counts."""
     variation = {}
@@ -311,6 +312,7 @@ def test_a_resumed_run_ends_in_the_same_weights(train):
     assert not differ(weights(whole), weights(resumed))
 
 
+@pytest.mark.slow
 def test_a_signal_saves_and_the_printed_command_goes_on(command_line, tmp_path):
     flags = [*QUICK, *"--no-compare --max_train_steps 100000 --output_dir out --preview_steps 100000".split()]
     flags += ["--lr_scheduler", "constant"]  # so that the run may become shorter
