@@ -354,6 +354,7 @@ def test_the_command_finds_the_weight_of_a_share(folder):
     assert f"--reg_weight auto:0.1 comes to about {found['asked']['weight']:.3g}" in done.stdout
 
 
+@pytest.mark.slow
 def test_the_command_measures_a_model(folder, tiny_unet):
     RegDDPMPipeline(tiny_unet(), EPSILON).save_pretrained(str(folder / "model"))
     flags = (

@@ -228,8 +228,9 @@ def refused(hub, client, run):
     process = client.start_training(*flags.split(), "--pretrained_model_name_or_path", REPO)
     process.wait_for(lambda: "model      UNet2DModel" in process.stdout)
     hub.read_only = True
-    yield process.finish()
+    finished = process.finish()
     hub.read_only = False
+    return finished
 
 
 @pytest.mark.slow
@@ -239,7 +240,6 @@ def test_a_refused_upload_keeps_the_run_and_its_command_uploads_later(hub, clien
     assert line.startswith(f"{told}; upload it later with: hf upload tester/tuned tuned ")
     assert (client.folder / "tuned" / "model_index.json").is_file() and set(hub.files["tester/tuned"]) == {"README.md"}
 
-    hub.read_only = False
     client.run("bash", "-c", line.split("with: ")[1])
     on_disk = contents(client.folder / "tuned")
     for path, content in hub.files["tester/tuned"].items():

@@ -164,7 +164,7 @@ from reg_diffusers.training.hardware import keep_freed_memory
 kept = keep_freed_memory(torch.device(sys.argv[1]))
 import resource
 def step():
-    blocks = [torch.ones(2**22) for _ in range(8)]  # 16 MB each, touched
+    blocks = [torch.ones(3 * 2**22) for _ in range(3)]  # 48 MB each, above what glibc would learn to keep by itself
     del blocks
 def faults():
     return resource.getrusage(resource.RUSAGE_SELF).ru_minflt

@@ -400,6 +400,7 @@ def test_a_bad_image_ends_the_run_with_one_line(train, capsys, tmp_path, workers
         shutil.rmtree("out", ignore_errors=True)
 
 
+@pytest.mark.slow
 def test_bad_images_are_left_out_and_named(load, tmp_path, capsys):
     flags = (*STREAM, "--dataset_name", half_bad(tmp_path), "--skip_bad_images", "--train_batch_size", 8)
     args, data = load(*flags)
