@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import argparse
-import os
 import sys
 from pathlib import Path
 
 from ..files import write_whole
 from ..training.arguments import add_objective_flags, complete
 from .numbers import natural, positive
+from .output import check_folder
 
 __all__ = ["add_parser", "run"]
 
@@ -161,15 +161,11 @@ def _settings(args) -> dict:
 def _check_output(output: Path, names: list[str], overwrite: bool) -> None:
     from ..training.errors import UsageError
 
-    if output.exists() and not output.is_dir():
-        raise UsageError(f"--output {output} is a file: name a folder")
+    check_folder(output)
     files = [output / f"{name}.{suffix}" for name in names for suffix in ("json", "png", "svg")]
     there = [file for file in files if file.exists()]
     if there and not overwrite:
         raise UsageError(f"--output {output} holds {there[0].name} already: name another folder, or --overwrite")
-    parent = next(folder for folder in (output, *output.absolute().parents) if folder.exists())
-    if not os.access(parent, os.W_OK):
-        raise UsageError(f"--output {output} cannot be written: permission denied")
 
 
 def _pipeline(args):

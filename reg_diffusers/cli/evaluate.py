@@ -22,6 +22,7 @@ from .judging import (
     samplers_of,
     write_settings,
 )
+from .output import check_folder
 
 __all__ = ["add_parser", "run"]
 
@@ -108,17 +109,11 @@ def run(args: argparse.Namespace) -> None:
 
 
 def _check_output(output: Path) -> None:
-    import os
-
     from ..training.errors import UsageError
 
-    if output.exists() and not output.is_dir():
-        raise UsageError(f"--output {output} is a file: name a folder")
+    check_folder(output)
     if output.is_dir() and any(output.iterdir()) and not (output / _SETTINGS_FILE).is_file():
         raise UsageError(f"--output {output} is there and holds no evaluation: name another")
-    there = next(folder for folder in (output, *output.absolute().parents) if folder.exists())
-    if not os.access(there, os.W_OK):
-        raise UsageError(f"--output {output} cannot be written: permission denied")
 
 
 def _check_fid(args: argparse.Namespace, bench) -> None:

@@ -74,16 +74,7 @@ def _wish(axes, diagnosis: Diagnosis) -> None:
     for low, high, shade in ((5, 95, "0.9"), (25, 75, "0.75")):
         axes.axhspan(data.percentiles[low], data.percentiles[high], color=shade, zorder=0.5, alpha=0.6)
     axes.axhline(data.mean, color="black", linewidth=1, label="real images (bands: 50 and 90 % of them)")
-    for title, style, guesses in _sources(diagnosis):
-        axes.errorbar(
-            [level.snr for level in diagnosis.levels],
-            [guess.value for guess in guesses],
-            [2 * guess.value_error for guess in guesses],
-            label=title,
-            capsize=2,
-            markersize=4,
-            **style,
-        )
+    _draw_guesses(axes, diagnosis, "value")
     axes.set_title("1  What is L' of the best guess?")
     axes.set_ylabel("L' (bars: 2 standard errors)")
     axes.legend(fontsize=8, frameon=False)
@@ -117,16 +108,7 @@ def _shift(axes, diagnosis: Diagnosis) -> None:
 
 def _agreement(axes, diagnosis: Diagnosis) -> None:
     axes.axhline(0, color="black", linewidth=1)
-    for title, style, guesses in _sources(diagnosis):
-        axes.errorbar(
-            [level.snr for level in diagnosis.levels],
-            [guess.cosine for guess in guesses],
-            [2 * guess.cosine_error for guess in guesses],
-            label=title,
-            capsize=2,
-            markersize=4,
-            **style,
-        )
+    _draw_guesses(axes, diagnosis, "cosine")
     axes.set_title("3  Do the two losses agree (above 0) or fight?")
     axes.set_ylabel("cosine of their gradients")
     axes.legend(fontsize=8, frameon=False)
@@ -160,6 +142,20 @@ def _price(axes, diagnosis: Diagnosis) -> None:
     axes.set_xlabel("fall of L' in per cent, with the weight it takes\n(hatched: it would outpull the data at some t)")
     if not costs:
         axes.text(0.5, 0.5, "no weight costs so much", transform=axes.transAxes, ha="center")
+
+
+def _draw_guesses(axes, diagnosis: Diagnosis, what: str) -> None:
+    """A field of `Guesses` with two of its standard errors, of the best guess and of the model."""
+    for title, style, guesses in _sources(diagnosis):
+        axes.errorbar(
+            [level.snr for level in diagnosis.levels],
+            [getattr(guess, what) for guess in guesses],
+            [2 * getattr(guess, f"{what}_error") for guess in guesses],
+            label=title,
+            capsize=2,
+            markersize=4,
+            **style,
+        )
 
 
 def _sources(diagnosis: Diagnosis) -> list[tuple[str, dict, list[Guesses]]]:
