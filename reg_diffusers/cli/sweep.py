@@ -23,6 +23,7 @@ from .judging import (
     samplers_of,
     write_settings,
 )
+from .output import check_folder
 
 __all__ = ["add_parser", "run"]
 
@@ -174,8 +175,7 @@ def _keep_settings(output: Path, settings: dict) -> None:
     """Refuses a folder of another sweep; weights may be added."""
     from ..training.errors import UsageError
 
-    if output.exists() and not output.is_dir():
-        raise UsageError(f"--output {output} is a file: name a folder")
+    check_folder(output)
     if (before := read_settings(output, _SETTINGS_FILE)) is not None:
         if before != settings:
             raise UsageError(f"--output {output} holds a sweep of other trainings or samples: name another folder")
