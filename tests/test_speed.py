@@ -18,7 +18,12 @@ from in_processes import run_script
 from safetensors.torch import load_file
 from test_train_reg import differ, metrics, train, weights  # noqa: F401
 
-from reg_diffusers.attention import attention_bytes, prefers_explicit_attention, use_explicit_attention
+from reg_diffusers.attention import (
+    _SlicedAttention,
+    attention_bytes,
+    prefers_explicit_attention,
+    use_explicit_attention,
+)
 from reg_diffusers.training.compiling import compile_for_training
 from reg_diffusers.training.profiling import SECTIONS, WARM_UP_STEPS, StepProfile
 
@@ -44,11 +49,12 @@ def gradients(unet, sample, timesteps):
     return output.detach(), {name: p.grad.clone() for name, p in unet.named_parameters()}
 
 
-@pytest.mark.parametrize("slice_bytes", [2**23, 3 * 1024, 1])  # all images at a time, 3, one
-def test_explicit_attention_is_the_same_function(tiny_unet, monkeypatch, caplog, slice_bytes):
+@pytest.mark.parametrize("slice_bytes", [2**23, 3 * 1024, 1])  # all heads at a time, 3, one
+@pytest.mark.parametrize("config", [{}, {"resnet_time_scale_shift": "scale_shift"}])  # this has layers without a norm
+def test_explicit_attention_is_the_same_function(tiny_unet, monkeypatch, caplog, slice_bytes, config):
     monkeypatch.setattr(logging.getLogger("diffusers"), "propagate", True)
     monkeypatch.setattr("reg_diffusers.attention._SLICE", slice_bytes)
-    unet = tiny_unet()
+    unet = tiny_unet(**config)
     before = list(unet.state_dict())
     output, grads = gradients(unet, *batch_for(unet))
     use_explicit_attention(unet)
@@ -59,6 +65,23 @@ def test_explicit_attention_is_the_same_function(tiny_unet, monkeypatch, caplog,
     for name in grads:
         torch.testing.assert_close(explicit_grads[name], grads[name], atol=1e-3, rtol=1e-4, msg=name)
     assert list(unet.state_dict()) == before
+
+
+@pytest.mark.parametrize("slice_bytes", [2**23, 2 * 5 * 5 * 8, 1])  # all three heads at a time, two, one
+def test_the_gradients_of_sliced_attention_are_those_of_finite_differences(monkeypatch, slice_bytes):
+    monkeypatch.setattr("reg_diffusers.attention._SLICE", slice_bytes)
+    generator = torch.Generator().manual_seed(0)
+    heads = [torch.randn(3, 5, 2, generator=generator, dtype=torch.float64, requires_grad=True) for _ in range(3)]
+    assert torch.autograd.gradcheck(lambda *heads: _SlicedAttention.apply(*heads, 0.3), heads)
+
+
+def test_without_gradients_attention_is_the_same(monkeypatch):
+    """It keeps no matrix then, and so computes it in another place."""
+    monkeypatch.setattr("reg_diffusers.attention._SLICE", 64 * 64 * 4)
+    heads = torch.randn(3, 4, 64, 8, generator=torch.Generator().manual_seed(0)).requires_grad_()
+    expected = _SlicedAttention.apply(*heads, 0.3)
+    assert torch.equal(_SlicedAttention.apply(*heads.detach(), 0.3), expected)
+    torch.testing.assert_close(expected, (0.3 * heads[0] @ heads[1].mT).softmax(-1) @ heads[2])
 
 
 def test_what_follows_explicit_attention_has_the_usual_order_of_memory(tiny_unet, monkeypatch):
@@ -87,14 +110,13 @@ def test_the_size_of_the_attention_matrix_is_that_of_the_largest_one_made(tiny_u
     unet.register_to_config(sample_size=size)
     use_explicit_attention(unet)
     sizes = []
-    scores_of = Attention.get_attention_scores
+    softmax = torch.softmax
 
-    def measured(self, *args, **kwargs):
-        scores = scores_of(self, *args, **kwargs)
+    def measured(scores, *args, **kwargs):
         sizes.append(scores.numel() * 2)
-        return scores
+        return softmax(scores, *args, **kwargs)
 
-    monkeypatch.setattr(Attention, "get_attention_scores", measured)
+    monkeypatch.setattr(torch, "softmax", measured)
     unet(torch.zeros(3, 1, height, width), 0)
     assert len(sizes) == 4 and attention_bytes(unet, 3) == max(sizes)
 
@@ -273,7 +295,7 @@ def as_it_is(graph, example_inputs):
 def test_a_compiled_run_is_the_plain_one_with_the_same_names_and_resumes(train, compiled_by, capsys):  # noqa: F811
     runs = compiled_by(as_it_is)
     flags = ("--max_train_steps", 3, "--checkpointing_steps", 2, "--preview_steps", 2)
-    flags += ("--gradient_accumulation_steps", 2, "--mixed_precision", "bf16")  # with explicit attention
+    flags += ("--gradient_accumulation_steps", 2, "--mixed_precision", "bf16", "--attention", "sdpa")
     plain = weights(train(*flags, output="plain"))
     assert runs == [] and "not compiled" in capsys.readouterr().out
     out = train(*flags, "--compile", output="compiled")
@@ -295,6 +317,7 @@ def test_only_full_batches_in_training_are_compiled_and_bad_graphs_are_no_secret
         compiled_for.append([t.shape[0] for t in example_inputs if isinstance(t, torch.Tensor) and t.ndim == 4])
         return graph.forward
 
+    use_explicit_attention(unet)
     compile_for_training(unet, batch_size=4, backend=noting)
     sample, timesteps = batch_for(unet)
     unet(sample, timesteps, return_dict=False)
