@@ -32,8 +32,8 @@ class NonFiniteGuard:
         self._last: dict[str, tuple[Tensor, Tensor, Tensor]] = {}
         self._steps = 0
 
-    def drop_values(self, name: str, values: Tensor, x0_hat: Tensor, timesteps: Tensor) -> Tensor:
-        """The (n,) values of L' with 0 for every image where it is not finite; once per step and term.
+    def drop_values(self, name: str, values: Tensor, x0_hat: Tensor, timesteps: Tensor) -> tuple[Tensor, Tensor]:
+        """The (n,) values of L', 0 where it is not finite; and detached, nan there. Once per step and term.
 
         An image that was not finite before L' saw it is dropped too, but not counted: that is the network's doing.
 
@@ -43,13 +43,13 @@ class NonFiniteGuard:
             x0_hat: (n, C, ...) what L' was given.
             timesteps: (n,) the images' timesteps, for the message.
         """
-        given = x0_hat.detach().isfinite().flatten(1).all(1)
+        given = _are_finite(x0_hat.detach())
         bad = ~values.detach().isfinite()
         self.dropped[name] = self.dropped.get(name, 0) + (bad & given).sum()
         self._before[name] = self._in_a_row.get(name, 0)
         self._in_a_row[name] = (self._before[name] + 1) * (bad & given).any()
         self._last[name] = (bad & given, given, timesteps)
-        return torch.where(bad, 0, values)
+        return torch.where(bad, 0, values), values.detach().masked_fill(bad, torch.nan)
 
     def drop_gradients(self, name: str, gradients: Tensor) -> Tensor:
         """The (n, C, H, W) gradients of L' with 0 for every image where one of them is not finite.
@@ -57,7 +57,7 @@ class NonFiniteGuard:
         A value of 0 is not enough: its gradient is 0 times an infinite derivative. An image that was dropped for its
         value is not counted again.
         """
-        bad = ~gradients.isfinite().flatten(1).all(1)
+        bad = ~_are_finite(gradients)
         already, given, timesteps = self._last[name]
         counted = bad & given
         self.dropped[name] = self.dropped[name] + (counted & ~already).sum()
@@ -84,6 +84,11 @@ class NonFiniteGuard:
                 raise FloatingPointError(
                     advice(name, self.max_steps, int(self.dropped[name]), self.last_timesteps(name))
                 )
+
+
+def _are_finite(images: Tensor) -> Tensor:
+    """Whether all of an image is finite, (n,); its sum tells in one pass. Magnitudes of 1e34 count as infinite."""
+    return images.flatten(1).sum(1).isfinite()
 
 
 def advice(name: str, steps: int, images: int, timesteps: list[float]) -> str:

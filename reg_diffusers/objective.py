@@ -114,13 +114,16 @@ class X0Regularization(nn.Module):
         self.networks.eval()
         return self
 
-    def forward(self, model_output: Tensor, timesteps: Tensor, sample: Tensor, **context) -> LossOutput:
+    def forward(
+        self, model_output: Tensor, timesteps: Tensor, sample: Tensor, *, level: NoiseLevel | None = None, **context
+    ) -> LossOutput:
         """The weighted sum of the extra losses for one batch.
 
         Args:
             model_output: (B, C, ...) what the network returned for `sample`.
             timesteps: (B,), or a scalar for the whole batch.
             sample: (B, C, ...) the noisy images x_t, in the coordinates of `scheduler.step`.
+            level: `prediction.noise_level` of the timesteps, where it is known already.
             **context: what the regularizers list in `needs`; tensors with the batch as first dimension.
 
         Returns:
@@ -133,7 +136,7 @@ class X0Regularization(nn.Module):
         """
         timesteps = torch.as_tensor(timesteps).expand(len(sample))
         model_output = _alias(model_output)
-        level = self.noise_level(timesteps)
+        level = self._in_training(noise_level(self.scheduler, timesteps) if level is None else level)
         weights = {term.name: checked_weights(term, level) for term in self.terms}
         estimates = self._estimates(weights, model_output, timesteps, sample)
         terms, per_image = {}, {}
@@ -148,7 +151,9 @@ class X0Regularization(nn.Module):
 
     def noise_level(self, timesteps: Tensor) -> NoiseLevel:
         """The noise level of each timestep, (B,), with the weight that the denoising loss has in this training."""
-        level = noise_level(self.scheduler, timesteps)
+        return self._in_training(noise_level(self.scheduler, timesteps))
+
+    def _in_training(self, level: NoiseLevel) -> NoiseLevel:
         if self.snr_gamma is None:
             return level
         return replace(level, denoising_weight=level.snr.clamp(max=self.snr_gamma))
@@ -175,13 +180,15 @@ class X0Regularization(nn.Module):
             return x0_hat.new_zeros(()), x0_hat.new_full((len(weights),), torch.nan)
         active = seen[among_seen]
         context = {name: _select(value, active, len(weights)) for name, value in term_context(term, context).items()}
-        values, bad = self._evaluate(term, _select(x0_hat, among_seen), context, timesteps[active])
-        per_image = values.new_full((len(weights),), torch.nan, requires_grad=False)
-        per_image[active.to(values.device, non_blocking=True)] = values.detach().masked_fill(bad, torch.nan)
-        return (weights[active].to(values, non_blocking=True) * values).sum() / len(weights), per_image
+        values, seen_values = self._evaluate(term, _select(x0_hat, among_seen), context, timesteps[active])
+        per_image = seen_values
+        if len(active) < len(weights):
+            per_image = seen_values.new_full((len(weights),), torch.nan)
+            per_image[active.to(values.device, non_blocking=True)] = seen_values
+        return (_select(weights, active).to(values, non_blocking=True) * values).sum() / len(weights), per_image
 
     def _evaluate(self, term: Term, x0_hat: Tensor, context: dict, timesteps: Tensor) -> tuple[Tensor, Tensor]:
-        """L' of each image in full precision, (n,), 0 where it is not finite, and which these are, (n,).
+        """L' of each image in full precision, (n,), 0 where it is not finite; and the same detached, nan there.
 
         An image where its gradient is not finite has none.
         """
@@ -189,8 +196,7 @@ class X0Regularization(nn.Module):
         if x0_hat.requires_grad:
             x0_hat.register_hook(lambda gradient: self.nonfinite.drop_gradients(term.name, gradient))
         values = checked_values(term, x0_hat, context)
-        bad = ~values.detach().isfinite()
-        return self.nonfinite.drop_values(term.name, values, x0_hat, timesteps), bad
+        return self.nonfinite.drop_values(term.name, values, x0_hat, timesteps)
 
 
 class RegularizedLoss(nn.Module):
@@ -253,14 +259,15 @@ class RegularizedLoss(nn.Module):
         if timesteps is None:
             timesteps = draw_timesteps(self.scheduler, len(original_samples))
         timesteps = torch.as_tensor(timesteps).expand(len(original_samples))
-        noisy_samples = add_noise(self.scheduler, original_samples, noise, timesteps)
-        model_input = scale_model_input(self.scheduler, noisy_samples, timesteps)
+        level = noise_level(self.scheduler, timesteps)
+        noisy_samples = add_noise(self.scheduler, original_samples, noise, level)
+        model_input = scale_model_input(self.scheduler, noisy_samples, level)
         on_device = timesteps.to(original_samples.device, non_blocking=True)
         model_output = _alias(_tensor_of(model(model_input, on_device, **(model_kwargs or {}))))
-        target = prediction_target(self.scheduler, original_samples, noise, timesteps)
-        denoising, per_image = self._denoising(model_output, target, timesteps)
+        target = prediction_target(self.scheduler, original_samples, noise, level)
+        denoising, per_image = self._denoising(model_output, target, level)
         context["original_samples"] = original_samples
-        extra = self.regularization(model_output, timesteps, noisy_samples, **context)
+        extra = self.regularization(model_output, timesteps, noisy_samples, level=level, **context)
         return LossOutput(
             denoising + extra.loss,
             {"denoising": denoising, **extra.terms},
@@ -270,7 +277,7 @@ class RegularizedLoss(nn.Module):
             model_output,
         )
 
-    def _denoising(self, model_output: Tensor, target: Tensor, timesteps: Tensor) -> tuple[Tensor, Tensor]:
+    def _denoising(self, model_output: Tensor, target: Tensor, level: NoiseLevel) -> tuple[Tensor, Tensor]:
         """The denoising loss, a scalar, and its value for each image, (B,), detached."""
         model_output = without_learned_variance(self.scheduler, model_output, target)
         model_output = model_output.to(torch.promote_types(target.dtype, torch.float32))
@@ -279,8 +286,7 @@ class RegularizedLoss(nn.Module):
             with torch.no_grad():
                 per_image = F.mse_loss(model_output, target, reduction="none").flatten(1).mean(1)
             return F.mse_loss(model_output, target), per_image
-        in_x0_units = noise_level(self.scheduler, timesteps).denoising_weight
-        weights = self.regularization.noise_level(timesteps).denoising_weight / in_x0_units
+        weights = level.snr.clamp(max=self.snr_gamma) / level.denoising_weight
         squared_error = F.mse_loss(model_output, target, reduction="none").flatten(1).mean(1)
         per_image = weights.to(squared_error, non_blocking=True) * squared_error
         return per_image.mean(), per_image.detach()

@@ -103,6 +103,8 @@ def noise_level(scheduler, timesteps) -> NoiseLevel:
         scheduler: any diffusers scheduler of the families named in the module's docstring.
         timesteps: (B,) integers or floats as the scheduler counts them; a scalar counts as (1,).
 
+    The other functions of this module take its result in place of timesteps, so that a step looks them up but once.
+
     Raises:
         ValueError: the scheduler belongs to none of these families.
     """
@@ -147,14 +149,14 @@ def predict_original_sample(scheduler, model_output: Tensor, timesteps, sample: 
     model_output = without_learned_variance(scheduler, model_output, sample)
     dtype = torch.promote_types(torch.promote_types(model_output.dtype, sample.dtype), torch.float32)
     model_output, sample = model_output.to(dtype), sample.to(dtype)
+    if kind == "sample":
+        return model_output
     alpha, sigma = _alpha_sigma_like(scheduler, timesteps, sample)
     if _is_edm(scheduler):
         skip, out = _edm_preconditioning(scheduler, sigma)
         return skip * sample + out * model_output
     if kind == "epsilon":
         return (sample - sigma * model_output) / alpha
-    if kind == "sample":
-        return model_output
     if kind == "flow_prediction":
         return sample - sigma * model_output
     if not _is_variance_exploding(scheduler):
@@ -243,15 +245,15 @@ def scale_model_input(scheduler, sample: Tensor, timesteps) -> Tensor:
 
 def _alpha_sigma_like(scheduler, timesteps, sample: Tensor) -> tuple[Tensor, Tensor]:
     """(alpha, sigma) shaped (B, 1, ...) with device and precision of `sample`; a scalar timestep gives (1, 1, ...)."""
-    timesteps = torch.as_tensor(timesteps).reshape(-1)
-    if len(timesteps) not in (1, len(sample)):
-        raise ValueError(f"{len(timesteps)} timesteps for a batch of {len(sample)}: one per image, or a scalar")
+    if isinstance(timesteps, NoiseLevel):
+        factors = timesteps.alpha, timesteps.sigma
+    else:
+        factors = _alpha_sigma(scheduler, torch.as_tensor(timesteps).reshape(-1))
+    if len(factors[0]) not in (1, len(sample)):
+        raise ValueError(f"{len(factors[0])} timesteps for a batch of {len(sample)}: one per image, or a scalar")
     shape = (-1,) + (1,) * (sample.ndim - 1)
     dtype = torch.promote_types(sample.dtype, torch.float32)
-    return tuple(
-        factor.to(sample.device, dtype, non_blocking=True).reshape(shape)
-        for factor in _alpha_sigma(scheduler, timesteps)
-    )
+    return tuple(factor.to(sample.device, dtype, non_blocking=True).reshape(shape) for factor in factors)
 
 
 def _alpha_sigma(scheduler, timesteps: Tensor) -> tuple[Tensor, Tensor]:
