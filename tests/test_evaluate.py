@@ -21,7 +21,8 @@ from in_processes import in_processes
 
 from reg_diffusers import RegDDPMPipeline
 from reg_diffusers.cli import main
-from reg_diffusers.cli.judging import Bench, check_regularizers
+from reg_diffusers.cli.bench import Bench
+from reg_diffusers.cli.judging import check_regularizers
 from reg_diffusers.evaluation import features
 from reg_diffusers.evaluation.distances import frechet, mean_of
 from reg_diffusers.evaluation.features import FeaturesError, named_features, pixels, train_classifier

@@ -7,14 +7,12 @@ import shlex
 import sys
 from pathlib import Path
 
+from .bench import load_models, open_bench
 from .judging import (
-    add_judging_flags,
     check_regularizers,
     choose_features,
     draw_samples_of,
     judge_models,
-    load_models,
-    open_bench,
     read_samples,
     read_settings,
     recorded_regularizers,
@@ -22,6 +20,7 @@ from .judging import (
     samplers_of,
     write_settings,
 )
+from .judging_flags import add_judging_flags
 from .output import check_folder
 
 __all__ = ["add_parser", "run"]

@@ -8,21 +8,19 @@ import subprocess
 import sys
 from pathlib import Path
 
+from .bench import load_models, open_bench
 from .judging import (
-    DATA_FLAGS,
-    add_measuring_flags,
     check_regularizers,
     choose_features,
     draw_samples_of,
     judge_models,
-    load_models,
-    open_bench,
     read_samples,
     read_settings,
     regularizers_of,
     samplers_of,
     write_settings,
 )
+from .judging_flags import DATA_FLAGS, add_measuring_flags
 from .output import check_folder
 
 __all__ = ["add_parser", "run"]

@@ -1,0 +1,66 @@
+"""The flags that `evaluate` and `sweep` share."""
+
+from __future__ import annotations
+
+import argparse
+
+from .numbers import natural, positive
+
+__all__ = ["DATA_FLAGS", "NUM_IMAGES", "add_judging_flags", "add_measuring_flags"]
+
+NUM_IMAGES = 2048
+DATA_FLAGS = ("dataset_config_name", "image_column", "label_column", "conditioning_image_column", "cache_dir")
+
+
+def add_judging_flags(parser: argparse.ArgumentParser) -> None:
+    """Adds the flags about data, samples and features."""
+    _add_data_flags(parser)
+    add_measuring_flags(parser)
+
+
+def _add_data_flags(parser: argparse.ArgumentParser) -> None:
+    """Adds those about data."""
+    add = parser.add_argument
+    add(
+        "--data",
+        "--train_data_dir",
+        "--dataset_name",
+        metavar="FOLDER_FILE_OR_ID",
+        help="what samples are compared with: a folder of images, a file of fields (.npy, .npz) or a data set"
+        " (default: the embedded Fashion-MNIST images)",
+    )
+    add("--dataset_config_name", metavar="NAME", help="configuration of that data set, where it has several")
+    add("--image_column", metavar="NAME", help="column with the images (default: the first)")
+    add("--label_column", metavar="NAME", help="column with the class labels (default: 'label', if it is there)")
+    add(
+        "--conditioning_image_column",
+        metavar="NAME",
+        help="column with the images that an image-conditioned model is given",
+    )
+    add("--cache_dir", metavar="FOLDER", help="where decoded images are kept (default: the Hugging Face cache)")
+
+
+def add_measuring_flags(parser: argparse.ArgumentParser) -> None:
+    """Adds those about samples and features."""
+    add = parser.add_argument
+    add(
+        "--num_images",
+        type=positive,
+        metavar="N",
+        help=f"samples of each model, and as many images of the data, twice (default: {NUM_IMAGES}, or half of the"
+        " data)",
+    )
+    add(
+        "--features",
+        default="auto",
+        metavar="NAME",
+        help="what images are compared by: a vision network of transformers (folder or Hub id); 'classifier', a small"
+        " one trained on the data's labels here; 'pixels' (default: facebook/dinov2-small if it can be had, else the"
+        " classifier if there are labels, else pixels)",
+    )
+    add("--fid", action="store_true", help="the Inception FID, too; needs pip install 'reg_diffusers[fid]'")
+    add("--num_inference_steps", type=positive, default=50, metavar="N", help="for each sample (default: %(default)s)")
+    add("--scheduler", metavar="NAME", help="DDIM, DDPM, Euler, DPM-Solver++ or UniPC (default: DDIM; Euler for flow)")
+    add("--seed", type=natural, default=0, metavar="N", help="sample i has the seed N + i (default: %(default)s)")
+    add("--batch_size", type=positive, default=64, metavar="N", help="drawn at once (default: %(default)s)")
+    add("--num_threads", type=positive, metavar="N", help="CPU threads per process (default: the cores, shared)")
