@@ -1,4 +1,4 @@
-"""Measures what total_variation adds to a training step of the default 32 x 32 model.
+"""Measures what total_variation adds to a training step of the default 32 x 32 model, in train_reg.py's precision.
 
     python docs/benchmarks/auxiliary_overhead.py [--pairs 15]
 
@@ -17,7 +17,10 @@ import torch
 from diffusers import DDPMScheduler, UNet2DModel
 
 from reg_diffusers import RegularizedLoss, Term
+from reg_diffusers.attention import prefers_explicit_attention, use_explicit_attention
 from reg_diffusers.regularizers import total_variation
+from reg_diffusers.training.arguments import parse_args
+from reg_diffusers.training.hardware import choose_mixed_precision, keep_freed_memory
 from reg_diffusers.training.model import new_unet_config
 
 RESULT = Path(__file__).with_suffix(".txt")
@@ -30,15 +33,23 @@ def main() -> None:
     pairs = parser.parse_args().pairs
 
     torch.manual_seed(0)
+    keep_freed_memory(torch.device("cpu"))
+    precision = choose_mixed_precision(parse_args([]))
     unet = UNet2DModel(sample_size=32, in_channels=3, out_channels=3, **new_unet_config(32))
+    if prefers_explicit_attention(unet, BATCH_SIZE, "cpu", precision):
+        use_explicit_attention(unet)
     optimizer = torch.optim.AdamW(unet.parameters(), fused=True)
     scheduler = DDPMScheduler()
     plain, regularized = RegularizedLoss(scheduler), RegularizedLoss(scheduler, [Term(total_variation, weight=0.1)])
     original_samples = torch.rand(BATCH_SIZE, 3, 32, 32) * 2 - 1
 
+    def model(sample, timesteps):
+        with torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16"):
+            return unet(sample, timesteps, return_dict=False)[0].float()
+
     def seconds(loss_fn) -> float:
         start = time.perf_counter()
-        loss_fn(unet, original_samples).loss.backward()
+        loss_fn(model, original_samples).loss.backward()
         optimizer.step()
         optimizer.zero_grad()
         return time.perf_counter() - start
@@ -60,7 +71,7 @@ def main() -> None:
     step, term = statistics.median(without for without, _ in times), statistics.median(term_times)
     lines = [
         f"UNet2DModel {new_unet_config(32)['block_out_channels']}, {unet.num_parameters() / 1e6:.2f}M parameters,"
-        f" 3 x 32 x 32, batch {BATCH_SIZE}, float32, AdamW",
+        f" 3 x 32 x 32, batch {BATCH_SIZE}, {'bfloat16' if precision == 'bf16' else 'float32'}, AdamW",
         f"torch {torch.__version__}, diffusers {diffusers.__version__}, {platform.machine()},"
         f" {torch.get_num_threads()} threads, {torch.backends.cpu.get_cpu_capability()}",
         f"step without total_variation, median          {1000 * step:8.1f} ms",

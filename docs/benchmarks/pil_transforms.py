@@ -1,12 +1,14 @@
 """The few transforms of torchvision that diffusers' training script uses, through PIL, where torchvision is not.
 
+    python docs/benchmarks/pil_transforms.py path/to/train_unconditional.py --train_data_dir photos ...
+
 Each does to an 8-bit RGB picture what the one of the same name does: the same resampling by the same PIL, the same
-crop and flip, the same scaling to [0, 1]. Put into `sys.modules` as "torchvision" by `pretend_to_be_torchvision`, for
-the process of a benchmark alone.
+crop and flip, the same scaling to [0, 1]. Put into `sys.modules` as "torchvision" for the process of one script alone.
 """
 
 import importlib.machinery
 import random
+import runpy
 import sys
 import types
 
@@ -97,14 +99,18 @@ class Normalize:
         return (tensor - self.mean) / self.std
 
 
-def pretend_to_be_torchvision() -> None:
-    """From now on `from torchvision import transforms` gives the classes above, in this process.
+def run_script(path: str, flags: list[str]) -> None:
+    """Runs a script from its `main`, for which `from torchvision import transforms` gives the classes above."""
+    import datasets  # noqa: F401  (all that looks for torchvision comes first: it would ask for more of it)
+    from diffusers import DDPMPipeline, UNet2DModel  # noqa: F401
 
-    To be called when all other libraries are imported, which would ask for more of torchvision.
-    """
     package = types.ModuleType("torchvision")
     package.transforms = sys.modules[__name__]
-    for name, module in {"torchvision": package, "torchvision.transforms": package.transforms}.items():
-        if module is package:
-            module.__spec__ = importlib.machinery.ModuleSpec(name, None)
-        sys.modules[name] = module
+    package.__spec__ = importlib.machinery.ModuleSpec("torchvision", None)
+    sys.modules |= {"torchvision": package, "torchvision.transforms": package.transforms}
+    sys.argv = [path, *flags]
+    runpy.run_path(path, run_name="__main__")
+
+
+if __name__ == "__main__":
+    run_script(sys.argv[1], sys.argv[2:])

@@ -55,6 +55,7 @@ RATIOS = [
     ("peer bf16", "ours bf16"),
     ("peer fp32", "ours fp32"),
     ("peer fp32", "ours bf16 --compile"),
+    ("ours bf16", "ours bf16 --compile"),
     ("ours bf16, memory given back", "ours bf16"),
     ("ours bf16", "ours bf16, no term"),
 ]
@@ -206,13 +207,9 @@ def train(args, name: str, row: str, folder: str) -> dict:
     ]
     try:
         if kind == "peer":
-            import datasets  # noqa: F401  (before torchvision's stand-in)
-            from diffusers import DDPMPipeline, UNet2DModel  # noqa: F401
-            from pil_transforms import pretend_to_be_torchvision
+            from pil_transforms import run_script
 
-            pretend_to_be_torchvision()
-            sys.argv = [str(args.peer), *flags]
-            runpy.run_path(str(args.peer), run_name="__main__")
+            run_script(str(args.peer), flags)
         else:
             threads = ["--num_threads", str(args.threads)] if args.threads else []
             sys.argv = [str(SCRIPT), *flags, *threads, "--no-compare"]
@@ -237,13 +234,18 @@ def x0_row(args) -> None:
 
 
 def x0(args, side: str) -> dict:
-    """A loop over the images that asks `scheduler.step` for each x0_hat, as it takes one timestep; and one batch."""
+    """A loop over the images that asks `scheduler.step` for each x0_hat, as it takes one timestep; and one batch.
+
+    Both in a process that keeps freed memory, as train_reg.py has it.
+    """
     import torch
     from diffusers import DDPMScheduler
 
     from reg_diffusers import predict_original_sample
     from reg_diffusers.regularizers import total_variation
+    from reg_diffusers.training.hardware import keep_freed_memory
 
+    keep_freed_memory(torch.device("cpu"))
     torch.manual_seed(0)
     scheduler, shape = DDPMScheduler(clip_sample=False), (64, 3, int(side), int(side))
     noisy, timesteps = torch.randn(shape), torch.randint(0, 1000, (64,))
@@ -278,7 +280,7 @@ def sampling_row(args) -> None:
         say(f"\nsampling, {row}: batch 16, DDPM, {args.steps} steps; {args.rounds} rounds")
         for way in ways:
             per_call = statistics.median(found[way]["seconds"] for found in rounds)
-            say(f"  {way:<36}{1000 * per_call:8.0f} ms a network call")
+            say(f"  {way:<36}{1000 * per_call:8.0f} ms a network call  {16 / args.steps / per_call:6.2f} images/s")
         for way in ways[1:]:
             ratios = [found[ways[0]]["seconds"] / found[way]["seconds"] for found in rounds]
             say(f"  {ways[0] + ' / ' + way:<50}{statistics.median(ratios):6.3f} x"

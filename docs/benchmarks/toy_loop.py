@@ -1,0 +1,154 @@
+"""PIDM's toy problem, points on a circle: steps per second of its own loop and of one through RegularizedLoss.
+
+    python docs/benchmarks/toy_loop.py --pidm path/to/PhysicsInformedDiffusionModels
+
+Your copy of PIDM (github.com/jhbastek/PhysicsInformedDiffusionModels, with einops and imageio installed) gives the
+network, an MLP, the schedule and, for its side, the loss with mean estimation: x0-prediction, min-SNR-5 weights, 0.1
+times the Gaussian likelihood of the residual |x|^2 - 1. Ours is the same loss by a `Term`; that both give the same
+number is checked first. Then they take turns on one thread, in blocks of 200 steps: "PIDM" does in a step what
+main_toy.py does, progress bar and all, without wandb; "tight" is the same mathematics with nothing around it, neither
+checks nor records, as fast as this network can be trained step by step.
+
+The result is printed and kept in toy_loop.txt beside this file.
+"""
+
+import argparse
+import statistics
+import sys
+import time
+from pathlib import Path
+
+import torch
+from diffusers import DDPMScheduler
+from tqdm import tqdm
+
+from reg_diffusers import RegularizedLoss, Term
+
+BATCH, STEPS, BLOCK = 128, 100, 200
+WEIGHT = 0.1
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--pidm", type=Path, required=True, help="your copy of PIDM's repository")
+    parser.add_argument("--rounds", type=int, default=15)
+    args = parser.parse_args()
+    sys.path.insert(0, str(args.pidm))
+    from src import denoising_toy_utils as pidm
+
+    torch.set_num_threads(1)
+    torch.manual_seed(0)
+    points = torch.nn.functional.normalize(torch.randn(10000, 2), dim=1)
+    tables = pidm.create_diff_dict(STEPS, "cpu")
+    check(pidm, tables, points)
+    loops = {"PIDM": theirs(pidm, tables, points), "ours": ours(pidm, tables, points)}
+    loops["tight"] = tight(pidm, tables, points)
+    found = {name: [] for name in loops}
+    for _ in range(args.rounds + 1):
+        for name, step in loops.items():
+            start = time.perf_counter()
+            for _ in range(BLOCK):
+                step()
+            found[name].append(BLOCK / (time.perf_counter() - start))
+    lines = [f"torch {torch.__version__}, 1 thread, {args.rounds} rounds of {BLOCK} steps, batch {BATCH}"]
+    for name, rates in found.items():
+        ratios = sorted(rate / other for rate, other in zip(rates[1:], found["PIDM"][1:], strict=True))
+        lines.append(f"  {name:<6}{statistics.median(rates[1:]):6.0f} steps/s  {statistics.median(ratios):.2f} x PIDM"
+                     f"  ({ratios[0]:.2f} to {ratios[-1]:.2f})")  # fmt: skip
+    text = "\n".join(lines) + "\n"
+    Path(__file__).with_suffix(".txt").write_text(text)
+    print("\n" + text)
+
+
+def residual(points):
+    return points.square().sum(1) - 1
+
+
+def loss_of(tables) -> RegularizedLoss:
+    """PIDM's objective as a `RegularizedLoss`."""
+    scheduler = DDPMScheduler(STEPS, trained_betas=tables["betas"].numpy(), prediction_type="sample")
+    weights = 0.5 / tables["posterior_variance_clipped"]
+    term = Term(
+        lambda x0_hat: residual(x0_hat).square(), WEIGHT, lambda level: weights[level.timesteps.long()], "residual"
+    )
+    return RegularizedLoss(scheduler, [term], snr_gamma=5.0)
+
+
+def pidm_loss(pidm, tables, model, batch):
+    """PIDM's objective by its own function, with the parts that main_toy.py switches off by weights of 0."""
+    return pidm.model_estimation_loss(
+        model, batch, STEPS, tables, model_pred_mode="x0", c_residual=WEIGHT, residual_func=residual,
+        ineq_func=lambda x: (torch.relu(x.abs().sum(1) - 1), None), opt_func=lambda x: x[:, 0],
+    )  # fmt: skip
+
+
+def check(pidm, tables, points) -> None:
+    """That both sides compute the same loss at the same noise and timesteps."""
+    model, batch, seen = pidm.ConditionalModel(2, STEPS), points[:BATCH], {}
+
+    def watched(noisy_samples, timesteps):
+        seen.update(noisy=noisy_samples, timesteps=timesteps)
+        return model(noisy_samples, timesteps)
+
+    expected = pidm_loss(pidm, tables, watched, batch)[0]
+    timesteps = seen["timesteps"]
+    alpha, sigma = (tables[name][timesteps, None] for name in ("alphas_bar_sqrt", "one_minus_alphas_bar_sqrt"))
+    noise = (seen["noisy"] - alpha * batch) / sigma
+    found = loss_of(tables)(model, batch, noise=noise, timesteps=timesteps).loss
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=0)
+
+
+def theirs(pidm, tables, points):
+    model = pidm.ConditionalModel(2, STEPS)
+    optimizer = torch.optim.Adam(model.parameters(), lr=5e-4)
+    bar = tqdm(total=1)
+
+    def step():
+        loss, *_ = pidm_loss(pidm, tables, model, draw(points))
+        optimizer.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        bar.set_description(f"training loss: {loss.item():.4f}")
+
+    return step
+
+
+def ours(pidm, tables, points):
+    loss_fn = loss_of(tables)
+    return loop(pidm.ConditionalModel(2, STEPS), lambda model: loss_fn(model, draw(points)).loss)
+
+
+def tight(pidm, tables, points):
+    alpha, sigma = tables["alphas_bar_sqrt"], tables["one_minus_alphas_bar_sqrt"]
+    of_data, of_residual = tables["p2_loss_weight"], 0.5 * WEIGHT / tables["posterior_variance_clipped"]
+
+    def loss(model):
+        batch, timesteps = draw(points), torch.randint(STEPS, (BATCH,))
+        x0_hat = model(alpha[timesteps, None] * batch + sigma[timesteps, None] * torch.randn_like(batch), timesteps)
+        denoising = (of_data[timesteps] * (x0_hat - batch).square().mean(1)).mean()
+        return denoising + (of_residual[timesteps] * residual(x0_hat).square()).mean()
+
+    return loop(pidm.ConditionalModel(2, STEPS), loss)
+
+
+def loop(model, loss_of_model):
+    """A step of training as train_reg.py has it: fused optimizer, clipping of all gradients at once."""
+    parameters = list(model.parameters())
+    optimizer = torch.optim.Adam(parameters, lr=5e-4, fused=True)
+
+    def step():
+        loss_of_model(model).backward()
+        torch.nn.utils.clip_grad_norm_(parameters, 1.0, foreach=True)
+        optimizer.step()
+        optimizer.zero_grad()
+
+    return step
+
+
+def draw(points):
+    return points[torch.randint(len(points), (BATCH,))]
+
+
+if __name__ == "__main__":
+    main()
