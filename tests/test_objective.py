@@ -1,5 +1,7 @@
 """The objective: its value, what it asks of the model, which images take part."""
 
+import weakref
+
 import diffusers
 import pytest
 import torch
@@ -368,3 +370,36 @@ def test_terms_that_share_an_estimator_share_its_estimate():
     torch.testing.assert_close(result.terms["a"], 4 * values[:2].sum() / 4)
     torch.testing.assert_close(result.terms["b"], 4 * 3 * values[1:3].sum() / 4)
     torch.testing.assert_close(result.terms["plain"], values[:2].sum() / 4)
+
+
+def test_the_memory_of_the_extra_loss_is_free_before_the_network_goes_backward():
+    """Else its peak would come on top of the network's."""
+
+    class Kept:
+        def __init__(self, tensor):
+            self.tensor = tensor
+
+    kept, alive = [], []
+
+    def hungry(x0_hat, /):
+        def keep(tensor):
+            holder = Kept(tensor)
+            kept.append(weakref.ref(holder))
+            return holder
+
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda holder: holder.tensor):
+            return x0_hat.exp().square().flatten(1).mean(1)
+
+    weights = torch.ones((), requires_grad=True)
+
+    def model(sample, timesteps):
+        output = weights * sample
+        output.register_hook(lambda gradient: alive.append(sum(holder() is not None for holder in kept)))
+        return output
+
+    output = RegularizedLoss(scheduler_of(), [Term(hungry, 1.0)])(
+        model, images(1, 4, 1, 8, 8)[0], timesteps=[0, 1, 2, 3]
+    )
+    assert len(kept) >= 2 and all(holder() is not None for holder in kept)
+    output.loss.backward()
+    assert alive == [0] and weights.grad.isfinite()
