@@ -11,7 +11,6 @@ from pathlib import Path
 import torch
 from accelerate import Accelerator
 from accelerate.utils import DataLoaderConfiguration, GradientAccumulationPlugin, set_seed
-from diffusers.optimization import get_scheduler
 from tqdm.auto import tqdm
 
 from reg_diffusers import RegularizedLoss, draw_timesteps, with_condition
@@ -37,6 +36,7 @@ from reg_diffusers.training.launch import resume_command
 from reg_diffusers.training.loss_parts import LossParts
 from reg_diffusers.training.metrics import MetricsLog, check_logger
 from reg_diffusers.training.model import build_noise_scheduler, build_unet, choose_attention, load_given_model
+from reg_diffusers.training.optimizer import build_lr_scheduler, build_optimizer
 from reg_diffusers.training.output import prepare_output_dir, save_pipeline, write_settings
 from reg_diffusers.training.preview import conditions_of, preview_conditions, sampling_pipeline, save_preview
 from reg_diffusers.training.processes import in_turn, join_processes, leave_processes, on_main_process, together
@@ -137,14 +137,7 @@ def train(args, data, settings, resume, interruption, output_dir, terms=(), on_d
         compile_for_training(unet, args.train_batch_size)
     loss_fn = RegularizedLoss(noise_scheduler, terms, snr_gamma=args.snr_gamma, max_nonfinite_steps=None)
     loss_fn.to(accelerator.device)
-    adamw = torch.optim.AdamW(
-        unet.parameters(),
-        lr=args.learning_rate,
-        betas=(args.adam_beta1, args.adam_beta2),
-        weight_decay=args.adam_weight_decay,
-        eps=args.adam_epsilon,
-        fused=True,
-    )
+    adamw = build_optimizer(args, unet)
     progress = Progress()
     dataloader = make_dataloader(args, data, accelerator, progress)
     unet, optimizer, dataloader = accelerator.prepare(unet, adamw, dataloader)
@@ -156,12 +149,7 @@ def train(args, data, settings, resume, interruption, output_dir, terms=(), on_d
     means_on_data = {name: values.mean for name, values in (on_data or {}).items()}
     weights = TermWeights(accelerator, weight_rules(args, terms), means_on_data, args.lr_warmup_steps + MEASURED_STEPS)
     weights.check_length(max_train_steps)
-    lr_scheduler = get_scheduler(
-        args.lr_scheduler,
-        adamw,
-        num_warmup_steps=args.lr_warmup_steps,
-        num_training_steps=max_train_steps,
-    )
+    lr_scheduler = build_lr_scheduler(args, adamw, max_train_steps)
 
     set_seed(args.seed, device_specific=True)  # other noise on each process
     metrics = MetricsLog(accelerator, output_dir / "metrics.jsonl")
@@ -198,7 +186,6 @@ def train(args, data, settings, resume, interruption, output_dir, terms=(), on_d
         disable=not accelerator.is_local_main_process,
         dynamic_ncols=True,
     )
-
     unet.train()
     batches = endless_batches(accelerator, dataloader, progress)
     with bar:
