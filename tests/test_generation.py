@@ -391,7 +391,7 @@ def test_other_files_are_left_alone(model, sample, tmp_path):
         (("--guidance_scale", 1), "--guidance_scale: is about --guidance, which is not given"),
         (("--guidance", "symmetry", "--guidance_scale", -1), "--guidance_scale -1: must be finite and at least 0"),
         (("--num_inference_steps", 5000), "--num_inference_steps 5000: "),
-        (("--num_images", 0), "argument --num_images: '0' is not a whole number of at least 1"),
+        (("--num_images", 0), "argument --num_images: '0' is not a whole number above 0"),
         (("--push_to_hub", "me/it", "--output", "a.npz"), "--push_to_hub uploads pictures: name a folder by --output"),
     ],
 )

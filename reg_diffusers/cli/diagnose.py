@@ -8,7 +8,7 @@ from pathlib import Path
 
 from ..files import write_whole
 from ..training.arguments import add_objective_flags, complete
-from .numbers import natural, positive
+from ..training.flag_values import natural, positive_int
 from .output import check_folder
 
 __all__ = ["add_parser", "run"]
@@ -35,14 +35,14 @@ def add_parser(subparsers) -> argparse.ArgumentParser:
     )
     add(
         "--num_images",
-        type=positive,
+        type=positive_int,
         default=_IMAGES,
         metavar="N",
         help="images used of a larger set (default: %(default)s)",
     )
     add(
         "--num_levels",
-        type=positive,
+        type=positive_int,
         default=20,
         metavar="N",
         help="timesteps looked at, evenly in log SNR (default: %(default)s)",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 
-from .numbers import natural, positive
+from ..training.flag_values import natural, positive_int
 
 __all__ = ["DATA_FLAGS", "NUM_IMAGES", "add_judging_flags", "add_measuring_flags"]
 
@@ -45,7 +45,7 @@ def add_measuring_flags(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add(
         "--num_images",
-        type=positive,
+        type=positive_int,
         metavar="N",
         help=f"samples of each model, and as many images of the data, twice (default: {NUM_IMAGES}, or half of the"
         " data)",
@@ -59,8 +59,14 @@ def add_measuring_flags(parser: argparse.ArgumentParser) -> None:
         " classifier if there are labels, else pixels)",
     )
     add("--fid", action="store_true", help="the Inception FID, too; needs pip install 'reg_diffusers[fid]'")
-    add("--num_inference_steps", type=positive, default=50, metavar="N", help="for each sample (default: %(default)s)")
+    add(
+        "--num_inference_steps",
+        type=positive_int,
+        default=50,
+        metavar="N",
+        help="for each sample (default: %(default)s)",
+    )
     add("--scheduler", metavar="NAME", help="DDIM, DDPM, Euler, DPM-Solver++ or UniPC (default: DDIM; Euler for flow)")
     add("--seed", type=natural, default=0, metavar="N", help="sample i has the seed N + i (default: %(default)s)")
-    add("--batch_size", type=positive, default=64, metavar="N", help="drawn at once (default: %(default)s)")
-    add("--num_threads", type=positive, metavar="N", help="CPU threads per process (default: the cores, shared)")
+    add("--batch_size", type=positive_int, default=64, metavar="N", help="drawn at once (default: %(default)s)")
+    add("--num_threads", type=positive_int, metavar="N", help="CPU threads per process (default: the cores, shared)")

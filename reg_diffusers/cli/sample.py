@@ -8,8 +8,8 @@ import sys
 import time
 from pathlib import Path
 
+from ..training.flag_values import natural, positive_int
 from .model import add_model_flag, load_pipeline
-from .numbers import natural, positive
 
 __all__ = ["add_parser", "run"]
 
@@ -33,10 +33,10 @@ def add_parser(subparsers) -> argparse.ArgumentParser:
     )
     add = parser.add_argument
     add_model_flag(parser)
-    add("--num_images", type=positive, default=64, metavar="N", help="how many (default: %(default)s)")
+    add("--num_images", type=positive_int, default=64, metavar="N", help="how many (default: %(default)s)")
     add(
         "--batch_size",
-        type=positive,
+        type=positive_int,
         default=64,
         metavar="N",
         help="at once in each process (default: %(default)s)",
@@ -49,7 +49,7 @@ def add_parser(subparsers) -> argparse.ArgumentParser:
     )
     add(
         "--num_inference_steps",
-        type=positive,
+        type=positive_int,
         default=50,
         metavar="N",
         help="calls of the network for each image (default: %(default)s)",
@@ -90,7 +90,7 @@ def add_parser(subparsers) -> argparse.ArgumentParser:
     )
     add(
         "--num_threads",
-        type=positive,
+        type=positive_int,
         metavar="N",
         help="CPU threads per process (default: the cores, shared)",
     )

@@ -7,15 +7,11 @@ concerns the regularizers. A YAML file may come first: its entries are read as i
 from __future__ import annotations
 
 import argparse
-import difflib
-import math
-import re
 import sys
-from pathlib import Path
 
-import yaml
-
+from .config_file import flags_of_file
 from .errors import UsageError
+from .flag_values import auto, duration, fraction, natural, nonnegative, positive, positive_int
 from .weight_rules import Target, parse_target, parse_weight
 
 __all__ = ["add_objective_flags", "build_parser", "complete", "parse_args"]
@@ -43,7 +39,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = build_parser()
     try:
         if argv and not argv[0].startswith("-"):
-            argv = _as_flags(argv[0], parser) + argv[1:]
+            argv = flags_of_file(argv[0], parser) + argv[1:]
         args = parser.parse_args(argv)
         if args.dataset_name is None and args.train_data_dir is None:
             parser.set_defaults(**DEMO_DEFAULTS)
@@ -116,7 +112,7 @@ def _data(parser) -> None:
     add("--label_column", help="column with the class labels; default: 'label'. Used with --class_conditional")
     add(
         "--resolution",
-        type=_positive_int,
+        type=positive_int,
         help="images are resized and cropped to this square; default: 64, a given model's own, 16 for the embedded"
         " data. Fields keep their size",
     )
@@ -137,7 +133,7 @@ def _data(parser) -> None:
         " nor disk, such as a Hub id. Needs --max_train_steps where the number of images is not known",
     )
     add("--skip_bad_images", action="store_true", help="leave out images that cannot be decoded, and say how many")
-    add("--dataloader_num_workers", type=_natural, default=0, help="processes that fetch data; 0: the main process")
+    add("--dataloader_num_workers", type=natural, default=0, help="processes that fetch data; 0: the main process")
 
 
 def _model(parser) -> None:
@@ -158,7 +154,7 @@ def _model(parser) -> None:
         help="what the network predicts: noise (epsilon, the default), image, velocity (in the demonstration), or"
         " the flow from image to noise (FlowMatchEulerDiscreteScheduler)",
     )
-    add("--ddpm_num_steps", type=_positive_int, help="noise levels of the training schedule; default: 1000")
+    add("--ddpm_num_steps", type=positive_int, help="noise levels of the training schedule; default: 1000")
     add(
         "--ddpm_beta_schedule",
         choices=["linear", "scaled_linear", "squaredcos_cap_v2", "sigmoid"],
@@ -214,7 +210,7 @@ def _regularization(parser) -> None:
         " PCGrad (arXiv:2001.06782; pair by pair): one backward pass for each loss, and memory for its gradients;"
         " needs pip install conflictfree",
     )
-    add("--snr_gamma", type=_positive, help="min-SNR weighting of the denoising loss, 5 is usual (arXiv:2303.09556)")
+    add("--snr_gamma", type=positive, help="min-SNR weighting of the denoising loss, 5 is usual (arXiv:2303.09556)")
     add(
         "--compare",
         action=argparse.BooleanOptionalAction,
@@ -226,40 +222,40 @@ def _regularization(parser) -> None:
 
 def _optimization(parser) -> None:
     add = parser.add_argument_group("optimization").add_argument
-    add("--seed", type=_natural, default=0, help="seed of weights, data order and noise")
-    add("--train_batch_size", type=_positive_int, default=16, help="images per process and step")
-    add("--num_epochs", type=_positive_int, default=100, help="passes over the data")
-    add("--max_train_steps", type=_positive_int, help="optimizer steps; overrides --num_epochs")
-    add("--gradient_accumulation_steps", type=_positive_int, default=1, help="batches per optimizer step")
-    add("--learning_rate", type=_positive, default=1e-4, help="of AdamW, after the warmup")
+    add("--seed", type=natural, default=0, help="seed of weights, data order and noise")
+    add("--train_batch_size", type=positive_int, default=16, help="images per process and step")
+    add("--num_epochs", type=positive_int, default=100, help="passes over the data")
+    add("--max_train_steps", type=positive_int, help="optimizer steps; overrides --num_epochs")
+    add("--gradient_accumulation_steps", type=positive_int, default=1, help="batches per optimizer step")
+    add("--learning_rate", type=positive, default=1e-4, help="of AdamW, after the warmup")
     add(
         "--lr_scheduler",
         choices=["linear", "cosine", "cosine_with_restarts", "polynomial", "constant", "constant_with_warmup"],
         default="cosine",
         help="how the learning rate changes",
     )
-    add("--lr_warmup_steps", type=_natural, default=500, help="steps in which the learning rate rises")
-    add("--adam_beta1", type=_fraction, default=0.95, help="decay of AdamW's first moment")
-    add("--adam_beta2", type=_fraction, default=0.999, help="decay of AdamW's second moment")
-    add("--adam_weight_decay", type=_nonnegative, default=1e-6, help="AdamW's weight decay")
-    add("--adam_epsilon", type=_positive, default=1e-8, help="AdamW's denominator term")
+    add("--lr_warmup_steps", type=natural, default=500, help="steps in which the learning rate rises")
+    add("--adam_beta1", type=fraction, default=0.95, help="decay of AdamW's first moment")
+    add("--adam_beta2", type=fraction, default=0.999, help="decay of AdamW's second moment")
+    add("--adam_weight_decay", type=nonnegative, default=1e-6, help="AdamW's weight decay")
+    add("--adam_epsilon", type=positive, default=1e-8, help="AdamW's denominator term")
     add(
         "--max_bad_steps",
-        type=_positive_int,
+        type=positive_int,
         default=10,
         help="stop after so many steps in a row whose loss or gradient is not finite, each of which is left out; or in"
         " which L' of an image is not finite, whose part is left out",
     )
-    add("--max_grad_norm", type=_positive, default=1.0, help="gradients are clipped to this norm")
+    add("--max_grad_norm", type=positive, default=1.0, help="gradients are clipped to this norm")
     add(
         "--use_ema",
         action=argparse.BooleanOptionalAction,
         default=True,
         help="sample from and save an exponential moving average of the weights",
     )
-    add("--ema_inv_gamma", type=_positive, default=1.0, help="inverse gamma of the average's warmup")
-    add("--ema_power", type=_positive, default=0.75, help="power of the average's warmup")
-    add("--ema_max_decay", type=_fraction, default=0.9999, help="largest decay of the average")
+    add("--ema_inv_gamma", type=positive, default=1.0, help="inverse gamma of the average's warmup")
+    add("--ema_power", type=positive, default=0.75, help="power of the average's warmup")
+    add("--ema_max_decay", type=fraction, default=0.9999, help="largest decay of the average")
     add(
         "--mixed_precision",
         choices=["no", "fp16", "bf16"],
@@ -283,7 +279,7 @@ def _optimization(parser) -> None:
         action="store_true",
         help="keep fewer activations and compute them again in the backward pass: less memory, longer steps",
     )
-    add("--num_threads", type=_positive_int, help="CPU threads per process; default: the cores shared evenly")
+    add("--num_threads", type=positive_int, help="CPU threads per process; default: the cores shared evenly")
     add("--local_rank", type=int, help="accepted for compatibility: accelerate knows")
     add("--enable_xformers_memory_efficient_attention", action="store_true", help="use xformers' attention on a GPU")
 
@@ -292,19 +288,19 @@ def _output(parser) -> None:
     add = parser.add_argument_group("output").add_argument
     add("--output_dir", default="reg-ddpm-model", help="folder for the pipeline, samples, checkpoints and logs")
     add("--overwrite_output_dir", action="store_true", help="start anew in a folder that holds an earlier run")
-    add("--eval_batch_size", type=_positive_int, default=16, help="images in each grid of samples")
-    add("--save_images_epochs", type=_positive_int, default=10, help="epochs between grids of samples")
-    add("--preview_steps", type=_positive_int, help="steps between grids of samples, instead of epochs")
-    add("--ddpm_num_inference_steps", type=_positive_int, default=50, help="network calls per sample in grids (DDIM)")
-    add("--save_model_epochs", type=_positive_int, default=10, help="epochs between savings of the pipeline")
-    add("--checkpointing_steps", type=_positive_int, default=500, help="steps between checkpoints to resume from")
-    add("--checkpoints_total_limit", type=_positive_int, help="number of checkpoints kept; default: all")
+    add("--eval_batch_size", type=positive_int, default=16, help="images in each grid of samples")
+    add("--save_images_epochs", type=positive_int, default=10, help="epochs between grids of samples")
+    add("--preview_steps", type=positive_int, help="steps between grids of samples, instead of epochs")
+    add("--ddpm_num_inference_steps", type=positive_int, default=50, help="network calls per sample in grids (DDIM)")
+    add("--save_model_epochs", type=positive_int, default=10, help="epochs between savings of the pipeline")
+    add("--checkpointing_steps", type=positive_int, default=500, help="steps between checkpoints to resume from")
+    add("--checkpoints_total_limit", type=positive_int, help="number of checkpoints kept; default: all")
     add("--resume_from_checkpoint", metavar="PATH", help="a checkpoint folder, or 'latest' of --output_dir")
     add(
         "--resume",
         dest="resume_from_checkpoint",
         metavar="auto",
-        type=_auto,
+        type=auto,
         help="auto: go on from the newest checkpoint of --output_dir that is whole, or start if there is none; so one"
         " and the same command starts a run and goes on with it",
     )
@@ -315,7 +311,7 @@ def _output(parser) -> None:
     )
     add(
         "--max_train_time",
-        type=_duration,
+        type=duration,
         metavar="TIME",
         help="save and end after so long, such as 90m, 3h30m or 03:30:00; --resume auto goes on",
     )
@@ -324,7 +320,7 @@ def _output(parser) -> None:
     )
     add(
         "--profile",
-        type=_positive_int,
+        type=positive_int,
         metavar="N",
         help="profile N steps after a warm-up: prints where their time goes, and writes OUTPUT_DIR/profile/trace.json,"
         " which chrome://tracing and ui.perfetto.dev open",
@@ -358,39 +354,6 @@ class _HelpFormatter(argparse.HelpFormatter):
         silent = action.default in (None, False, argparse.SUPPRESS) or "default" in action.help
         shown = " ".join(map(str, action.default)) if isinstance(action.default, list) else action.default
         return action.help if silent else f"{action.help} (default: {shown})"
-
-
-def _as_flags(path: str, parser: argparse.ArgumentParser) -> list[str]:
-    """A YAML file's entries as command-line flags, so that one parser checks both."""
-    try:
-        settings = yaml.safe_load(Path(path).read_text()) or {}
-    except OSError as error:
-        raise UsageError(f"{path!r} is neither a flag nor a YAML file that can be read: {error.strerror}") from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise UsageError(f"{path}: not YAML: {' '.join(str(error).split())}") from None
-    if not isinstance(settings, dict):
-        raise UsageError(f"{path}: must hold entries like 'resolution: 32'")
-    known = {name.lstrip("-"): action for action in parser._actions for name in action.option_strings}
-    flags = []
-    for name, value in settings.items():
-        if name not in known:
-            close = difflib.get_close_matches(str(name), known, n=1)
-            raise UsageError(f"{path}: unknown entry {name!r}" + (f"; did you mean {close[0]!r}?" if close else ""))
-        flags += _as_flag(known[name], value)
-    return flags
-
-
-def _as_flag(action: argparse.Action, value) -> list[str]:
-    flag = action.option_strings[0]
-    if value is None:
-        return []
-    if isinstance(action, argparse.BooleanOptionalAction):
-        return [flag if value else action.option_strings[1]]
-    if action.nargs == 0:
-        return [flag] if value else []
-    if isinstance(value, list):
-        return [flag, *map(str, value)]
-    return [f"{flag}={value}"]
 
 
 def _check(args: argparse.Namespace) -> None:
@@ -439,51 +402,3 @@ def _parsed(parse, text: str):
         return parse(text)
     except ValueError as error:
         raise argparse.ArgumentTypeError(str(error)) from None
-
-
-def _positive(text: str) -> float:
-    return _number(text, float, lambda value: value > 0, "a number above 0")
-
-
-def _nonnegative(text: str) -> float:
-    return _number(text, float, lambda value: value >= 0, "a number of at least 0")
-
-
-def _fraction(text: str) -> float:
-    return _number(text, float, lambda value: 0 <= value < 1, "a number from 0 to below 1")
-
-
-def _positive_int(text: str) -> int:
-    return _number(text, int, lambda value: value > 0, "a whole number above 0")
-
-
-def _natural(text: str) -> int:
-    return _number(text, int, lambda value: value >= 0, "a whole number of at least 0")
-
-
-def _auto(text: str) -> str:
-    if text != "auto":
-        raise argparse.ArgumentTypeError(f"{text!r} is not 'auto'; a folder is named by --resume_from_checkpoint")
-    return "latest"
-
-
-def _duration(text: str) -> int:
-    """Seconds, from "90m", "3h30m", "45" (seconds), "03:30:00" or "1-12:00:00" (days first, as SLURM writes it)."""
-    units = re.fullmatch(r"(?:(\d+)d)?(?:(\d+)h)?(?:(\d+)m)?(?:(\d+)s?)?", text)
-    clock = re.fullmatch(r"(?:(\d+)-)?(\d+):(\d\d):(\d\d)", text)
-    parts = (units or clock).groups() if units or clock else ()
-    days, hours, minutes, seconds = (int(part or 0) for part in parts) if parts else (0, 0, 0, 0)
-    total = ((days * 24 + hours) * 60 + minutes) * 60 + seconds
-    if total == 0:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a time such as 90m, 3h30m or 03:30:00")
-    return total
-
-
-def _number(text: str, kind: type, accepts, expected: str):
-    try:
-        value = kind(text)
-    except ValueError:
-        value = math.nan
-    if not (math.isfinite(value) and accepts(value)):
-        raise argparse.ArgumentTypeError(f"{text!r} is not {expected}")
-    return value
