@@ -5,7 +5,7 @@ from __future__ import annotations
 import textwrap
 from pathlib import Path
 
-from .diagnosis import Diagnosis, Guesses
+from .diagnosis_result import Diagnosis, Guesses
 from .verdict import Verdict
 
 __all__ = ["draw_diagnosis"]

@@ -7,7 +7,7 @@ import math
 from dataclasses import asdict
 from pathlib import Path
 
-from .diagnosis import Diagnosis, Guesses, LevelDiagnosis
+from .diagnosis_result import Diagnosis, Guesses, LevelDiagnosis
 from .verdict import Verdict
 
 __all__ = ["describe", "describe_verdict", "write_json"]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-from .diagnosis import Cost, Diagnosis
+from .diagnosis_result import Cost, Diagnosis
 
 __all__ = ["Verdict", "judge"]
 
