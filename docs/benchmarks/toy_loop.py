@@ -3,11 +3,11 @@
     python docs/benchmarks/toy_loop.py --pidm path/to/PhysicsInformedDiffusionModels
 
 Your copy of PIDM (github.com/jhbastek/PhysicsInformedDiffusionModels, with einops and imageio installed) gives the
-network, an MLP, the schedule and, for its side, the loss with mean estimation: x0-prediction, min-SNR-5 weights, 0.1
-times the Gaussian likelihood of the residual |x|^2 - 1. Ours is the same loss by a `Term`; that both give the same
-number is checked first. Then they take turns on one thread, in blocks of 200 steps: "PIDM" does in a step what
-main_toy.py does, progress bar and all, without wandb; "tight" is the same mathematics with nothing around it, neither
-checks nor records, as fast as this network can be trained step by step.
+network, an MLP, the schedule and, for its side, the loss with mean estimation: x0-prediction, min-SNR-5 weights, and
+-0.1 times the logarithm of the likelihood of the residual |x|^2 - 1. Ours is the same loss by a `Term`; that both give
+the same number is checked first. Then they take turns on one thread, in blocks of 200 steps. "PIDM" does in a step
+what main_toy.py does, progress bar and all, without wandb. "tight" is the same mathematics with nothing around it,
+neither checks nor records: as fast as this network can be trained step by step.
 
 The result is printed and kept in toy_loop.txt beside this file.
 """
@@ -22,10 +22,10 @@ import torch
 from diffusers import DDPMScheduler
 from tqdm import tqdm
 
-from reg_diffusers import RegularizedLoss, Term
+from reg_diffusers import RegularizedLoss, Term, weighting
 
 BATCH, STEPS, BLOCK = 128, 100, 200
-WEIGHT = 0.1
+WEIGHT, LARGEST = 0.1, 27.6310211159  # of PIDM: a likelihood is no smaller than exp(-27.6), 1e-12
 
 
 def main() -> None:
@@ -64,14 +64,18 @@ def residual(points):
     return points.square().sum(1) - 1
 
 
+def surprise(points, /, *, variance):
+    """The negative logarithm of the likelihood of a residual of 0, without its constant."""
+    return (residual(points).square() / (2 * variance)).clamp(max=LARGEST)
+
+
+surprise.needs = ("variance",)
+
+
 def loss_of(tables) -> RegularizedLoss:
     """PIDM's objective as a `RegularizedLoss`."""
     scheduler = DDPMScheduler(STEPS, trained_betas=tables["betas"].numpy(), prediction_type="sample")
-    weights = 0.5 / tables["posterior_variance_clipped"]
-    term = Term(
-        lambda x0_hat: residual(x0_hat).square(), WEIGHT, lambda level: weights[level.timesteps.long()], "residual"
-    )
-    return RegularizedLoss(scheduler, [term], snr_gamma=5.0)
+    return RegularizedLoss(scheduler, [Term(surprise, WEIGHT, weighting.constant)], snr_gamma=5.0)
 
 
 def pidm_loss(pidm, tables, model, batch):
@@ -94,7 +98,8 @@ def check(pidm, tables, points) -> None:
     timesteps = seen["timesteps"]
     alpha, sigma = (tables[name][timesteps, None] for name in ("alphas_bar_sqrt", "one_minus_alphas_bar_sqrt"))
     noise = (seen["noisy"] - alpha * batch) / sigma
-    found = loss_of(tables)(model, batch, noise=noise, timesteps=timesteps).loss
+    variance = tables["posterior_variance_clipped"][timesteps]
+    found = loss_of(tables)(model, batch, noise=noise, timesteps=timesteps, variance=variance).loss
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=0)
 
 
@@ -115,19 +120,24 @@ def theirs(pidm, tables, points):
 
 
 def ours(pidm, tables, points):
-    loss_fn = loss_of(tables)
-    return loop(pidm.ConditionalModel(2, STEPS), lambda model: loss_fn(model, draw(points)).loss)
+    loss_fn, variance = loss_of(tables), tables["posterior_variance_clipped"]
+
+    def loss(model):
+        timesteps = torch.randint(STEPS, (BATCH,))
+        return loss_fn(model, draw(points), timesteps=timesteps, variance=variance[timesteps]).loss
+
+    return loop(pidm.ConditionalModel(2, STEPS), loss)
 
 
 def tight(pidm, tables, points):
     alpha, sigma = tables["alphas_bar_sqrt"], tables["one_minus_alphas_bar_sqrt"]
-    of_data, of_residual = tables["p2_loss_weight"], 0.5 * WEIGHT / tables["posterior_variance_clipped"]
+    of_data, variance = tables["p2_loss_weight"], tables["posterior_variance_clipped"]
 
     def loss(model):
         batch, timesteps = draw(points), torch.randint(STEPS, (BATCH,))
         x0_hat = model(alpha[timesteps, None] * batch + sigma[timesteps, None] * torch.randn_like(batch), timesteps)
         denoising = (of_data[timesteps] * (x0_hat - batch).square().mean(1)).mean()
-        return denoising + (of_residual[timesteps] * residual(x0_hat).square()).mean()
+        return denoising + WEIGHT * surprise(x0_hat, variance=variance[timesteps]).mean()
 
     return loop(pidm.ConditionalModel(2, STEPS), loss)
 

@@ -271,8 +271,8 @@ def _optimization(parser) -> None:
     add(
         "--compile",
         action="store_true",
-        help="compile the network for the training (torch.compile): minutes at the start, then shorter steps, so for"
-        " long runs only",
+        help="compile the network for the training (torch.compile): minutes at the start, for long runs on a GPU; on"
+        " a CPU nothing was gained",
     )
     add(
         "--gradient_checkpointing",

@@ -79,7 +79,8 @@ def describe_machine(
     """What was chosen for the speed of the training, each with its reason, in two lines."""
     memory = "freed memory kept" if keeps_memory else "freed memory left to the system"
     precision = f"mixed precision {mixed_precision} ({precision_reason(args, mixed_precision)})"
-    compiled = "compiled, minutes before the first step" if args.compile else "not compiled (long runs: --compile)"
+    why_not = "nothing gained on a CPU" if state.device.type == "cpu" else "minutes at the start; long runs: --compile"
+    compiled = "compiled, minutes before the first step" if args.compile else f"not compiled ({why_not})"
     checkpointing = ", gradient checkpointing" if args.gradient_checkpointing else ""
     return [
         f"{state.num_processes} x {state.device}, {threads} threads each, {memory}, {precision}",
