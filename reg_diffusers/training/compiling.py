@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import warnings
+
 import torch
 from torch import nn
 
@@ -21,6 +23,8 @@ def compile_for_training(unet: nn.Module, batch_size: int, backend: str = "induc
         batch_size: images of a batch on each process.
         backend: of torch.compile.
     """
+    # diffusers asks for PyTorch's version by a cached function: nothing that changes between two calls.
+    warnings.filterwarnings("ignore", message="Dynamo detected a call to a `functools.lru_cache`-wrapped function")
     plain = unet.forward
     compiled = torch.compile(plain, dynamic=False, fullgraph=True, backend=backend)
 
