@@ -107,6 +107,15 @@ def test_what_is_measured_is_what_it_says(folder, evaluate):
     assert Path("evaluation/evaluation.txt").read_text().strip() in told
 
 
+def test_samples_in_bfloat16_are_the_same_to_its_precision_and_another_evaluation(folder, evaluate):
+    """8 bits: each value of two steps is off by about 2^-8 of the largest ones."""
+    evaluate("--model", "A", *PIXELS)
+    assert "mixed_precision" in evaluate("--model", "A", *PIXELS, "--mixed_precision", "bf16", refused=True)
+    evaluate("--model", "A", *PIXELS, "--mixed_precision", "bf16", "--output", "fast")
+    plain, fast = (np.load(f"{output}/samples/A.npz")["arr_0"] for output in ("evaluation", "fast"))
+    assert 0 < np.abs(plain - fast).max() < 2**-6 * np.abs(plain).max()
+
+
 class Page(HTMLParser):
     def __init__(self):
         super().__init__()

@@ -14,7 +14,7 @@ __all__ = ["Bench", "load_models", "open_bench"]
 _SEARCHED = 10_000  # images of the data that are looked at: for reference, for near copies, by the classifier
 
 
-def load_models(names: list[str], device, titles: list[str] | None = None) -> dict:
+def load_models(names: list[str], device, titles: list[str] | None = None, *, mixed_precision: str = "no") -> dict:
     """The pipelines by their titles, all of images of one size; titles are made from the names by default.
 
     Raises:
@@ -25,7 +25,10 @@ def load_models(names: list[str], device, titles: list[str] | None = None) -> di
 
     if doubled := [name for name in names if names.count(name) > 1]:
         raise UsageError(f"--model {doubled[0]} is given twice")
-    models = {title: load_pipeline(name, device) for title, name in zip(titles or _titles(names), names, strict=True)}
+    models = {
+        title: load_pipeline(name, device, mixed_precision=mixed_precision)
+        for title, name in zip(titles or _titles(names), names, strict=True)
+    }
     (first, one), *others = models.items()
     for title, other in others:
         for what, of_one, of_other in zip(

@@ -82,7 +82,7 @@ def run(args: argparse.Namespace) -> None:
     set_threads(args)
     output = Path(args.output)
     on_main_process(state, lambda: _check_output(output))
-    models = together(state, lambda: load_models(args.model, state.device))
+    models = together(state, lambda: load_models(args.model, state.device, mixed_precision=args.mixed_precision))
     specs = args.regularizer or recorded_regularizers(args.model)
     regularizers = together(state, lambda: regularizers_of(specs))
     bench = in_turn(state, lambda: open_bench(args, models))
@@ -152,6 +152,7 @@ def _settings(args: argparse.Namespace, samplers: dict, bench, specs: list[str],
         "data_sha256": bench.fingerprint,
         "num_images": bench.number,
         "seed": args.seed,
+        "mixed_precision": args.mixed_precision,
         "features": features.description if features else "",
         "fid": args.fid,
     }

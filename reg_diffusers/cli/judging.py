@@ -221,6 +221,7 @@ def samplers_of(args: argparse.Namespace, models: dict, names: dict, bench: Benc
             scheduler=args.scheduler or next(iter(fitting_samplers(pipeline))),
             num_inference_steps=args.num_inference_steps,
             seed=args.seed,
+            mixed_precision=args.mixed_precision,
             class_labels=tuple(labels.tolist()) if by_class else (),
             condition_sha256=hashlib.sha256(conditions.numpy()).hexdigest() if conditions is not None else "",
         )

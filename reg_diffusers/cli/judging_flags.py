@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 
 from ..training.flag_values import natural, positive_int
+from .model import add_precision_flag
 
 __all__ = ["DATA_FLAGS", "NUM_IMAGES", "add_judging_flags", "add_measuring_flags"]
 
@@ -69,4 +70,5 @@ def add_measuring_flags(parser: argparse.ArgumentParser) -> None:
     add("--scheduler", metavar="NAME", help="DDIM, DDPM, Euler, DPM-Solver++ or UniPC (default: DDIM; Euler for flow)")
     add("--seed", type=natural, default=0, metavar="N", help="sample i has the seed N + i (default: %(default)s)")
     add("--batch_size", type=positive_int, default=64, metavar="N", help="drawn at once (default: %(default)s)")
+    add_precision_flag(parser)
     add("--num_threads", type=positive_int, metavar="N", help="CPU threads per process (default: the cores, shared)")

@@ -9,7 +9,7 @@ import time
 from pathlib import Path
 
 from ..training.flag_values import natural, positive_int
-from .model import add_model_flag, load_pipeline
+from .model import add_model_flag, add_precision_flag, load_pipeline
 
 __all__ = ["add_parser", "run"]
 
@@ -82,12 +82,7 @@ def add_parser(subparsers) -> argparse.ArgumentParser:
         choices=list(_GUIDANCE_SCALES),
         help="how they steer: without a gradient through the network, with it, averaged (default: mpgd)",
     )
-    add(
-        "--mixed_precision",
-        choices=["no", "bf16"],
-        default="no",
-        help="bf16: the network computes in bfloat16, on recent GPUs faster (default: %(default)s)",
-    )
+    add_precision_flag(parser)
     add(
         "--num_threads",
         type=positive_int,

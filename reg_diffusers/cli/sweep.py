@@ -90,7 +90,7 @@ def run(args: argparse.Namespace) -> None:
     set_threads(args)
     state = PartialState(cpu=cpu_is_wanted())
     names = {title: str(output / "runs" / _name(title)) for title, *_ in runs}
-    models = load_models(list(names.values()), state.device, list(names))
+    models = load_models(list(names.values()), state.device, list(names), mixed_precision=args.mixed_precision)
     args.data = training.dataset_name or training.train_data_dir
     for name in DATA_FLAGS:
         setattr(args, name, getattr(training, name))
@@ -166,6 +166,7 @@ def _settings(args: argparse.Namespace) -> dict:
         "num_inference_steps": args.num_inference_steps,
         "scheduler": args.scheduler,
         "seed": args.seed,
+        "mixed_precision": args.mixed_precision,
     }
 
 
