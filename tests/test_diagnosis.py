@@ -314,7 +314,7 @@ def folder(tmp_path_factory, blocks):
     return folder
 
 
-def test_the_command_judges_each_regularizer_and_writes_what_it_found(folder):
+def test_the_command_judges_each_regularizer_and_writes_what_it_found(folder, monkeypatch, capsys):
     flags = ("--train_data_dir", "fields.npy", "--regularizer", "total_variation", "own:cut", "--num_levels", 4)
     done = command(folder, *flags, "--reg_weight", 0.02, "--prediction_type", "v_prediction")
     assert done.returncode == 0, done.stderr
@@ -333,10 +333,12 @@ def test_the_command_judges_each_regularizer_and_writes_what_it_found(folder):
     assert found["verdict"]["answer"] == "makes sense" and len(found["levels"]) == 4
     assert found["asked"]["weight"] == 0.02
 
-    again = command(folder, *flags)
-    assert again.returncode == 2 and "--overwrite" in again.stderr.splitlines()[-1]
-    replaced = command(folder, *flags, "--overwrite", "--reg_weight", 0.03)
-    assert replaced.returncode == 0
+    monkeypatch.chdir(folder)
+    again = ["diagnose", *map(str, flags[:3]), "total_variation", "--num_levels", "4"]
+    with pytest.raises(SystemExit, match="^2$"):
+        main(again)
+    assert "--overwrite" in capsys.readouterr().err.splitlines()[-1]
+    main([*again, "--overwrite", "--reg_weight", "0.03"])
     assert json.loads((written / "total_variation.json").read_text())["asked"]["weight"] == 0.03
 
 
