@@ -160,7 +160,7 @@ def train(args, data, settings, resume, interruption, output_dir, terms=(), on_d
     conflict_free = ConflictFree(accelerator, unet, args.reg_balance) if args.reg_balance and terms else None
     profile = StepProfile(accelerator, args.profile, output_dir)
     network = profile.around("forward", conflict_free.network if conflict_free else unet)
-    regularization.forward = profile.around("auxiliary", regularization.forward)
+    regularization.at_level = profile.around("auxiliary", regularization.at_level)
     balanced = profile.around("auxiliary", balance)
     counters = {"metrics": metrics, "loss_parts": loss_parts, "bad_steps": bad_steps, "nonfinite": dropped}
     if args.streaming:

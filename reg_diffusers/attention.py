@@ -3,7 +3,7 @@
 Both compute softmax(q k^T / sqrt(d)) v. The fused kernel of PyTorch never holds the matrix of all pairs of pixels,
 which is what large images need. On a CPU in bfloat16 it is slow for small networks, above all for narrow heads
 (diffusers' default is 8 channels to a head); there the matrix fits memory with ease, and the products are done by the
-processor's own instructions for bfloat16. In float32 the matrix would be twice as large, for a gain half as large.
+processor's own instructions for bfloat16. In float32 the matrix is twice as large.
 """
 
 from __future__ import annotations
@@ -44,8 +44,9 @@ def prefers_explicit_attention(unet: nn.Module, batch_size: int, device_type: st
 def use_explicit_attention(unet: nn.Module) -> None:
     """Computes all attention of a network by explicit products from now on; weights and their names stay.
 
-    The softmax is taken in the type of its input: PyTorch computes it in float32 inside, and diffusers rounds the
-    result to that type anyway, so a float32 copy of the matrix would be kept for nothing.
+    Gradients can be taken once, not gradients of gradients. The softmax is taken in the type of its input: PyTorch
+    computes it in float32 inside, and diffusers rounds the result to that type anyway, so a float32 copy of the matrix
+    would be kept for nothing.
     """
     for layer in _layers(unet).values():
         layer.set_processor(_Explicit())
@@ -66,8 +67,9 @@ class _Explicit(AttnProcessor):
 
         The other arguments are named because diffusers looks at the names; a UNet2DModel has no use for them.
         """
-        if torch.compiler.is_compiling():
-            return super().__call__(attn, hidden_states).contiguous()
+        is_usual = attn.residual_connection and attn.spatial_norm is None and not attn.upcast_attention
+        if torch.compiler.is_compiling() or not is_usual:
+            return super().__call__(attn, hidden_states, temb=temb).contiguous()
         pixels = hidden_states.flatten(2)
         if attn.group_norm is not None:
             pixels = attn.group_norm(pixels)
@@ -83,8 +85,9 @@ class _Explicit(AttnProcessor):
 class _SlicedAttention(torch.autograd.Function):
     """softmax(scale q k^T) v, for so many heads of so many images at a time that their matrix stays in the cache.
 
-    Forward and backward, each part is done with before the next one begins. The gradients of k and v are taken as
-    (g^T P)^T rather than P^T g, which takes half the time on a CPU.
+    Forward and backward, each part is done with before the next one begins; an accelerator does all at once. Types are
+    those of the inputs, whatever autocast would choose. The gradients of k and v are taken as (g^T P)^T rather than
+    P^T g, which takes half the time on a CPU.
     """
 
     @staticmethod
@@ -94,10 +97,11 @@ class _SlicedAttention(torch.autograd.Function):
         pixels = query.shape[1]
         probabilities = query.new_empty(len(query), pixels, pixels) if keeps else None
         attended = torch.empty_like(query)
-        for part in _parts(query):
-            scores = torch.baddbmm(query.new_zeros(()), query[part], key[part].mT, beta=0, alpha=scale)
-            torch.softmax(scores, -1, out=probabilities[part] if keeps else scores)
-            torch.bmm(probabilities[part] if keeps else scores, value[part], out=attended[part])
+        with torch.autocast(query.device.type, enabled=False):
+            for part in _parts(query):
+                scores = torch.baddbmm(query.new_zeros(()), query[part], key[part].mT, beta=0, alpha=scale)
+                torch.softmax(scores, -1, out=probabilities[part] if keeps else scores)
+                torch.bmm(probabilities[part] if keeps else scores, value[part], out=attended[part])
         if keeps:
             ctx.save_for_backward(query, key, value, probabilities)
         ctx.scale = scale
@@ -109,17 +113,20 @@ class _SlicedAttention(torch.autograd.Function):
         """The gradients of query, key and value."""
         query, key, value, probabilities = ctx.saved_tensors
         of_query, of_key, of_value = (torch.empty_like(tensor) for tensor in (query, key, value))
-        for part in _parts(query):
-            p, g = probabilities[part], gradient[part]
-            of_value[part] = (g.mT @ p).mT
-            of_scores = torch.ops.aten._softmax_backward_data(g @ value[part].mT, p, -1, p.dtype)
-            of_query[part] = (of_scores @ key[part]).mul_(ctx.scale)
-            of_key[part] = (query[part].mT @ of_scores).mT.mul_(ctx.scale)
+        with torch.autocast(query.device.type, enabled=False):
+            for part in _parts(query):
+                p, g = probabilities[part], gradient[part]
+                of_value[part] = (g.mT @ p).mT
+                of_scores = torch.ops.aten._softmax_backward_data(g @ value[part].mT, p, -1, p.dtype)
+                of_query[part] = (of_scores @ key[part]).mul_(ctx.scale)
+                of_key[part] = (query[part].mT @ of_scores).mT.mul_(ctx.scale)
         return of_query, of_key, of_value, None
 
 
 def _parts(query: Tensor) -> list[slice]:
     """Which heads are computed together."""
+    if query.device.type != "cpu":
+        return [slice(None)]
     number = max(_SLICE // (query.shape[1] ** 2 * query.element_size()), 1)
     return [slice(start, start + number) for start in range(0, len(query), number)]
 

@@ -114,16 +114,13 @@ class X0Regularization(nn.Module):
         self.networks.eval()
         return self
 
-    def forward(
-        self, model_output: Tensor, timesteps: Tensor, sample: Tensor, *, level: NoiseLevel | None = None, **context
-    ) -> LossOutput:
+    def forward(self, model_output: Tensor, timesteps: Tensor, sample: Tensor, **context) -> LossOutput:
         """The weighted sum of the extra losses for one batch.
 
         Args:
             model_output: (B, C, ...) what the network returned for `sample`.
             timesteps: (B,), or a scalar for the whole batch.
             sample: (B, C, ...) the noisy images x_t, in the coordinates of `scheduler.step`.
-            level: `prediction.noise_level` of the timesteps, where it is known already.
             **context: what the regularizers list in `needs`; tensors with the batch as first dimension.
 
         Returns:
@@ -135,8 +132,13 @@ class X0Regularization(nn.Module):
             FloatingPointError: L' was not finite for `max_nonfinite_steps` steps in a row.
         """
         timesteps = torch.as_tensor(timesteps).expand(len(sample))
-        model_output = _alias(model_output)
-        level = self._in_training(noise_level(self.scheduler, timesteps) if level is None else level)
+        return self.at_level(noise_level(self.scheduler, timesteps), model_output, timesteps, sample, context)
+
+    def at_level(
+        self, level: NoiseLevel, model_output: Tensor, timesteps: Tensor, sample: Tensor, context: dict
+    ) -> LossOutput:
+        """As `forward`, where the noise level of the timesteps, (B,), is known already."""
+        model_output, level = _alias(model_output), self._in_training(level)
         weights = {term.name: checked_weights(term, level) for term in self.terms}
         estimates = self._estimates(weights, model_output, timesteps, sample)
         terms, per_image = {}, {}
@@ -267,7 +269,7 @@ class RegularizedLoss(nn.Module):
         target = prediction_target(self.scheduler, original_samples, noise, level)
         denoising, per_image = self._denoising(model_output, target, level)
         context["original_samples"] = original_samples
-        extra = self.regularization(model_output, timesteps, noisy_samples, level=level, **context)
+        extra = self.regularization.at_level(level, model_output, timesteps, noisy_samples, context)
         return LossOutput(
             denoising + extra.loss,
             {"denoising": denoising, **extra.terms},

@@ -97,13 +97,11 @@ def prediction_type(scheduler) -> str:
 
 
 def noise_level(scheduler, timesteps) -> NoiseLevel:
-    """The noise level of each timestep.
+    """The noise level of each timestep. `add_noise` and its kind take it in place of the timesteps.
 
     Args:
         scheduler: any diffusers scheduler of the families named in the module's docstring.
         timesteps: (B,) integers or floats as the scheduler counts them; a scalar counts as (1,).
-
-    The other functions of this module take its result in place of timesteps, so that a step looks them up but once.
 
     Raises:
         ValueError: the scheduler belongs to none of these families.
@@ -149,14 +147,14 @@ def predict_original_sample(scheduler, model_output: Tensor, timesteps, sample: 
     model_output = without_learned_variance(scheduler, model_output, sample)
     dtype = torch.promote_types(torch.promote_types(model_output.dtype, sample.dtype), torch.float32)
     model_output, sample = model_output.to(dtype), sample.to(dtype)
-    if kind == "sample":
-        return model_output
     alpha, sigma = _alpha_sigma_like(scheduler, timesteps, sample)
     if _is_edm(scheduler):
         skip, out = _edm_preconditioning(scheduler, sigma)
         return skip * sample + out * model_output
     if kind == "epsilon":
         return (sample - sigma * model_output) / alpha
+    if kind == "sample":
+        return model_output
     if kind == "flow_prediction":
         return sample - sigma * model_output
     if not _is_variance_exploding(scheduler):
@@ -189,7 +187,7 @@ def prediction_target(scheduler, original_samples: Tensor, noise: Tensor, timest
         scheduler: a diffusers scheduler.
         original_samples: (B, C, ...) the images x_0.
         noise: (B, C, ...) eps.
-        timesteps: (B,), or a scalar for the whole batch.
+        timesteps: (B,), or a scalar for the whole batch; or their `NoiseLevel`.
 
     Returns:
         (B, C, ...): eps, x_0, alpha eps - sigma x_0 or eps - x_0 by `prediction_type`.
@@ -217,7 +215,7 @@ def add_noise(scheduler, original_samples: Tensor, noise: Tensor, timesteps) -> 
         scheduler: a diffusers scheduler.
         original_samples: (B, C, ...) the images x_0.
         noise: (B, C, ...) eps.
-        timesteps: (B,), or a scalar for the whole batch.
+        timesteps: (B,), or a scalar for the whole batch; or their `NoiseLevel`.
     """
     alpha, sigma = _alpha_sigma_like(scheduler, timesteps, original_samples)
     return alpha * original_samples + sigma * noise
@@ -232,7 +230,7 @@ def scale_model_input(scheduler, sample: Tensor, timesteps) -> Tensor:
     Args:
         scheduler: a diffusers scheduler.
         sample: (B, C, ...) the noisy x_t.
-        timesteps: (B,), or a scalar for the whole batch.
+        timesteps: (B,), or a scalar for the whole batch; or their `NoiseLevel`.
     """
     if _is_edm(scheduler):
         _, sigma = _alpha_sigma_like(scheduler, timesteps, sample)

@@ -335,7 +335,7 @@ def test_the_command_judges_each_regularizer_and_writes_what_it_found(folder, mo
 
     monkeypatch.chdir(folder)
     again = ["diagnose", *map(str, flags[:3]), "total_variation", "--num_levels", "4"]
-    with pytest.raises(SystemExit, match="^2$"):
+    with pytest.raises(SystemExit, match=r"^2$"):
         main(again)
     assert "--overwrite" in capsys.readouterr().err.splitlines()[-1]
     main([*again, "--overwrite", "--reg_weight", "0.03"])

@@ -128,3 +128,21 @@ def test_too_many_steps_with_bad_gradients_stop_the_run_too():
         for _ in range(5):
             output = original.clone().requires_grad_()
             loss_fn(lambda sample, t, output=output: output, original).loss.backward()
+
+
+def test_a_large_image_in_half_precision_is_finite():
+    """Its sum, 88,474, is more than float16 can hold."""
+
+    def in_half_precision(scheduler, model_output, timesteps, sample):
+        return (
+            torch.full((1, 1, 1, 1), 0.9, dtype=torch.float16).expand(1, 3, 256, 128).clone() + 0 * model_output.half()
+        )
+
+    def no_number(x0_hat, /):
+        return x0_hat.flatten(1).mean(1) * torch.nan
+
+    term = Term(no_number, 1.0, weighting.constant, estimator=in_half_precision)
+    loss_fn = X0Regularization(scheduler_of(), [term])
+    model_output = torch.zeros(1, 3, 256, 128, requires_grad=True)
+    loss_fn(model_output, 10, torch.zeros(1, 3, 256, 128))
+    assert loss_fn.nonfinite.dropped["no_number"] == 1

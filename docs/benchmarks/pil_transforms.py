@@ -113,4 +113,6 @@ def run_script(path: str, flags: list[str]) -> None:
 
 
 if __name__ == "__main__":
+    if len(sys.argv) < 2:
+        sys.exit(__doc__)
     run_script(sys.argv[1], sys.argv[2:])

@@ -271,8 +271,8 @@ def _optimization(parser) -> None:
     add(
         "--compile",
         action="store_true",
-        help="compile the network for the training (torch.compile): minutes at the start, for long runs on a GPU; on"
-        " a CPU nothing was gained",
+        help="compile the network for the training (torch.compile): minutes at the start; no gain was measured on a"
+        " CPU, and a GPU was not tried",
     )
     add(
         "--gradient_checkpointing",

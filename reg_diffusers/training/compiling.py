@@ -9,6 +9,9 @@ from torch import nn
 
 __all__ = ["compile_for_training"]
 
+# diffusers asks for PyTorch's version by a cached function: nothing that changes between two calls.
+warnings.filterwarnings("ignore", message="Dynamo detected a call to a `functools.lru_cache`-wrapped function")
+
 
 def compile_for_training(unet: nn.Module, batch_size: int, backend: str = "inductor") -> None:
     """From now on, batches of `batch_size` images in training mode run a compiled forward, all others the plain one.
@@ -23,8 +26,6 @@ def compile_for_training(unet: nn.Module, batch_size: int, backend: str = "induc
         batch_size: images of a batch on each process.
         backend: of torch.compile.
     """
-    # diffusers asks for PyTorch's version by a cached function: nothing that changes between two calls.
-    warnings.filterwarnings("ignore", message="Dynamo detected a call to a `functools.lru_cache`-wrapped function")
     plain = unet.forward
     compiled = torch.compile(plain, dynamic=False, fullgraph=True, backend=backend)
 

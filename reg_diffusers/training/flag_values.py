@@ -58,6 +58,6 @@ def _number(text: str, kind: type, accepts, expected: str):
         value = kind(text)
     except ValueError:
         value = math.nan
-    if not (math.isfinite(value) and accepts(value)):
+    if not ((isinstance(value, int) or math.isfinite(value)) and accepts(value)):
         raise argparse.ArgumentTypeError(f"{text!r} is not {expected}")
     return value

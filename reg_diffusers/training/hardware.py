@@ -12,6 +12,7 @@ from accelerate.utils import parse_flag_from_env
 from .errors import UsageError
 
 __all__ = ["choose_mixed_precision", "cpu_is_wanted", "keep_freed_memory", "precision_reason", "set_threads"]
+__all__ += ["threads_reason"]
 
 # Parameters of mallopt, from glibc's malloc.h.
 _M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4
@@ -31,12 +32,21 @@ def set_threads(args: argparse.Namespace) -> int:
     return threads
 
 
+def threads_reason(args: argparse.Namespace, processes: int) -> str:
+    """Why `set_threads` has chosen so, in a few words."""
+    if args.num_threads:
+        return "as asked"
+    if int(os.environ.get("OMP_NUM_THREADS", "1") or 1) > 1:
+        return "OMP_NUM_THREADS"
+    return "all cores" if processes == 1 else "the cores, shared"
+
+
 def keep_freed_memory(device: torch.device) -> bool:
     """Has this process keep the memory that a step frees for the next one; returns whether it now does.
 
     glibc gives large blocks back to the system as soon as they are freed. The next step asks for the same blocks
-    again, and the system fills each page with zeros when it is first touched: hundreds of thousands of page faults in
-    a step on a CPU, up to half of its time. The peak of what is in use stays what it was; only between the peaks less
+    again, and the system fills each page with zeros when it is first touched: a hundred thousand page faults or more
+    in a step on a CPU. The peak of what is in use stays what it was; only between the peaks less
     is given back. So it is where glibc allocates, on Linux, for a training on a CPU; elsewhere nothing is done.
     MALLOC_MMAP_MAX_, MALLOC_TRIM_THRESHOLD_ or GLIBC_TUNABLES in the environment are the user's own choice, and kept.
 

@@ -18,7 +18,7 @@ from ..prediction import prediction_type
 from ..term import Term
 from .checks import OnData
 from .data import TrainingData
-from .hardware import precision_reason
+from .hardware import precision_reason, threads_reason
 from .interruption import Interruption
 from .output import SETTINGS_FILE
 from .preview import conditions_of, draw_samples, grid
@@ -77,13 +77,14 @@ def describe_machine(
     attention_reason: str,
 ) -> list[str]:
     """What was chosen for the speed of the training, each with its reason, in two lines."""
+    reason = threads_reason(args, state.num_processes)
     memory = "freed memory kept" if keeps_memory else "freed memory left to the system"
     precision = f"mixed precision {mixed_precision} ({precision_reason(args, mixed_precision)})"
-    why_not = "nothing gained on a CPU" if state.device.type == "cpu" else "minutes at the start; long runs: --compile"
+    why_not = "no gain was measured on a CPU" if state.device.type == "cpu" else "--compile takes minutes at the start"
     compiled = "compiled, minutes before the first step" if args.compile else f"not compiled ({why_not})"
     checkpointing = ", gradient checkpointing" if args.gradient_checkpointing else ""
     return [
-        f"{state.num_processes} x {state.device}, {threads} threads each, {memory}, {precision}",
+        f"{state.num_processes} x {state.device}, {threads} threads each ({reason}), {memory}, {precision}",
         f"{attention} attention ({attention_reason}), {compiled}{checkpointing}",
     ]
 
