@@ -10,7 +10,8 @@ other, so any other process on the machine makes single steps several times long
 replaced one by one by equal ones through PIL (pil_transforms.py), as torchvision's compiled operators need its own
 build of PyTorch. Both run as `python script`, on all cores: under `accelerate launch` the peer would use one.
 
-The result is printed and kept in training_speed.txt beside this file.
+The result is printed and kept in training_speed.txt beside this file, each call with its flags. "Load before" is that
+of the minute before a call, often of the call before it.
 """
 
 import argparse
@@ -20,6 +21,7 @@ import os
 import platform
 import resource
 import runpy
+import shlex
 import statistics
 import subprocess
 import sys
@@ -88,7 +90,8 @@ def main() -> None:
         return
     if not args.append:
         RESULT.unlink(missing_ok=True)
-    say(about_the_machine())
+    flags = ["PEER" if args.peer and word == str(args.peer) else word for word in sys.argv[1:]]
+    say(f"training_speed.py {shlex.join(flags)}\n{about_the_machine()}")
     with tempfile.TemporaryDirectory() as folder:
         for row in args.rows if "training" in args.parts else ():
             training_row(args, row, Path(folder))
