@@ -54,7 +54,7 @@ def start(tmp_path, tiny_unet):
         process.kill()
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGUSR1])
+@pytest.mark.parametrize("number", [signal.SIGINT, pytest.param(signal.SIGUSR1, marks=pytest.mark.slow)])
 def test_a_signal_saves_and_ends_with_status_0(start, tmp_path, number):
     process = start()
     process.send_signal(number)

@@ -264,7 +264,7 @@ def test_the_combined_gradient_points_against_none_of_the_parts(accelerator, met
     assert combined(operator, torch.stack([parts[0], parts[0]])).isfinite().all()
 
 
-@pytest.mark.parametrize("method", ["config", "pcgrad"])
+@pytest.mark.parametrize("method", ["config", pytest.param("pcgrad", marks=pytest.mark.slow)])
 def test_a_weight_of_zero_leaves_the_plain_training(train, method):  # noqa: F811
     """The path around accelerate's backward, with accumulation, clipping and the average, changes nothing else."""
     flags = "--max_train_steps 3 --gradient_accumulation_steps 2 --max_grad_norm 0.1".split()
