@@ -57,7 +57,7 @@ class _Explicit(AttnProcessor):
     """diffusers' explicit self-attention, with the products of `_SlicedAttention`.
 
     Computed as diffusers does, the result would have the channels last in memory, and so would all that follows in the
-    network; PyTorch's group norm for a CPU is ten times slower on that, so the usual order is restored.
+    network; PyTorch's group norm for a CPU is many times slower on that, so the usual order is restored.
     """
 
     def __call__(
@@ -87,7 +87,7 @@ class _SlicedAttention(torch.autograd.Function):
 
     Forward and backward, each part is done with before the next one begins; an accelerator does all at once. Types are
     those of the inputs, whatever autocast would choose. The gradients of k and v are taken as (g^T P)^T rather than
-    P^T g, which takes half the time on a CPU.
+    P^T g, which is the faster order on a CPU.
     """
 
     @staticmethod
