@@ -132,13 +132,13 @@ class X0Regularization(nn.Module):
             FloatingPointError: L' was not finite for `max_nonfinite_steps` steps in a row.
         """
         timesteps = torch.as_tensor(timesteps).expand(len(sample))
-        return self.at_level(noise_level(self.scheduler, timesteps), model_output, timesteps, sample, context)
+        return self.at_level(self.noise_level(timesteps), model_output, timesteps, sample, context)
 
     def at_level(
         self, level: NoiseLevel, model_output: Tensor, timesteps: Tensor, sample: Tensor, context: dict
     ) -> LossOutput:
-        """As `forward`, where the noise level of the timesteps, (B,), is known already."""
-        model_output, level = _alias(model_output), self._in_training(level)
+        """As `forward`, where `noise_level` of the timesteps, (B,), is known already."""
+        model_output = _alias(model_output)
         weights = {term.name: checked_weights(term, level) for term in self.terms}
         estimates = self._estimates(weights, model_output, timesteps, sample)
         terms, per_image = {}, {}
@@ -153,9 +153,10 @@ class X0Regularization(nn.Module):
 
     def noise_level(self, timesteps: Tensor) -> NoiseLevel:
         """The noise level of each timestep, (B,), with the weight that the denoising loss has in this training."""
-        return self._in_training(noise_level(self.scheduler, timesteps))
+        return self.in_training(noise_level(self.scheduler, timesteps))
 
-    def _in_training(self, level: NoiseLevel) -> NoiseLevel:
+    def in_training(self, level: NoiseLevel) -> NoiseLevel:
+        """A noise level with the weight that the denoising loss has there in this training."""
         if self.snr_gamma is None:
             return level
         return replace(level, denoising_weight=level.snr.clamp(max=self.snr_gamma))
@@ -267,9 +268,11 @@ class RegularizedLoss(nn.Module):
         on_device = timesteps.to(original_samples.device, non_blocking=True)
         model_output = _alias(_tensor_of(model(model_input, on_device, **(model_kwargs or {}))))
         target = prediction_target(self.scheduler, original_samples, noise, level)
-        denoising, per_image = self._denoising(model_output, target, level)
+        in_training = self.regularization.in_training(level)
+        weights = in_training.denoising_weight / level.denoising_weight
+        denoising, per_image = self._denoising(model_output, target, weights)
         context["original_samples"] = original_samples
-        extra = self.regularization.at_level(level, model_output, timesteps, noisy_samples, context)
+        extra = self.regularization.at_level(in_training, model_output, timesteps, noisy_samples, context)
         return LossOutput(
             denoising + extra.loss,
             {"denoising": denoising, **extra.terms},
@@ -279,8 +282,11 @@ class RegularizedLoss(nn.Module):
             model_output,
         )
 
-    def _denoising(self, model_output: Tensor, target: Tensor, level: NoiseLevel) -> tuple[Tensor, Tensor]:
-        """The denoising loss, a scalar, and its value for each image, (B,), detached."""
+    def _denoising(self, model_output: Tensor, target: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
+        """The denoising loss, a scalar, and its value for each image, (B,), detached.
+
+        `weights`, (B,), are those of min-SNR; without it they are 1, and nothing is multiplied.
+        """
         model_output = without_learned_variance(self.scheduler, model_output, target)
         model_output = model_output.to(torch.promote_types(target.dtype, torch.float32))
         target = target.to(model_output.dtype)
@@ -288,7 +294,6 @@ class RegularizedLoss(nn.Module):
             with torch.no_grad():
                 per_image = F.mse_loss(model_output, target, reduction="none").flatten(1).mean(1)
             return F.mse_loss(model_output, target), per_image
-        weights = level.snr.clamp(max=self.snr_gamma) / level.denoising_weight
         squared_error = F.mse_loss(model_output, target, reduction="none").flatten(1).mean(1)
         per_image = weights.to(squared_error, non_blocking=True) * squared_error
         return per_image.mean(), per_image.detach()
