@@ -24,7 +24,7 @@ def set_threads(args: argparse.Namespace) -> int:
     `accelerate launch` sets OMP_NUM_THREADS=1 where the user has not set it, which leaves all other cores idle; so 1
     is overruled, and any other number is kept.
     """
-    declared = int(os.environ.get("OMP_NUM_THREADS", "1") or 1)
+    declared = _declared_threads()
     processes = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     threads = args.num_threads or (declared if declared > 1 else max(cores // processes, 1))
@@ -36,9 +36,13 @@ def threads_reason(args: argparse.Namespace, processes: int) -> str:
     """Why `set_threads` has chosen so, in a few words."""
     if args.num_threads:
         return "as asked"
-    if int(os.environ.get("OMP_NUM_THREADS", "1") or 1) > 1:
+    if _declared_threads() > 1:
         return "OMP_NUM_THREADS"
     return "all cores" if processes == 1 else "the cores, shared"
+
+
+def _declared_threads() -> int:
+    return int(os.environ.get("OMP_NUM_THREADS", "1") or 1)
 
 
 def keep_freed_memory(device: torch.device) -> bool:
