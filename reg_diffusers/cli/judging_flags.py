@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import argparse
 
-from ..training.flag_values import natural, positive_int
-from .model import add_precision_flag
+from ..training.flag_values import positive_int
+from .sampling_flags import add_machine_flags, add_sampler_flags
 
 __all__ = ["DATA_FLAGS", "NUM_IMAGES", "add_judging_flags", "add_measuring_flags"]
 
@@ -60,15 +60,6 @@ def add_measuring_flags(parser: argparse.ArgumentParser) -> None:
         " classifier if there are labels, else pixels)",
     )
     add("--fid", action="store_true", help="the Inception FID, too; needs pip install 'reg_diffusers[fid]'")
-    add(
-        "--num_inference_steps",
-        type=positive_int,
-        default=50,
-        metavar="N",
-        help="for each sample (default: %(default)s)",
-    )
-    add("--scheduler", metavar="NAME", help="DDIM, DDPM, Euler, DPM-Solver++ or UniPC (default: DDIM; Euler for flow)")
-    add("--seed", type=natural, default=0, metavar="N", help="sample i has the seed N + i (default: %(default)s)")
+    add_sampler_flags(parser)
     add("--batch_size", type=positive_int, default=64, metavar="N", help="drawn at once (default: %(default)s)")
-    add_precision_flag(parser)
-    add("--num_threads", type=positive_int, metavar="N", help="CPU threads per process (default: the cores, shared)")
+    add_machine_flags(parser)

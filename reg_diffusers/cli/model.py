@@ -1,8 +1,8 @@
-"""The model that --model names, in the precision that --mixed_precision names."""
+"""Loads the model that --model names."""
 
 from __future__ import annotations
 
-__all__ = ["add_model_flag", "add_precision_flag", "load_pipeline"]
+__all__ = ["add_model_flag", "load_pipeline"]
 
 _TYPICAL_BATCH = 64  # one number for all batches, so that no sample depends on how many are drawn at a time
 
@@ -11,16 +11,6 @@ def add_model_flag(parser) -> None:
     """Adds --model."""
     parser.add_argument(
         "--model", default="reg-ddpm-model", metavar="FOLDER_OR_ID", help="a saved pipeline (default: %(default)s)"
-    )
-
-
-def add_precision_flag(parser) -> None:
-    """Adds --mixed_precision."""
-    parser.add_argument(
-        "--mixed_precision",
-        choices=["no", "bf16"],
-        default="no",
-        help="bf16: the network computes in bfloat16, on recent processors and GPUs faster (default: %(default)s)",
     )
 
 

@@ -9,7 +9,8 @@ import time
 from pathlib import Path
 
 from ..training.flag_values import natural, positive_int
-from .model import add_model_flag, add_precision_flag, load_pipeline
+from .model import add_model_flag, load_pipeline
+from .sampling_flags import add_machine_flags, add_sampler_flags
 
 __all__ = ["add_parser", "run"]
 
@@ -47,15 +48,7 @@ def add_parser(subparsers) -> argparse.ArgumentParser:
         metavar="PATH",
         help="a folder, which gets 000000.png and so on, or a file that ends in .npz (default: %(default)s)",
     )
-    add(
-        "--num_inference_steps",
-        type=positive_int,
-        default=50,
-        metavar="N",
-        help="calls of the network for each image (default: %(default)s)",
-    )
-    add("--scheduler", metavar="NAME", help="DDIM, DDPM, Euler, DPM-Solver++ or UniPC (default: DDIM; Euler for flow)")
-    add("--seed", type=natural, default=0, metavar="N", help="image i has the seed N + i (default: %(default)s)")
+    add_sampler_flags(parser)
     add(
         "--class_labels",
         type=natural,
@@ -82,13 +75,7 @@ def add_parser(subparsers) -> argparse.ArgumentParser:
         choices=list(_GUIDANCE_SCALES),
         help="how they steer: without a gradient through the network, with it, averaged (default: mpgd)",
     )
-    add_precision_flag(parser)
-    add(
-        "--num_threads",
-        type=positive_int,
-        metavar="N",
-        help="CPU threads per process (default: the cores, shared)",
-    )
+    add_machine_flags(parser)
     add("--push_to_hub", metavar="DATASET_ID", help="upload the folder as a data set when it is complete")
     add("--hub_private_repo", action="store_true", help="make the data set as a private one")
     add("--hub_token", metavar="TOKEN", help="for the upload (default: the one that `hf auth login` stored)")
