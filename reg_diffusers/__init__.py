@@ -2,50 +2,70 @@
 
     L = ||o - target||^2 + sum_k weight_k lambda_k(t) L'_k(x0_hat)
 
-Names are imported on first use, so that `import reg_diffusers` costs next to nothing.
+Names are imported on first use, so `import reg_diffusers` is fast.
 """
 
 from importlib import import_module
 
-__version__ = "0.3.0"
+from . import moved
+
+__version__ = "0.4.0.dev0"
 
 _HOME = {
+    "AffineSchedule": "affine_schedule",
+    "AutoWeight": "weight_rules",
     "BalancedLoss": "balancing",
+    "Ddim": "estimators",
     "Guidance": "guidance",
-    "LossOutput": "objective",
+    "KnownNoise": "estimators",
+    "LossOutput": "loss_output",
+    "MonteCarlo": "estimators",
     "NoiseLevel": "prediction",
+    "Paired": "paired",
+    "Prediction": "estimators",
     "RegDDPMPipeline": "pipeline",
     "RegularizedLoss": "objective",
     "Regularizer": "regularizers",
+    "Shared": "context",
+    "Target": "weight_rules",
     "Term": "term",
     "TermError": "term",
-    "X0Regularization": "objective",
+    "X0Regularization": "regularization",
     "add_noise": "prediction",
-    "diagnose": "evaluation",
+    "diagnose": "diagnosis",
     "balance": "balancing",
     "draw_timesteps": "objective",
-    "judge": "evaluation",
+    "judge": "diagnosis",
+    "load_estimator": "specs",
     "load_regularizer": "specs",
     "load_weighting": "specs",
     "model_output_for": "prediction",
+    "needs_of": "term",
     "noise_level": "prediction",
+    "one_step": "estimators",
     "predict_original_sample": "prediction",
     "prediction_target": "prediction",
     "scale_model_input": "prediction",
+    "takes_condition": "conditioning",
     "with_condition": "conditioning",
 }
 _SUBMODULES = (
     "balancing",
     "conditioning",
+    "context",
+    "estimators",
+    "diagnosis",
     "evaluation",
     "guidance",
     "objective",
     "pipeline",
     "prediction",
+    "regularization",
     "regularizers",
     "specs",
     "standalone",
     "term",
+    "views",
     "weighting",
 )
 
@@ -62,3 +82,6 @@ def __getattr__(name: str):
 
 def __dir__():
     return sorted({*globals(), *__all__})
+
+
+moved.watch()

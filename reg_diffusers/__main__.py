@@ -4,5 +4,5 @@ import sys
 
 from .cli import main
 
-sys.argv[0] = "reg-diffusers"  # what its error messages begin with
+sys.argv[0] = "reg-diffusers"  # error messages begin with it
 main()

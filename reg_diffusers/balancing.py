@@ -1,84 +1,80 @@
-r"""The gradients of a loss's parts at the network's output, and the loss that follows from them and from weights.
+r"""Gradients of the parts of a loss with respect to the network's output, and the loss with new weights.
 
-What a loss of several parts teaches a network passes through its output o, so that the parts can be compared there,
-without a further pass through the network:
+All parts of a loss reach the network's parameters through its output o, so they can be compared there without another
+pass through the network:
 
     g_k = d term_k / d o,        g = g_denoising + sum_k weight_k g_k,        d L / d theta = (d o / d theta)^T g.
 
-`balance` takes the g_k on the small graph between o and the terms, and returns a loss whose backward hands g to the
-network. So each L' is differentiated once, weights can depend on the gradients, and norms and angles of the parts are
-there for the asking, on the device.
+`balance` computes the g_k on the small graph between o and the terms, and returns a loss whose backward passes g to
+the network. Each L' is differentiated once, the weights may depend on the gradients, and the norms and angles of the
+parts are available on the device.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 
 import torch
 from torch import Tensor
 
-from .objective import LossOutput
+from .loss_output import LossOutput
 
 __all__ = ["BalancedLoss", "balance"]
 
 
 @dataclass(frozen=True)
-class BalancedLoss:
-    """A loss with its parts and their gradients at the network's output.
+class BalancedLoss(LossOutput):
+    """A `LossOutput` with new weights, and the gradients of its parts with respect to the network's output.
 
     Attributes:
         loss: scalar, "denoising" + sum of weight * term, to call `backward` on.
         terms: scalars by name, before their weights, detached.
-        weights: by name, as given, without "denoising".
-        gradients: by name, d term / d model_output, before the weights, (B, C, ...), at least float32.
-        per_image: as in `LossOutput`.
-        weightings: as in `LossOutput`.
-        snr: as in `LossOutput`.
-        model_output: (B, C, ...), attached to the network's graph.
+        gradients: by name, d term / d model_output, before the weights, (B, C, ...), in at least float32. The terms in
+            `separate` have none.
     """
 
-    loss: Tensor
-    terms: dict[str, Tensor]
-    weights: dict[str, float | Tensor]
-    gradients: dict[str, Tensor]
-    per_image: dict[str, Tensor]
-    weightings: dict[str, Tensor]
-    snr: Tensor | None
-    model_output: Tensor
+    gradients: dict[str, Tensor] = field(default_factory=dict)
 
     @cached_property
     def products(self) -> Tensor:
         """Inner products of the gradients of each image's own loss, (B, K, K), in the order of `gradients`.
 
-        A term is a mean over the batch; that of one image is B times its part of the gradient. So the products do not
-        depend on how images are divided into batches.
+        A term is a mean over images, usually the whole batch. The gradient of one image's loss is its part of the
+        term's gradient times the number of images, so the products do not depend on the batch size.
         """
-        flat = torch.stack([gradient.flatten(1) for gradient in self.gradients.values()], dim=1) * len(
-            self.model_output
+        flat = torch.stack(
+            [gradient.flatten(1) * self._count(name) for name, gradient in self.gradients.items()], dim=1
         )
         return flat @ flat.mT
 
+    def _count(self, name: str) -> int | Tensor:
+        return self.counts.get(name, len(self.model_output))
+
 
 def balance(output: LossOutput, weights: Mapping[str, float | Tensor]) -> BalancedLoss:
-    """The loss with other weights, which costs what its own backward would: only the order of the work changes.
+    """Reweights the parts of a loss, at the cost of its own backward: only the order of the computation changes.
 
         output = balance(loss_fn(model, original_samples), {"total_variation": 0.1})
         output.loss.backward()
 
-    Keep no reference to what is passed in, so that the graphs of the terms can be freed before the network's backward.
+    Do not keep a reference to `output`, so that the graphs of the terms can be freed before the backward of the
+    network.
+
+    The gradient of a term whose estimator calls the network again does not pass through `model_output` alone. Such a
+    term stays in the loss with its whole graph, so one backward of the loss serves all parts.
 
     Args:
-        output: of `RegularizedLoss`, or of `X0Regularization`, with its graph; all that it teaches must pass through
-            `model_output`.
-        weights: a number or a scalar tensor for every term but "denoising", whose weight is 1.
+        output: result of `RegularizedLoss` or `X0Regularization`, with its graph.
+        weights: a number or a scalar tensor for every term except "denoising", whose weight is 1.
 
     Raises:
-        ValueError: no `model_output`, or one that needs no gradient; names that are not those of the terms.
+        ValueError: `model_output` is missing or needs no gradient, or the names in `weights` differ from those of the
+            terms.
     """
     if output.model_output is None or not output.model_output.requires_grad:
-        raise ValueError("balance needs LossOutput.model_output, attached to the network: call it inside of training")
+        raise ValueError("balance needs LossOutput.model_output, attached to the network: enable gradients")
     if expected := (set(output.terms) - {"denoising"}) ^ set(weights):
         raise ValueError(f"weights must name the terms and nothing else; the difference is {sorted(expected)}")
     gradients = _gradients(output)
@@ -88,31 +84,34 @@ def balance(output: LossOutput, weights: Mapping[str, float | Tensor]) -> Balanc
         weight = 1 if name == "denoising" else weights[name]
         value = weight * terms[name] if value is None else value + weight * terms[name]
         total = weight * gradient if total is None else total + weight * gradient
-    said = output.loss.detach()
-    value = torch.where(said.isfinite(), value, said)  # what the loss itself calls no number stays none
+    whole = output.loss.detach()
+    value = torch.where(whole.isfinite(), value, whole)  # a non-finite loss stays non-finite
     loss = _GivenGradient.apply(output.model_output, value, total.to(output.model_output.dtype))
-    return BalancedLoss(
-        loss, terms, dict(weights), gradients, output.per_image, output.weightings, output.snr, output.model_output
-    )
+    for name in output.separate:
+        loss = loss + weights[name] * output.terms[name]
+    parts = vars(output) | {"loss": loss, "terms": terms, "weights": dict(weights)}
+    return BalancedLoss(**parts, gradients=gradients)
 
 
 def _gradients(output: LossOutput) -> dict[str, Tensor]:
-    """d term / d model_output by name, each of at least float32; 0 for a term that no image takes part in."""
+    """Computes d term / d model_output by name, in at least float32; 0 for a term without active images."""
     model_output = output.model_output
     dtype = torch.promote_types(model_output.dtype, torch.float32)
-    attached = [name for name, term in output.terms.items() if term.requires_grad]
+    through_output = {name: term for name, term in output.terms.items() if name not in output.separate}
+    attached = [name for name, term in through_output.items() if term.requires_grad]
     gradients = {}
-    for name, term in output.terms.items():
+    for name, term in through_output.items():
         gradient = None
         if term.requires_grad:
-            # Terms may share what lies between them and the output: the last one may free it.
-            (gradient,) = torch.autograd.grad(term, model_output, retain_graph=name != attached[-1], allow_unused=True)
+            # Terms may share the graph between them and the output; only the last may free it.
+            is_kept = bool(output.separate) or name != attached[-1]
+            (gradient,) = torch.autograd.grad(term, model_output, retain_graph=is_kept, allow_unused=True)
         gradients[name] = torch.zeros_like(model_output, dtype=dtype) if gradient is None else gradient.to(dtype)
     return gradients
 
 
 class _GivenGradient(torch.autograd.Function):
-    """A number whose gradient by the network's output is already known."""
+    """A scalar with a given gradient with respect to the network's output."""
 
     @staticmethod
     def forward(context, model_output: Tensor, value: Tensor, gradient: Tensor) -> Tensor:

@@ -1,110 +1,227 @@
-"""What happens to images whose extra loss is infinite or not a number."""
+"""Handling of images with an infinite or NaN extra loss."""
 
 from __future__ import annotations
+
+import threading
+import warnings
+from collections.abc import Callable, Mapping
 
 import torch
 from torch import Tensor
 
-__all__ = ["NonFiniteGuard", "advice"]
+from .context import cut
+
+__all__ = ["GuardedCall", "NonFiniteGuard", "ViewGuard", "advice", "are_finite"]
+
+
+_COUNTING = threading.Lock()  # global, because a guard with a lock could not be copied or pickled
 
 
 class NonFiniteGuard:
-    """Zeroes the non-finite contributions of single images, counts them, stops a run that has nothing else.
+    """Zeroes non-finite contributions of single images, counts them, and stops a run with too many in a row.
 
-    Counting stays on the device. The counters are read after every step on a CPU and after every `check_interval`
-    steps elsewhere, because reading waits for the accelerator.
+    Counts stay on the device of the images. They are read after every step if that is the CPU, else after every
+    `check_interval` steps, because reading waits for the accelerator. Threads may share a guard: consecutive steps are
+    counted per thread, images over all threads.
 
     Args:
-        max_steps: steps in a row with non-finite values or gradients of one term after which `check` raises; None:
-            it never does.
-        check_interval: steps between two readings on an accelerator.
+        max_steps: consecutive steps with non-finite values or gradients of one term after which `check` raises. None:
+            never.
+        check_interval: number of steps between two readings if the images are on an accelerator.
+        views: views of the terms by name. If one has a `nonfinite_advice`, messages about the term contain it.
 
     Attributes:
-        dropped: by term, how many images were dropped so far, a scalar tensor on the device.
+        dropped: by term, the number of images dropped so far, a scalar tensor on the device.
     """
 
-    def __init__(self, max_steps: int | None, check_interval: int = 100):
+    def __init__(self, max_steps: int | None, check_interval: int = 100, views: Mapping[str, Callable] | None = None):
         self.max_steps = max_steps
         self.check_interval = check_interval
+        self._views = dict(views or {})
+        self._warned: set[str] = set()
         self.dropped: dict[str, Tensor] = {}
-        self._in_a_row: dict[str, Tensor] = {}
-        self._before: dict[str, Tensor | int] = {}  # what _in_a_row was before this step
-        self._last: dict[str, tuple[Tensor, Tensor, Tensor]] = {}
+        self._last: dict[tuple[int, str], GuardedCall] = {}  # by thread and term
         self._steps = 0
 
-    def drop_values(self, name: str, values: Tensor, x0_hat: Tensor, timesteps: Tensor) -> tuple[Tensor, Tensor]:
-        """The (n,) values of L', 0 where it is not finite; and detached, nan there. Once per step and term.
-
-        An image that was not finite before L' saw it is dropped too, but not counted: that is the network's doing.
+    def begin(self, name: str, timesteps: Tensor) -> GuardedCall:
+        """Returns the guard for the next evaluation of a term; called once per step and term.
 
         Args:
-            name: the term's name.
-            values: (n,) L' of each image.
-            x0_hat: (n, C, ...) what L' was given.
-            timesteps: (n,) the images' timesteps, for the message.
+            name: name of the term.
+            timesteps: (n,) timesteps of the images, for the error message.
         """
-        given = _are_finite(x0_hat.detach())
-        bad = ~values.detach().isfinite()
-        self.dropped[name] = self.dropped.get(name, 0) + (bad & given).sum()
-        self._before[name] = self._in_a_row.get(name, 0)
-        self._in_a_row[name] = (self._before[name] + 1) * (bad & given).any()
-        self._last[name] = (bad & given, given, timesteps)
-        return torch.where(bad, 0, values), values.detach().masked_fill(bad, torch.nan)
-
-    def drop_gradients(self, name: str, gradients: Tensor) -> Tensor:
-        """The (n, C, H, W) gradients of L' with 0 for every image where one of them is not finite.
-
-        A value of 0 is not enough: its gradient is 0 times an infinite derivative. An image that was dropped for its
-        value is not counted again.
-        """
-        bad = ~_are_finite(gradients)
-        already, given, timesteps = self._last[name]
-        counted = bad & given
-        self.dropped[name] = self.dropped[name] + (counted & ~already).sum()
-        self._in_a_row[name] = (self._before[name] + 1) * (counted | already).any()
-        self._last[name] = (counted | already, given, timesteps)
-        return torch.where(bad.reshape(-1, *(1,) * (gradients.ndim - 1)), 0, gradients)
+        key = threading.get_ident(), name
+        before = self._last[key].in_a_row if key in self._last else 0
+        self._last[key] = call = GuardedCall(name, timesteps, before, self._count)
+        return call
 
     def last_timesteps(self, name: str) -> list[float]:
-        """Timesteps of the images dropped for a term in its last step; waits for the accelerator."""
-        if name not in self._last:
-            return []
-        bad, _, timesteps = self._last[name]
-        return timesteps[bad.to(timesteps.device)].tolist()
+        """Returns the timesteps of the images dropped in a term's last step. Waits for the accelerator."""
+        calls = [call for (_, term), call in list(self._last.items()) if term == name]
+        return [timestep for call in calls for timestep in call.dropped_timesteps()]
+
+    def remedy(self, name: str) -> str:
+        """Returns what to change in a term's view so that its images are finite; empty if nothing is known."""
+        return getattr(self._views.get(name), "nonfinite_advice", "")
 
     def check(self) -> None:
-        """Raises `FloatingPointError` if a term was not finite for `max_steps` steps in a row."""
+        """Checks the number of consecutive non-finite steps of this thread.
+
+        Warns once by term at the first non-finite step if its view suggests a remedy.
+
+        Raises:
+            FloatingPointError: a term was non-finite in `max_steps` steps in a row.
+        """
         if self.max_steps is None:
             return
         self._steps += 1
-        for name, in_a_row in self._in_a_row.items():
-            due = in_a_row.device.type == "cpu" or self._steps % self.check_interval == 0
-            # Whether a step's gradients were bad is known only in the step after it.
-            if due and max(int(in_a_row), int(self._before[name])) >= self.max_steps:
-                raise FloatingPointError(
-                    advice(name, self.max_steps, int(self.dropped[name]), self.last_timesteps(name))
-                )
+        own = threading.get_ident()
+        for (thread, name), call in list(self._last.items()):
+            due = not call.waits or self._steps % self.check_interval == 0
+            # Non-finite gradients of a step are known only in the next step.
+            if thread != own or not due:
+                continue
+            in_a_row = max(int(call.in_a_row), int(call.before))
+            if in_a_row >= self.max_steps:
+                images, timesteps = int(self.dropped[name]), self.last_timesteps(name)
+                raise FloatingPointError(advice(name, self.max_steps, images, timesteps, self.remedy(name)))
+            if in_a_row > 0 and name not in self._warned and (remedy := self.remedy(name)):
+                self._warned.add(name)
+                warnings.warn(f"an image without finite L' was left out of {name!r}; {remedy}", stacklevel=6)
+
+    def _count(self, name: str, images: Tensor) -> None:
+        with _COUNTING:
+            self.dropped[name] = self.dropped.get(name, 0) + images
 
 
-def _are_finite(images: Tensor) -> Tensor:
-    """Whether all of an image is finite, (n,): its sum tells in one pass.
+class GuardedCall:
+    """Guards one evaluation of a term: its values, and later its gradients, independent of evaluations in between.
 
-    A sum that float32 cannot hold counts as infinite: of N values, magnitudes of 3e38 / N.
+    Args:
+        name: name of the term.
+        timesteps: (n,) timesteps of the images.
+        before: number of consecutive non-finite steps before this one, a number or a scalar tensor.
+        count: `count(name, images)`, called with the number of dropped images, a scalar tensor.
+
+    Attributes:
+        timesteps: as given.
+        before: as given.
+        in_a_row: number of consecutive non-finite steps including this one, as far as known.
+    """
+
+    def __init__(self, name: str, timesteps: Tensor, before: Tensor | int, count: Callable[[str, Tensor], None]):
+        self.timesteps = timesteps
+        self.before = before
+        self.in_a_row = before
+        self._name = name
+        self._count = count
+        self._given: Tensor | None = None  # (n,) whether the input of L' was finite
+        self._dropped: Tensor | None = None  # (n,) whether L' made it non-finite
+
+    @property
+    def waits(self) -> bool:
+        """Whether reading the counts waits for an accelerator."""
+        counts = (self.in_a_row, self.before)
+        return any(isinstance(count, Tensor) and count.device.type != "cpu" for count in counts)
+
+    def drop_values(self, values: Tensor, given: Tensor) -> tuple[Tensor, Tensor]:
+        """Replaces non-finite values of L', (n,): by 0, and in a second, detached tensor by nan.
+
+        An image whose x0_hat was non-finite is dropped but not counted, because the network is the cause.
+
+        Args:
+            values: (n,) L' of each image.
+            given: (n,) whether x0_hat was finite, before the view.
+        """
+        self._given = given
+        bad = ~values.detach().isfinite()
+        self._drop(bad & self._given)
+        return torch.where(bad, 0, values), values.detach().masked_fill(bad, torch.nan)
+
+    def drop_gradients(self, gradients: Tensor) -> Tensor:
+        """Sets the gradients of L', (n, C, H, W), to 0 for every image with a non-finite gradient.
+
+        Zeroing the value is not enough, because its gradient is 0 times an infinite derivative. An image that was
+        dropped for its value is not counted again.
+        """
+        bad = ~are_finite(gradients)
+        self._drop(bad & self._given)
+        return torch.where(bad.reshape(-1, *(1,) * (gradients.ndim - 1)), 0, gradients)
+
+    def drop_images(self, images: Tensor) -> None:
+        """Counts images whose gradients the view has made non-finite, (n,) bool."""
+        self._drop(images & self._given)
+
+    def dropped_timesteps(self) -> list[float]:
+        """Returns the timesteps of the dropped images. Waits for the accelerator."""
+        if self._dropped is None:
+            return []
+        return self.timesteps[self._dropped.to(self.timesteps.device)].tolist()
+
+    def _drop(self, images: Tensor) -> None:
+        already = torch.zeros_like(images) if self._dropped is None else self._dropped
+        self._count(self._name, (images & ~already).sum())
+        self._dropped = images | already
+        self.in_a_row = (self.before + 1) * self._dropped.any()
+
+
+class ViewGuard:
+    """Zeroes the gradients of images for which a view passes back non-finite ones, for all terms that look through it.
+
+    The derivative of a view may be infinite where the gradient of L' is finite or 0, as after an overflow in a
+    half-precision decoder.
+
+    Args:
+        x0_hat: (n, C, ...) input of the view, used for nothing else.
+        images: (n, C', ...) its output.
+
+    Attributes:
+        given: (n,) whether x0_hat is finite.
+    """
+
+    def __init__(self, x0_hat: Tensor, images: Tensor):
+        self.given = are_finite(x0_hat.detach())
+        self._calls: list[tuple[GuardedCall, Tensor | None]] = []
+        if images.requires_grad and x0_hat.requires_grad:
+            x0_hat.register_hook(self._drop)
+
+    def report_to(self, call: GuardedCall, among: Tensor | None) -> None:
+        """Also counts dropped images in the call of a term.
+
+        Args:
+            call: of the term.
+            among: positions of the term's images in x0_hat; None: all.
+        """
+        self._calls.append((call, among))
+
+    def _drop(self, gradients: Tensor) -> Tensor:
+        bad = ~are_finite(gradients)
+        for call, among in self._calls:
+            call.drop_images(bad if among is None else cut(bad, among, len(bad)))
+        return torch.where(bad.reshape(-1, *(1,) * (gradients.ndim - 1)), 0, gradients)
+
+
+def are_finite(images: Tensor) -> Tensor:
+    """Whether all values of each image are finite, (n,), from their sum in one pass.
+
+    A sum that overflows float32 counts as infinite: for N values, magnitudes above about 3e38 / N.
     """
     return images.flatten(1).sum(1, dtype=torch.promote_types(images.dtype, torch.float32)).isfinite()
 
 
-def advice(name: str, steps: int, images: int, timesteps: list[float]) -> str:
-    """What to tell of a term that is not finite, and what to try.
+def advice(name: str, steps: int, images: int, timesteps: list[float], remedy: str = "") -> str:
+    """Returns the message for a term that is repeatedly non-finite, with suggestions.
 
     Args:
-        name: of the term.
-        steps: in a row.
-        images: dropped in all.
-        timesteps: of those dropped last.
+        name: name of the term.
+        steps: number of consecutive steps.
+        images: number of images dropped in total.
+        timesteps: timesteps of the images dropped last.
+        remedy: what to change in the view, see `NonFiniteGuard.remedy`.
     """
     span = f" (last at timesteps {min(timesteps):g} to {max(timesteps):g})" if timesteps else ""
     return (
         f"regularizer {name!r} was not finite for {steps} steps in a row{span}, {images} images in all. Look for a"
-        " division, logarithm or root of values that can be 0, or leave these noise levels out by another weighting"
+        " division, logarithm or root of values that can be 0, or use a weighting that leaves these noise levels out"
+        f"{remedy and f'; {remedy}'}"
     )

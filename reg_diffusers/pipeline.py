@@ -1,67 +1,63 @@
 """Sampling from a UNet2DModel: unconditional, by class or by image.
 
-`RegDDPMPipeline` is diffusers' `DDPMPipeline` with every scheduler, conditions, guidance by losses on x0_hat, a score
-of each sample under each regularizer, and fields that are not pictures. Both pipelines load what either has saved: on
-disk the class is named "DDPMPipeline", and what only this one understands is kept under a private key of
-model_index.json.
+`RegDDPMPipeline` extends diffusers' `DDPMPipeline` to every scheduler, conditions, guidance by losses on x0_hat,
+scores of the samples, and fields that are not pictures. Each of the two loads models saved by the other: on disk the
+class is named "DDPMPipeline", and additional entries are under a private key of model_index.json.
 """
 
 from __future__ import annotations
 
 import inspect
 import json
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
-import numpy as np
-import PIL.Image
 import torch
-from diffusers import DDIMScheduler, DiffusionPipeline, FlowMatchEulerDiscreteScheduler
-from diffusers.callbacks import MultiPipelineCallbacks, PipelineCallback
-from diffusers.utils import BaseOutput
+from diffusers import DDIMScheduler, DiffusionPipeline, FlowMatchEulerDiscreteScheduler, SchedulerMixin, UNet2DModel
+from diffusers.utils import logging
 from diffusers.utils.torch_utils import randn_tensor
 from huggingface_hub import HfApi
 from torch import Tensor
 
-from .card import CARD_FILE, write_card
 from .conditioning import with_condition
 from .guidance import Guidance
-from .model_index import as_saved, check_components, check_weights, saved_normalization
-from .prediction import predict_original_sample, prediction_type
-from .regularizers import Regularizer, regularizer_name, score
-from .repository import STALE, fetch_evidence, open_repository, remote_card
+from .hub.card import write_card
+from .hub.model_index import as_saved, check_components, check_saved_schedule, check_weights, saved_normalization
+from .hub.repository import STALE, check_source, fetch_evidence, open_repository, remote_card
+from .prediction import image_channels, output_for_step, predict_original_sample, prediction_type
+from .regularizers.contract import Regularizer
+from .runs.run_folder import CARD_FILE
+from .sampling.call_inputs import (
+    at_least_one,
+    by_name,
+    check_needs,
+    check_output_type,
+    checked_class_labels,
+    checked_condition,
+    checked_generator,
+    refuse_keywords,
+)
+from .sampling.inference_steps import available_steps
+from .sampling.pipeline_output import RegDDPMPipelineOutput, rendered
+from .sampling.step_callback import CALLBACK_TENSORS, StepCallback
 from .standalone import standalone_source
-from .term import Term
+from .term import Term, score
+from .views import Affine
 
 __all__ = ["RegDDPMPipeline", "RegDDPMPipelineOutput", "fast_scheduler"]
 
+_logger = logging.get_logger(__name__)
+
 
 def fast_scheduler(scheduler) -> DDIMScheduler | FlowMatchEulerDiscreteScheduler:
-    """A deterministic sampler for tens of steps, with the noise schedule and prediction type of `scheduler`.
+    """Creates a deterministic sampler for tens of steps, with the noise schedule and prediction type of `scheduler`.
 
-    DDIM (Song et al. 2021, arXiv:2010.02502) with trailing timesteps; Euler's method for flow matching.
+    DDIM (Song et al. 2021, arXiv:2010.02502) with trailing timesteps, or Euler's method for flow matching.
     """
     if prediction_type(scheduler) == "flow_prediction":
         return FlowMatchEulerDiscreteScheduler.from_config(scheduler.config)
     return DDIMScheduler.from_config(scheduler.config, timestep_spacing="trailing")
-
-
-@dataclass
-class RegDDPMPipelineOutput(BaseOutput):
-    """Samples with their scores.
-
-    Attributes:
-        images: a list of PIL images, an array (B, H, W, C) or a tensor (B, C, H, W), by `output_type`.
-        scores: for every regularizer its value on each sample, (B,), by name.
-        x0_hat: (steps, B, C, H, W) float32 on the CPU, about [-1, 1]: the image that each step headed for, where it
-            was asked for.
-    """
-
-    images: list[PIL.Image.Image] | np.ndarray | Tensor
-    scores: dict[str, Tensor]
-    x0_hat: Tensor | None = None
 
 
 class RegDDPMPipeline(DiffusionPipeline):
@@ -72,22 +68,34 @@ class RegDDPMPipeline(DiffusionPipeline):
         output = pipeline(batch_size=4, num_inference_steps=50, regularizers=[total_variation])
         output.images[0], output.scores["total_variation"]
 
-    With the same scheduler, steps and generator the images are those of `DDPMPipeline`, bit for bit.
+    With the same scheduler, steps and generator, the images equal those of `DDPMPipeline` bit for bit.
 
     Args:
-        unet: the denoising network; input channels beyond those of its images are for a `condition`.
-        scheduler: a diffusers scheduler whose prediction_type is the network's.
-        normalization: for fields that are not pictures, {"offset": [C numbers], "scale": [C numbers]} with
-            field = offset + scale * sample; None for pictures.
+        unet: the denoising network; input channels in addition to those of its images are for a `condition`.
+        scheduler: a diffusers scheduler with the prediction_type of the network.
+        normalization: for fields that are not pictures, {"offset": [C numbers], "scale": [C numbers]} with field =
+            offset + scale * sample; None for pictures.
     """
 
     model_cpu_offload_seq = "unet"
-    _callback_tensor_inputs = ("sample", "model_output", "x0_hat")
+    _callback_tensor_inputs = CALLBACK_TENSORS
 
-    def __init__(self, unet, scheduler, normalization: dict | None = None):
+    def __init__(self, unet: UNet2DModel, scheduler: SchedulerMixin, normalization: dict | None = None):
         super().__init__()
         self.register_modules(unet=unet, scheduler=scheduler)
         self.register_to_config(normalization=normalization)
+        self._interrupt = False
+        self._num_timesteps = 0
+
+    @property
+    def interrupt(self) -> bool:
+        """Whether the call ends after the current step: a callback may set `pipeline._interrupt = True`."""
+        return self._interrupt
+
+    @property
+    def num_timesteps(self) -> int:
+        """Number of steps of the current call, or of the last one."""
+        return self._num_timesteps
 
     @torch.no_grad()
     def __call__(
@@ -103,63 +111,71 @@ class RegDDPMPipeline(DiffusionPipeline):
         condition: Tensor | None = None,
         eta: float = 0.0,
         guidance: Sequence[Term | Regularizer] = (),
-        guidance_scale: float = 1.0,
+        regularizer_scale: float = 1.0,
         guidance_method: str = "mpgd",
         guidance_samples: int = 8,
         callback_on_step_end: Callable | None = None,
-        callback_on_step_end_tensor_inputs: Sequence[str] = ("sample",),
+        callback_on_step_end_tensor_inputs: Sequence[str] = ("latents",),
         return_x0_hat: bool = False,
+        **kwargs,
     ) -> RegDDPMPipelineOutput | tuple:
         """Draws a batch of samples.
 
         Args:
             batch_size: number of samples.
-            generator: source of randomness; a list of one per image makes each image independent of the batch.
-            num_inference_steps: calls of the network.
-            output_type: "pil"; "np" for an array (B, H, W, C); "pt" for a tensor (B, C, H, W). Pictures are in [0, 1];
-                fields of a model with `normalization` are in their own units as "np" and "pt".
-            return_dict: return a `RegDDPMPipelineOutput`; otherwise (images, scores), and x0_hat where asked for.
-            regularizers: losses to score the samples with, in [-1, 1] before clipping; a sequence, or by name.
+            generator: random generator; with a list of one per image, each image is independent of the batch.
+            num_inference_steps: number of network calls; reduced, with a log message, to the number of noise levels.
+            output_type: "pil"; "np" for an array (B, H, W, C); "pt" for a tensor (B, C, H, W); "latent" for the tensor
+                (B, C, H, W) after the last step, about [-1, 1], not clipped and without units. Pictures are in [0, 1]
+                as "np" and "pt". Fields of a model with `normalization` are in their own units, see `views.Affine`.
+            return_dict: return a `RegDDPMPipelineOutput`; otherwise (images, scores), and x0_hat with `return_x0_hat`.
+            regularizers: sequence or dictionary of losses that score the samples before clipping (fields: own units).
             class_labels: (B,) or one for all, for a class-conditional network.
-            condition: (B, K, H, W) or (1, K, H, W) in [-1, 1], for a network with K channels beside the image's.
-            eta: DDIM's eta, 0 deterministic to 1 ancestral; other schedulers have no use for it.
-            guidance: losses that steer the sampler, as `Term` with a weight and a weighting; see `guidance`.
-            guidance_scale: factor of them all; with "mpgd" and 1 x0_hat moves, to first order, as training with the
-                same terms would move that of a perfect network (with `matched`, up to SNR 99).
-            guidance_method: "mpgd", without a gradient through the network; "dps", through it; "lgd", through it and
+            condition: (B, K, H, W) or (1, K, H, W) in [-1, 1], for a network with K additional input channels.
+            eta: eta of DDIM, from 0 (deterministic) to 1 (ancestral); ignored by other schedulers.
+            guidance: losses that steer the sampler, as `Term` with a weight and a weighting; see `guidance`. They see
+                fields in their own units, which the weight refers to. A `Term` with its own view keeps it;
+                `view=views.Affine(1.0)` selects the model's units.
+            regularizer_scale: common factor of the guidance losses. With "mpgd" and 1, x0_hat moves, to first order,
+                as training with the same terms would move that of a perfect network (with `matched`, up to SNR 99).
+            guidance_method: "mpgd", without a gradient through the network; "dps", with it; "lgd", with it and
                 averaged over noisy copies of x0_hat.
-            guidance_samples: noisy copies that "lgd" takes.
+            guidance_samples: number of noisy copies for "lgd".
             callback_on_step_end: called as `callback(pipeline, step_index, timestep, tensors)` after each step, as in
-                diffusers; what it returns replaces the tensors. Setting `pipeline._interrupt = True` in it ends here.
-            callback_on_step_end_tensor_inputs: which tensors it gets: sample, model_output (after guidance), x0_hat.
-            return_x0_hat: keep the image that each step headed for, after guidance and before clipping.
+                diffusers; "latents" in its result replace those of the step. To end the call after this step, it sets
+                `pipeline._interrupt = True`. `pipeline.num_timesteps` is the number of steps.
+            callback_on_step_end_tensor_inputs: tensors passed to it: latents (the sample after the step), model_output
+                (after guidance), x0_hat.
+            return_x0_hat: also return the predicted image of each step, after guidance and before clipping.
+            **kwargs: rejected. `guidance_scale` is reserved for classifier-free guidance, which this pipeline lacks.
 
         Raises:
-            ValueError: class labels or a condition missing, not wanted, out of range or of a wrong number; an unknown
-                output_type, or one that cannot show the samples; a regularizer that needs what a sample has not, or
-                two of one name; guidance out of range; an unknown tensor for the callback.
+            ValueError: a number is out of range; the number of generators differs from batch_size; class labels or a
+                condition do not suit the network; output_type is unknown or does not suit the samples; a regularizer
+                needs an argument that is not available, or two have the same name; `guidance_scale` is given; a tensor
+                for the callback is unknown.
+            TypeError: an argument is unknown.
         """
-        self._check_output_type(output_type)
-        steering = Guidance(guidance, guidance_scale, guidance_method, guidance_samples)
+        refuse_keywords(kwargs)
+        batch_size = at_least_one("batch_size", batch_size)
+        num_inference_steps = at_least_one("num_inference_steps", num_inference_steps)
+        generator = checked_generator(generator, batch_size)
+        check_output_type(output_type, self._channels)
+        steering = Guidance(guidance, regularizer_scale, guidance_method, guidance_samples, self._units)
         context = self._context(class_labels, condition, batch_size)
-        regularizers = _by_name(regularizers)
-        _check_needs([*regularizers.items(), *((term.name, term.regularizer) for term in steering.terms)], context)
-        if isinstance(callback_on_step_end, PipelineCallback | MultiPipelineCallbacks):
-            callback_on_step_end_tensor_inputs = callback_on_step_end.tensor_inputs
-        if unknown := set(callback_on_step_end_tensor_inputs) - set(self._callback_tensor_inputs):
-            known = ", ".join(self._callback_tensor_inputs)
-            raise ValueError(f"callback_on_step_end_tensor_inputs: {', '.join(unknown)} not among {known}")
+        regularizers = by_name(regularizers)
+        check_needs([*regularizers.items(), *((term.name, term.regularizer) for term in steering.terms)], context)
+        callback = StepCallback(callback_on_step_end, callback_on_step_end_tensor_inputs)
 
-        size = self.unet.config.sample_size
-        size = (size, size) if isinstance(size, int) else tuple(size)
-        shape = (batch_size, self._channels, *size)
+        shape = (batch_size, self._channels, *self._size)
         sample = randn_tensor(shape, generator=generator, device=self._execution_device, dtype=self.unet.dtype)
-        self.scheduler.set_timesteps(num_inference_steps)
+        self.scheduler.set_timesteps(available_steps(self.scheduler, num_inference_steps, _logger.warning))
         sample = sample * self.scheduler.init_noise_sigma if hasattr(self.scheduler, "init_noise_sigma") else sample
         step_kwargs = self._step_kwargs(generator, eta)
-        wants_x0_hat = return_x0_hat or "x0_hat" in callback_on_step_end_tensor_inputs
+        wants_x0_hat = return_x0_hat or callback.wants("x0_hat")
         intermediate = []
         self._interrupt = False
+        self._num_timesteps = len(self.scheduler.timesteps)
         for index, t in enumerate(self.progress_bar(self.scheduler.timesteps)):
             model = self._network(t, **context)
             model_output = steering.model_output(
@@ -168,18 +184,14 @@ class RegDDPMPipeline(DiffusionPipeline):
             x0_hat = predict_original_sample(self.scheduler, model_output, t, sample) if wants_x0_hat else None
             if return_x0_hat:
                 intermediate.append(x0_hat.float().cpu())
+            model_output = output_for_step(self.scheduler, model_output, sample)
             sample = self.scheduler.step(model_output, t, sample, **step_kwargs).prev_sample
-            if callback_on_step_end is not None:
-                tensors = {"sample": sample, "model_output": model_output, "x0_hat": x0_hat}
-                tensors = {name: tensors[name] for name in callback_on_step_end_tensor_inputs}
-                sample = (callback_on_step_end(self, index, t, tensors) or {}).get("sample", sample)
-            if self._interrupt:
+            sample = callback.latents(self, index, t, latents=sample, model_output=model_output, x0_hat=x0_hat)
+            if self.interrupt:
                 break
-        scores = {
-            name: score(regularizer, sample, **{need: context[need] for need in getattr(regularizer, "needs", ())})
-            for name, regularizer in regularizers.items()
-        }
-        images = self._images(sample, output_type)
+        terms = {name: Term(regularizer, 1.0, view=self._units) for name, regularizer in regularizers.items()}
+        scores = {name: score(term, sample, context) for name, term in terms.items()}
+        images = rendered(sample, output_type, self.config.normalization)
         self.maybe_free_model_hooks()
         trajectory = torch.stack(intermediate) if return_x0_hat else None
         if not return_dict:
@@ -187,7 +199,7 @@ class RegDDPMPipeline(DiffusionPipeline):
         return RegDDPMPipelineOutput(images=images, scores=scores, x0_hat=trajectory)
 
     def to_json_string(self) -> str:
-        """model_index.json in a form that `DDPMPipeline` and `DiffusionPipeline` load without a warning."""
+        """Returns model_index.json in a form that `DDPMPipeline` and `DiffusionPipeline` load without a warning."""
         return json.dumps(as_saved(json.loads(super().to_json_string())), indent=2, sort_keys=True) + "\n"
 
     def save_pretrained(
@@ -199,14 +211,13 @@ class RegDDPMPipeline(DiffusionPipeline):
         push_to_hub: bool = False,
         **kwargs,
     ) -> None:
-        """As in diffusers, with a pipeline.py that lets others load this class without reg_diffusers.
+        """Saves the pipeline as in diffusers, with a pipeline.py to load this class without reg_diffusers.
 
-        They pass `custom_pipeline=` the folder or Hub id with `trust_remote_code=True` to
-        `DiffusionPipeline.from_pretrained`; without these nothing ever runs that file.
+        diffusers runs that file only with `custom_pipeline=` the folder or Hub id and `trust_remote_code=True`.
 
         Args:
-            save_directory: the folder, made if need be.
-            safe_serialization: as safetensors.
+            save_directory: the folder; created if necessary.
+            safe_serialization: save as safetensors.
             variant: inserted in the names of the weight files, such as "fp16".
             max_shard_size: largest size of a weight file, such as "5GB".
             push_to_hub: then upload by `push_to_hub`, to `repo_id` or else the folder's name.
@@ -229,29 +240,31 @@ class RegDDPMPipeline(DiffusionPipeline):
         variant: str | None = None,
         subfolder: str | None = None,
     ) -> str:
-        """Uploads the pipeline with a card, and with the evidence of its training where it was loaded from a run.
+        """Uploads the pipeline with a model card, and the evidence of its training if it was loaded from a run.
 
-        The card of the repository keeps what its owner wrote outside of the marks. Where the weights are not those
-        that were loaded there is no evidence on them, and what the repository has of it is deleted.
+        The owner's text in an existing card is kept outside the marks. If the weights differ from the loaded ones, no
+        evidence is uploaded, and that in the repository is deleted.
 
         Args:
-            repo_id: user/name, or a name of the token's user; made if need be.
-            commit_message: of the commit.
+            repo_id: user/name, or a name of the token's user; created if necessary.
+            commit_message: message of the commit.
             private: whether a new repository is private.
-            token: of the Hub; default: the stored one.
+            token: Hub token. Default: the stored one.
             create_pr: open a pull request instead of committing.
-            safe_serialization: as safetensors.
+            safe_serialization: save as safetensors.
             variant: inserted in the names of the weight files.
-            subfolder: of the repository; then without a card.
+            subfolder: folder in the repository; if given, no card is uploaded.
 
         Returns:
             The URL of the commit.
 
         Raises:
-            ValueError: `private`, but the repository is there and public; a card there that cannot be read.
-            HfHubHTTPError: no network, or no right to write there.
+            ValueError: `private` is True but the existing repository is public, the existing card cannot be read, or a
+                link leads out of the folder that the pipeline was loaded from.
+            HfHubHTTPError: there is no network, or no write access.
         """
         api = HfApi(token=token)
+        check_source(self.name_or_path)
         repo_id = open_repository(api, repo_id, private, write=not create_pr)
         with TemporaryDirectory() as temporary:
             folder = Path(temporary)
@@ -273,110 +286,65 @@ class RegDDPMPipeline(DiffusionPipeline):
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: str | Path, **kwargs) -> RegDDPMPipeline:
-        """As in diffusers, but from safetensors alone, unless `use_safetensors=False` is passed.
+        """Loads a pipeline as in diffusers, but only from safetensors unless `use_safetensors=False` is passed.
 
         Raises:
-            ValueError: the weights are pickled; or model_index.json names a module that is not imported yet.
+            ValueError: the weights are pickled, the noise schedule requires tables of gigabytes, or model_index.json
+                names a module that is not imported yet.
         """
         if kwargs.setdefault("use_safetensors", True) and Path(pretrained_model_name_or_path).is_dir():
             check_weights(Path(pretrained_model_name_or_path, "unet"))
+        if "scheduler" not in kwargs:
+            check_saved_schedule(pretrained_model_name_or_path, kwargs)
         return super().from_pretrained(pretrained_model_name_or_path, **kwargs)
 
     @classmethod
     def extract_init_dict(cls, config_dict, **kwargs):
-        """As in diffusers, with the normalization taken out of the private key."""
+        """Reads the arguments of a saved pipeline as in diffusers, with the normalization from the private key."""
         check_components(config_dict)
         return super().extract_init_dict({**config_dict, "normalization": saved_normalization(config_dict)}, **kwargs)
 
     @property
     def _channels(self) -> int:
-        """Channels of the images: a network that learns the variance returns it in as many more."""
-        learned = str(self.scheduler.config.get("variance_type")).startswith("learned")
-        return self.unet.config.out_channels // 2 if learned else self.unet.config.out_channels
+        """Channels of the images, without those of a learned variance."""
+        return image_channels(self.unet.config.out_channels, self.scheduler.config)
+
+    @property
+    def _units(self) -> Affine | None:
+        """Conversion from the model's units to those of its fields; None for pictures."""
+        normalization = self.config.normalization
+        return None if normalization is None else Affine(normalization["scale"], normalization["offset"])
+
+    @property
+    def _size(self) -> tuple[int, int]:
+        """Height and width of the images."""
+        size = self.unet.config.sample_size
+        return (size, size) if isinstance(size, int) else tuple(size)
 
     def _context(self, class_labels, condition, batch_size: int) -> dict[str, Tensor]:
-        """What the network is conditioned on, by name; also what regularizers may list in `needs`."""
+        """Returns the conditions of the network by name; regularizers may list them in `needs`."""
+        config, device = self.unet.config, self._execution_device
+        condition_shape = (config.in_channels - self._channels, *self._size)
         context = {
-            "class_labels": self._class_labels(class_labels, batch_size),
-            "condition": self._condition(condition, batch_size),
+            "class_labels": checked_class_labels(class_labels, config.num_class_embeds, batch_size, device),
+            "condition": checked_condition(condition, condition_shape, batch_size, device),
         }
         return {name: value for name, value in context.items() if value is not None}
 
     def _network(self, t, class_labels: Tensor | None = None, condition: Tensor | None = None) -> Callable:
-        """The network at one timestep, as a function of the sample alone."""
+        """Returns the network at one timestep, as a function of the sample alone."""
         unet = with_condition(self.unet, condition)
 
         def network(sample: Tensor) -> Tensor:
-            scale = getattr(self.scheduler, "scale_model_input", None)  # flow matching has none
+            scale = getattr(self.scheduler, "scale_model_input", None)  # flow-matching schedulers lack it
             return unet(sample if scale is None else scale(sample, t), t, class_labels=class_labels).sample
 
         return network
-
-    def _check_output_type(self, output_type: str) -> None:
-        if output_type not in ("pil", "np", "numpy", "pt"):
-            raise ValueError(f"output_type must be 'pil', 'np' or 'pt', not {output_type!r}")
-        if output_type == "pil" and self._channels not in (1, 3, 4):
-            raise ValueError(f"a field of {self._channels} channels is no picture: use output_type='np' or 'pt'")
-
-    def _condition(self, condition: Tensor | None, batch_size: int) -> Tensor | None:
-        channels = self.unet.config.in_channels - self._channels
-        if channels == 0:
-            if condition is not None:
-                raise ValueError("a condition was given, but the network has no channels for one")
-            return None
-        if condition is None:
-            raise ValueError(f"the network is conditioned by an image: a condition of {channels} channels is needed")
-        if condition.ndim != 4 or condition.shape[1] != channels or len(condition) not in (1, batch_size):
-            raise ValueError(
-                f"condition must have shape ({batch_size}, {channels}, height, width), not {tuple(condition.shape)}"
-            )
-        return condition.to(self._execution_device).expand(batch_size, -1, -1, -1)
-
-    def _class_labels(self, class_labels, batch_size: int) -> Tensor | None:
-        classes = self.unet.config.num_class_embeds
-        if classes is None:
-            if class_labels is not None:
-                raise ValueError("class_labels were given, but the network is not class-conditional")
-            return None
-        if class_labels is None:
-            raise ValueError(f"the network is class-conditional: class_labels (0 to {classes - 1}) are needed")
-        class_labels = torch.as_tensor(class_labels, device=self._execution_device).reshape(-1)
-        if len(class_labels) not in (1, batch_size):
-            raise ValueError(f"{len(class_labels)} class_labels for batch_size={batch_size}")
-        if class_labels.min() < 0 or class_labels.max() >= classes:
-            raise ValueError(f"class_labels must be 0 to {classes - 1}")
-        return class_labels.expand(batch_size)
 
     def _step_kwargs(self, generator, eta: float) -> dict:
         accepted = inspect.signature(self.scheduler.step).parameters
         return {name: value for name, value in (("generator", generator), ("eta", eta)) if name in accepted}
 
-    def _images(self, sample: Tensor, output_type: str):
-        normalization = self.config.normalization
-        if normalization is None or output_type == "pil":
-            images = (sample / 2 + 0.5).clamp(0, 1)
-        else:
-            offset, scale = (
-                torch.tensor(normalization[name], dtype=sample.dtype, device=sample.device).reshape(1, -1, 1, 1)
-                for name in ("offset", "scale")
-            )
-            images = offset + scale * sample
-        if output_type == "pt":
-            return images
-        images = images.float().cpu().permute(0, 2, 3, 1).numpy()
-        return self.numpy_to_pil(images) if output_type == "pil" else images
 
-
-def _by_name(regularizers: Sequence[Regularizer] | Mapping[str, Regularizer]) -> dict[str, Regularizer]:
-    if isinstance(regularizers, Mapping):
-        return dict(regularizers)
-    names = [regularizer_name(regularizer) for regularizer in regularizers]
-    if len(set(names)) < len(names):
-        raise ValueError(f"regularizers need different names, got {names}: pass {{name: regularizer, ...}}")
-    return dict(zip(names, regularizers, strict=True))
-
-
-def _check_needs(regularizers: Iterable[tuple[str, Regularizer]], context: dict) -> None:
-    for name, regularizer in regularizers:
-        if missing := [need for need in getattr(regularizer, "needs", ()) if need not in context]:
-            raise ValueError(f"{name} needs {', '.join(missing)}, which a sample has not")
+# diffusers reads the components' classes from these annotations, and up to 0.35 does not resolve strings.
+RegDDPMPipeline.__init__.__annotations__.update(unet=UNet2DModel, scheduler=SchedulerMixin, normalization=dict)

@@ -1,20 +1,26 @@
 """Fixtures and options shared by all tests."""
 
+import contextlib
 import subprocess
 import sys
-from pathlib import Path
 
 import numpy as np
 import PIL.Image
 import pytest
 import torch
+from accelerate.state import AcceleratorState, GradientState, PartialState
 from diffusers import UNet2DModel
+from in_processes import fill
+from runs import QUICK, ROOT, load_script
 
-ROOT = Path(__file__).parents[1]
+from reg_diffusers.cli import main
+from reg_diffusers.data.training_data import load_training_data
+from reg_diffusers.settings.arguments import parse_args
 
 
 def pytest_addoption(parser):
     parser.addoption("--slow", action="store_true", help="run the tests marked slow, too")
+    parser.addoption("--diffusers-tests", metavar="PATH", help="folder tests of diffusers: run those of a pipeline")
 
 
 def pytest_collection_modifyitems(config, items):
@@ -80,3 +86,61 @@ def command_line(tmp_path):
         return done
 
     return run
+
+
+@pytest.fixture
+def train(tmp_path, monkeypatch, tiny_unet):
+    """Runs the script's main in this process with a tiny network, in an empty folder; returns the output folder."""
+    script = load_script()
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["train_reg.py"])
+    tiny_unet().save_config("tiny")
+    threads = torch.get_num_threads()
+
+    def run(*flags, output="out", model=("--model_config_name_or_path", "tiny")):
+        for state in (AcceleratorState, PartialState, GradientState):
+            state._reset_state()
+        arguments = [*QUICK, *model, "--mixed_precision", "no", "--output_dir", output, *map(str, flags)]
+        if "--compare" not in arguments:
+            arguments.append("--no-compare")
+        script.main(arguments)
+        return tmp_path / output
+
+    run.script = script
+    yield run
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A folder with data, a tiny network and losses of its own."""
+    folder = tmp_path_factory.mktemp("processes")
+    fill(folder)
+    return folder
+
+
+@pytest.fixture
+def evaluate(capsys):
+    """Runs the command in this process; returns what it printed, or how it was refused."""
+
+    def run(*flags, refused=False):
+        for state in (AcceleratorState, PartialState, GradientState):
+            state._reset_state()
+        with pytest.raises(SystemExit, match=r"^2$") if refused else contextlib.nullcontext():
+            main(["evaluate", *map(str, flags)])
+        printed = capsys.readouterr()
+        assert "no --regularizer" not in printed.err  # the default of a training is none of its business
+        return printed.err.splitlines()[-1] if refused else printed.out
+
+    return run
+
+
+@pytest.fixture
+def load(tmp_path):
+    """Loads the data of a command line, 8 x 8; a module that needs more has a fixture of its own under this name."""
+
+    def load_with(*flags):
+        settings = parse_args([*map(str, flags), "--resolution", "8", "--cache_dir", str(tmp_path / "cache")])
+        return load_training_data(settings.data)
+
+    return load_with

@@ -118,9 +118,9 @@ class Process:
             assert time.monotonic() < end, self.stdout + self.stderr
             time.sleep(0.02)
 
-    def interrupt(self):
-        """As Ctrl-C does."""
-        self._process.send_signal(signal.SIGINT)
+    def interrupt(self, number=signal.SIGINT):
+        """As Ctrl-C does, or by another signal."""
+        self._process.send_signal(number)
 
     def _text(self, number):
         return os.pread(self._files[number].fileno(), 10_000_000, 0).decode()

@@ -1,15 +1,19 @@
 """Runs functions, and train_reg.py itself, in several real processes of this machine that talk by gloo."""
 
 import importlib.util
+import json
 import os
 import socket
 import sys
 import time
 from pathlib import Path
 
+import numpy as np
 import torch
 from accelerate.state import AcceleratorState, GradientState, PartialState
 from torch.multiprocessing import start_processes
+
+from reg_diffusers import RegularizedLoss
 
 ROOT = Path(__file__).parents[1]
 FLAGS = (
@@ -17,6 +21,7 @@ FLAGS = (
     " --model_config_name_or_path tiny --mixed_precision no --num_threads 1 --lr_warmup_steps 0 --no-compare"
 ).split()
 
+IMAGES = 32
 _PATIENCE = 300  # seconds
 
 
@@ -82,3 +87,52 @@ def _run_script(folder, flags, prepare):
     except SystemExit as stopped:
         code = stopped.code
     (folder / f"exit-{os.environ['RANK']}").write_text(str(code))
+
+
+def fill(folder):
+    np.save(folder / "fields.npy", np.random.default_rng(0).normal(size=(IMAGES, 1, 8, 8)).clip(-2, 2))
+    (folder / "tiny").mkdir()
+    config = {
+        "_class_name": "UNet2DModel",
+        "sample_size": 8,
+        "in_channels": 1,
+        "out_channels": 1,
+        "layers_per_block": 1,
+        "block_out_channels": [8, 16],
+        "down_block_types": ["DownBlock2D", "AttnDownBlock2D"],
+        "up_block_types": ["AttnUpBlock2D", "UpBlock2D"],
+        "norm_num_groups": 4,
+        "attention_head_dim": 8,
+    }
+    (folder / "tiny" / "config.json").write_text(json.dumps(config))
+    (folder / "own_losses.py").write_text(
+        "import os\n"
+        "import torch\n"
+        "def partly_bad(x, /, *, original_samples):\n"  # on the images themselves it is finite
+        "    far = (x - original_samples).abs().flatten(1).mean(1) > 1e-3\n"
+        "    bad = far & (original_samples.flatten(1).mean(1) > 0.02)\n"
+        "    return torch.where(bad, torch.nan, x.square().flatten(1).mean(1))\n"
+        "partly_bad.needs = ('original_samples',)\n"
+        "def bad_on_one_process(x):\n"
+        "    value = x.square().flatten(1).mean(1)\n"
+        "    return value * torch.nan if os.environ.get('BAD') == os.environ['RANK'] else value\n"
+    )
+    return folder
+
+
+class FedLoss(RegularizedLoss):
+    """Each image has its own noise and timestep, in whatever batch of whatever process it comes; all in float64."""
+
+    def forward(self, model, original_samples, **arguments):
+        original_samples = original_samples.double()
+        seeds = (original_samples.abs().flatten(1).sum(1) * 1e9).long().tolist()
+        noise = [
+            torch.randn(original_samples.shape[1:], generator=torch.Generator().manual_seed(seed)) for seed in seeds
+        ]
+        arguments.update(noise=torch.stack(noise), timesteps=torch.tensor([seed % 500 for seed in seeds]))
+        return super().forward(model, original_samples, **arguments)
+
+
+def feed(script):
+    torch.set_default_dtype(torch.float64)
+    script.RegularizedLoss = FedLoss

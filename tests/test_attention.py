@@ -6,8 +6,9 @@ import pytest
 import torch
 from diffusers import UNet2DModel
 from diffusers.models.attention_processor import Attention, AttnProcessor
+from network_gradients import batch_for, gradients
 
-from reg_diffusers.attention import (
+from reg_diffusers.networks.attention import (
     _SlicedAttention,
     attention_bytes,
     prefers_explicit_attention,
@@ -17,25 +18,11 @@ from reg_diffusers.attention import (
 pytestmark = pytest.mark.training
 
 
-def batch_for(unet, number=4):
-    generator = torch.Generator().manual_seed(1)
-    size = unet.config.sample_size
-    sample = torch.randn(number, unet.config.in_channels, size, size, generator=generator)
-    return sample, torch.randint(0, 1000, (number,), generator=generator)
-
-
-def gradients(unet, sample, timesteps):
-    unet.zero_grad()
-    output = unet(sample, timesteps, return_dict=False)[0]
-    output.square().sum().backward()
-    return output.detach(), {name: p.grad.clone() for name, p in unet.named_parameters()}
-
-
 @pytest.mark.parametrize("slice_bytes", [2**23, 3 * 1024, 1])  # all heads at a time, 3, one
 @pytest.mark.parametrize("config", [{}, {"resnet_time_scale_shift": "scale_shift"}])  # this has layers without a norm
 def test_explicit_attention_is_the_same_function(tiny_unet, monkeypatch, caplog, slice_bytes, config):
     monkeypatch.setattr(logging.getLogger("diffusers"), "propagate", True)
-    monkeypatch.setattr("reg_diffusers.attention._SLICE", slice_bytes)
+    monkeypatch.setattr("reg_diffusers.networks.attention._SLICE", slice_bytes)
     unet = tiny_unet(**config)
     before = list(unet.state_dict())
     output, grads = gradients(unet, *batch_for(unet))
@@ -51,7 +38,7 @@ def test_explicit_attention_is_the_same_function(tiny_unet, monkeypatch, caplog,
 
 @pytest.mark.parametrize("slice_bytes", [2**23, 2 * 5 * 5 * 8, 1])  # all three heads at a time, two, one
 def test_the_gradients_of_sliced_attention_are_those_of_finite_differences(monkeypatch, slice_bytes):
-    monkeypatch.setattr("reg_diffusers.attention._SLICE", slice_bytes)
+    monkeypatch.setattr("reg_diffusers.networks.attention._SLICE", slice_bytes)
     generator = torch.Generator().manual_seed(0)
     heads = [torch.randn(3, 5, 2, generator=generator, dtype=torch.float64, requires_grad=True) for _ in range(3)]
     assert torch.autograd.gradcheck(lambda *heads: _SlicedAttention.apply(*heads, 0.3), heads)
@@ -59,7 +46,7 @@ def test_the_gradients_of_sliced_attention_are_those_of_finite_differences(monke
 
 def test_attention_in_bfloat16_is_that_of_its_rounded_inputs(monkeypatch):
     """8 bits: each of two products and a softmax rounds by 2^-9, and so does each of their gradients."""
-    monkeypatch.setattr("reg_diffusers.attention._SLICE", 64 * 64 * 2)
+    monkeypatch.setattr("reg_diffusers.networks.attention._SLICE", 64 * 64 * 2)
     rounded = [torch.randn(4, 64, 8, generator=torch.Generator().manual_seed(i)).bfloat16() for i in range(4)]
     *heads, gradient = rounded
     found = _gradients_of(lambda *qkv: _SlicedAttention.apply(*qkv, 0.3), heads, gradient)
@@ -88,7 +75,7 @@ def _gradients_of(function, heads, gradient):
 
 def test_without_gradients_attention_is_the_same(monkeypatch):
     """It keeps no matrix then, and so computes it in another place."""
-    monkeypatch.setattr("reg_diffusers.attention._SLICE", 64 * 64 * 4)
+    monkeypatch.setattr("reg_diffusers.networks.attention._SLICE", 64 * 64 * 4)
     heads = torch.randn(3, 4, 64, 8, generator=torch.Generator().manual_seed(0)).requires_grad_()
     expected = _SlicedAttention.apply(*heads, 0.3)
     assert torch.equal(_SlicedAttention.apply(*heads.detach(), 0.3), expected)
@@ -103,7 +90,7 @@ def test_what_follows_explicit_attention_has_the_usual_order_of_memory(tiny_unet
         if isinstance(module, Attention):
             module.register_forward_hook(lambda module, args, output: seen.append(output.is_contiguous()))
     unet(*batch_for(unet))
-    monkeypatch.setattr("reg_diffusers.attention._SLICE", 1)
+    monkeypatch.setattr("reg_diffusers.networks.attention._SLICE", 1)
     unet(*batch_for(unet))
     assert seen == [True] * 8
 

@@ -7,9 +7,9 @@ import pytest
 import torch
 from accelerate import Accelerator, debug_launcher
 from accelerate.state import AcceleratorState, GradientState, PartialState
-from test_train_reg import differ, metrics, train, weights  # noqa: F401
+from runs import differ, metrics, weights
 
-from reg_diffusers.training.bad_steps import BadSteps
+from reg_diffusers.training.bad_steps import BadSteps, TooManyBadSteps
 
 pytestmark = pytest.mark.reliability
 
@@ -34,8 +34,8 @@ def prepared(accelerator, tmp_path, limit=3):
 def step(accelerator, model, optimizer, bad_steps, number, factor=1.0):
     """One step of |factor * output|; returns the weight and the state of the optimizer after it."""
     loss = (factor * model(torch.ones(1, 1))).abs().sum()
-    accelerator.backward(bad_steps.spread(loss, TIMESTEPS, IDS))
-    bad_steps.mark(number, optimizer, accelerator.clip_grad_norm_(model.parameters(), 1.0))
+    accelerator.backward(bad_steps.guard(loss, TIMESTEPS, IDS))
+    bad_steps.update(number, optimizer, accelerator.clip_grad_norm_(model.parameters(), 1.0))
     optimizer.step()
     optimizer.zero_grad()
     (parameter,) = model.parameters()
@@ -59,7 +59,7 @@ def test_an_infinite_loss_is_bad_although_its_gradient_is_finite(tmp_path):
     accelerator = Accelerator(cpu=True)
     model, _, bad_steps = prepared(accelerator, tmp_path)
     loss = model(torch.ones(1, 1)).sum() + math.inf
-    accelerator.backward(bad_steps.spread(loss, TIMESTEPS, IDS))
+    accelerator.backward(bad_steps.guard(loss, TIMESTEPS, IDS))
     assert not next(model.parameters()).grad.isfinite().any()
 
 
@@ -81,9 +81,10 @@ def test_bad_steps_are_counted_in_a_row_and_told_with_their_images(tmp_path):
     bad_steps = run[-1]
     for number, factor in enumerate((1, math.nan, math.nan, 1, math.nan), start=1):
         step(*run, number, factor)
-    said = bad_steps.look()
-    assert [line.split(" is left out")[0] for line in said] == ["step 2", "step 3", "step 5"]
-    assert bad_steps.count == 3 and bad_steps.in_a_row == 1 and not bad_steps.too_many and bad_steps.look() == []
+    said = bad_steps.compute()
+    assert [line.split(" is skipped")[0] for line in said] == ["step 2", "step 3", "step 5"]
+    assert bad_steps.count == 3 and bad_steps.in_a_row == 1
+    assert bad_steps.problem() is None and bad_steps.compute() == []
     lines = [json.loads(line) for line in (tmp_path / "bad_steps.jsonl").read_text().splitlines()]
     assert lines[0] == {"step": 2, "process": 0, "loss_is_finite": False, "timesteps": [5, 900], "images": [3, 17]}
 
@@ -93,8 +94,10 @@ def test_bad_steps_are_counted_in_a_row_and_told_with_their_images(tmp_path):
     assert [json.loads(line)["step"] for line in (tmp_path / "bad_steps.jsonl").read_text().splitlines()] == [2, 3]
     for number in (6, 7):
         step(*run[:-1], resumed, number, math.nan)
-    resumed.look()
-    assert resumed.too_many and "3 steps in a row" in resumed.advice() and "--learning_rate" in resumed.advice()
+    resumed.compute()
+    problem = resumed.problem()
+    assert isinstance(problem, TooManyBadSteps) and (problem.steps, problem.limit) == (3, 3)
+    assert str(problem).startswith("3 steps in a row") and "--learning_rate" in str(problem)
 
 
 def test_an_overflow_of_the_gradient_scaler_is_not_counted(tmp_path):
@@ -104,9 +107,9 @@ def test_an_overflow_of_the_gradient_scaler_is_not_counted(tmp_path):
     accelerator.scaler = torch.amp.GradScaler("cpu")
     loss = model(torch.ones(1, 1)).sum()
     for number, (value, norm) in enumerate(((loss, math.inf), (loss * math.nan, math.nan)), start=1):
-        bad_steps.spread(value, TIMESTEPS, IDS)
-        bad_steps.mark(number, optimizer, torch.tensor(norm))
-    bad_steps.look()
+        bad_steps.guard(value, TIMESTEPS, IDS)
+        bad_steps.update(number, optimizer, torch.tensor(norm))
+    bad_steps.compute()
     assert bad_steps.count == 1 and not hasattr(optimizer.optimizer, "found_inf")
 
 
@@ -117,7 +120,7 @@ def one_process_of_two(folder):
     # The loss of one process only is no number.
     second = step(*run, 2, math.nan if accelerator.process_index == 1 else 1.0)
     bad_steps = run[-1]
-    said = bad_steps.look()
+    said = bad_steps.compute()
     assert second == first and bad_steps.count == bad_steps.in_a_row == 1
     assert len(said) == (1 if accelerator.is_main_process else 0)
     accelerator.end_training()
@@ -131,7 +134,7 @@ def test_what_is_bad_on_one_process_is_left_out_by_both(tmp_path):
 
 
 def test_a_picture_that_makes_the_loss_infinite_is_named_and_the_others_are_learned(
-    train,  # noqa: F811
+    train,
     tmp_path,
     tiny_unet,
 ):
@@ -153,7 +156,7 @@ def test_a_picture_that_makes_the_loss_infinite_is_named_and_the_others_are_lear
     good = train(*flags, output="good")
     assert metrics(good)[-1]["bad_steps"] == 0 and not (good / "bad_steps.jsonl").exists()
 
-    import reg_diffusers.training.data as data
+    import reg_diffusers.data.training_data as data
 
     at = 11
     original = data.FieldData.__getitems__

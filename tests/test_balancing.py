@@ -72,6 +72,26 @@ def test_the_weights_are_those_given_and_may_be_tensors():
     torch.testing.assert_close(gradients_of(balanced.loss, network), expected, rtol=1e-6, atol=1e-12)
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_small_gradients_of_a_half_precision_output_survive_until_they_are_scaled(dtype):
+    original, noise = torch.randn(2, 4, 1, 512, 512, generator=torch.Generator().manual_seed(0))
+    loss_fn, scale = RegularizedLoss(scheduler_of("epsilon"), [Term(total_variation, 0.1)]), 2**16
+
+    def gradient(of):
+        shift = torch.zeros(4, 1, 512, 512, requires_grad=True)
+
+        def network(sample, timesteps):
+            return (0.99 * noise + shift).to(dtype)
+
+        output = loss_fn(network, original, noise=noise, timesteps=torch.tensor([50, 100, 200, 300]))
+        (of(output).loss * scale).backward()
+        return shift.grad / scale
+
+    plain = gradient(lambda output: output)
+    balanced = gradient(lambda output: balance(output, {"total_variation": 0.1}))
+    torch.testing.assert_close(balanced, plain, rtol=0.02, atol=float(plain.abs().max()) * 1e-3)
+
+
 def test_the_extra_part_alone_can_be_balanced():
     regularization, network = X0Regularization(scheduler_of("sample"), TERMS), Network()
     original, drawn = batch()

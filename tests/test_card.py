@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 
 import numpy as np
 import PIL.Image
@@ -10,11 +11,11 @@ import yaml
 from diffusers import DDIMScheduler, DDPMScheduler, FlowMatchEulerDiscreteScheduler, UNet2DModel
 from hub_client import Client, code_blocks
 from hub_server import HubServer
-from test_train_reg import train  # noqa: F401  (a fixture)
+from huggingface_hub import ModelCard
 
 from reg_diffusers import RegDDPMPipeline
-from reg_diffusers.card import merge_cards, model_card, read_card, write_card
-from reg_diffusers.measurement import Measurement, write_comparison
+from reg_diffusers.hub.card import merge_cards, model_card, read_card, write_card
+from reg_diffusers.runs.measurement import Measurement, write_comparison
 
 pytestmark = pytest.mark.hub
 
@@ -152,9 +153,14 @@ def test_the_code_of_the_cards_of_runs_runs_as_it_is(tmp_path):
         client.python(script, json.dumps(blocks), tmp_path / "with")
         client.python(script, json.dumps(without), tmp_path / "without", package=False)
     assert all(len(blocks[kind]) == 2 and len(without[kind]) == 1 for kind in blocks)
-    assert "draws 8 x 8 images of a given class: " in cards["classes"] and "The classes: 0 a, 1 b." in cards["classes"]
-    assert "draws 8 x 8 images from a given image: " in cards["pairs"]
-    assert "draws 8 x 8 fields of 2 channels: " in cards["fields"] and "on 8 fields of fields.npy" in cards["fields"]
+    assert (
+        "generates 8 x 8 images of a given class: " in cards["classes"]
+        and "The classes: 0 a, 1 b." in cards["classes"]
+    )
+    assert "generates 8 x 8 images from a given image: " in cards["pairs"]
+    assert (
+        "generates 8 x 8 fields of 2 channels: " in cards["fields"] and "on 8 fields of fields.npy" in cards["fields"]
+    )
 
 
 def test_the_code_names_the_folder_of_a_run_that_is_not_uploaded(save):
@@ -173,7 +179,7 @@ def test_introductions(save):
     def introduction(kind, record=None):
         return text_of(save(kind, record)).split("\n\n")[2]
 
-    draws = "A diffusion model that draws"
+    draws = "A diffusion model that generates"
     photos = "on 1,234 images of photos."
     assert introduction("plain") == f"{draws} 8 x 8 images: a `UNet2DModel`."
     of_class = f"{draws} 8 x 8 images of a given class: a `UNet2DModel`, trained {photos}"
@@ -215,17 +221,17 @@ def test_a_model_with_several_losses(save):
     assert left == ["x_t", "v", "x0_hat", "matched(t)", "constant(t)"]
     assert len({line.index(" = ") for line in definitions}) == 1
     assert "| `mine` | `own.losses:mine` | 0.1 | `matched` | t = 0 |" in card
-    assert "`own.losses` is code of the author's, which is not in this repository." in card
+    assert "`own.losses` is code of the author that is not in this repository." in card
     assert "The columns of the losses have the mean and its standard error; the goal is the value of the data" in card
     assert "| with total_variation + symmetry + mine | 0.2000 ± 0.0100 | 0.2000 ± 0.0100 |" in card
-    assert "*without* is the same training, with the same noise, without the extra losses." in card
+    assert "*without* is the same training, with the same noise, without the auxiliary losses." in card
 
 
 def test_a_loss_and_a_weighting_of_ones_own_in_two_modules(save):
     card = text_of(save(record=record(term("Mine", "losses:Mine", weighting="levels:early"))))
     assert formula(card)[0].endswith(" + 0.1 * early(t) * Mine(x0_hat)")
-    assert formula(card)[-1] == "early(t) = levels:early, the author's own"
-    assert "`losses` and `levels` are code of the author's, which is not in this repository." in card
+    assert formula(card)[-1] == "early(t) = levels:early, defined by the author"
+    assert "`losses` and `levels` are code of the author that is not in this repository." in card
 
 
 @pytest.mark.parametrize("kind", ["epsilon", "sample", "v_prediction", "flow_prediction"])
@@ -234,7 +240,7 @@ def test_the_formulas_are_those_of_the_library(kind):
     import torch
 
     from reg_diffusers import add_noise, noise_level, predict_original_sample, prediction_target
-    from reg_diffusers.card_text import _FORMULAS
+    from reg_diffusers.hub.card_text import _FORMULAS
 
     is_flow = kind == "flow_prediction"
     scheduler = FlowMatchEulerDiscreteScheduler() if is_flow else DDPMScheduler(prediction_type=kind)
@@ -258,7 +264,7 @@ def test_the_weightings_are_those_of_the_library(name):
     import torch
 
     from reg_diffusers import load_weighting, noise_level
-    from reg_diffusers.card_text import _WEIGHTINGS
+    from reg_diffusers.hub.card_text import _WEIGHTINGS
 
     t = torch.tensor([0, 20, 150, 199])
     level = noise_level(DDPMScheduler(), t)
@@ -282,7 +288,7 @@ def test_min_snr_weights_the_image(save):
 def test_a_single_image_has_no_standard_error_and_a_lambda_is_not_taken_for_a_tag(save):
     measured = rows("<lambda>", images=1, error=math.nan, without=False)
     card = text_of(save(record=record(term("<lambda>", "mine:f")), measured=measured))
-    assert "|  | &lt;lambda> | distance to data |" in card and "| 0.2000 | 0.1000 |" in card and "nan" not in card
+    assert "|  | &lt;lambda&gt; | distance to data |" in card and "| 0.2000 | 0.1000 |" in card and "nan" not in card
 
 
 def test_classes_are_named_beside_their_numbers(save):
@@ -299,7 +305,7 @@ def test_how_to_make_it_again(save):
     assert code_blocks(card, "bash") == ["accelerate launch train_reg.py --resolution 8\n"]
 
 
-def test_measurements_of_the_model_before_it_was_trained_further_go(train):  # noqa: F811
+def test_measurements_of_the_model_before_it_was_trained_further_go(train):
     flags = ("--checkpointing_steps", 1, "--max_train_steps")
     out = train("--compare", *flags, 1)
     measured = {"comparison.json", "comparison.png", "evaluation.png"}
@@ -309,10 +315,10 @@ def test_measurements_of_the_model_before_it_was_trained_further_go(train):  # n
     train(*flags, 2, "--resume", "auto", "--allow_changed_settings")
     assert not measured & {path.name for path in out.iterdir()}
     card = (out / "README.md").read_text()
-    assert "What was optimised" in card and "evaluation.png" not in card
+    assert "Objective" in card and "evaluation.png" not in card
 
 
-def test_a_card_that_cannot_be_read_is_said_before_the_training(train, capsys):  # noqa: F811
+def test_a_card_that_cannot_be_read_is_said_before_the_training(train, capsys):
     out = train("--max_train_steps", 1)
     (out / "README.md").write_text("---\nlicense: [mit\n---\n")
     with pytest.raises(SystemExit):
@@ -375,3 +381,63 @@ def test_a_card_whose_metadata_are_broken_is_refused(tmp_path):
             read_card(tmp_path / "README.md")
     (tmp_path / "README.md").write_text("No metadata at all.")
     assert read_card(tmp_path / "README.md").text == "No metadata at all."
+
+
+# Names that anybody may have given
+
+
+def test_a_weighting_of_the_authors_own_keeps_apart_from_the_built_in_one(save):
+    terms = term(), term("symmetry", weighting="m:matched")
+    text = text_of(save(record=record(*terms)))
+    assert "0.1 * matched(t) * total_variation(x0_hat) + 0.1 * m.matched(t) * symmetry(x0_hat)" in text
+    formula, own = (
+        next(line for line in text.splitlines() if line.startswith(f"{name}(t) ")) for name in ("matched", "m.matched")
+    )
+    assert "min(w(t), 100)" in formula
+    assert "m:matched, defined by the author" in own
+
+
+def test_names_with_bars_backticks_and_html_stay_names(save):
+    """A column, a code block or a script in a card would be somebody else's."""
+    odd = "a|b `c` <script>alert(1)</script>"
+    written = record(term(odd, regularizer=odd), data={"name": odd, "classes": [odd, "``` *cat*"]})
+    text = text_of(save("classes", record=written, measured=rows(odd)))
+    prose = re.sub(r"(`+) ?.*?(?<!`)\1(?!`)", "", re.sub(r"^(```+).*?^\1$", "", text, flags=re.M | re.S))
+    assert "<script" not in prose
+    tables = [line for line in text.splitlines() if line.startswith("|")]
+    columns = {len(re.findall(r"(?<!\\)\|", line)) for line in tables if "script" in line or "loss" in line}
+    assert columns <= {5, 6}
+    assert r"``` \*cat\*" not in prose and r"\*cat\*" in prose
+
+
+def test_a_card_that_is_a_link_is_replaced_and_its_target_stays(save):
+    folder = save("plain")
+    (folder / "notes.md").write_text("My own words.\n")
+    (folder / "README.md").unlink(missing_ok=True)
+    (folder / "README.md").symlink_to("notes.md")
+    write_card(folder, "user/name")
+    assert not (folder / "README.md").is_symlink() and "My own words." in (folder / "README.md").read_text()
+    assert (folder / "notes.md").read_text() == "My own words.\n"
+
+
+@pytest.mark.parametrize("old", [None, ModelCard("---\nlicense: mit\n---\n")])
+def test_a_card_that_is_a_link_out_of_its_folder_is_refused(save, tmp_path, old):
+    folder, outside = save("plain"), tmp_path / "outside.md"
+    outside.write_text("secret\n")
+    (folder / "README.md").unlink(missing_ok=True)
+    (folder / "README.md").symlink_to(outside)
+    with pytest.raises(
+        ValueError, match=r"README\.md is a link out of .*, and writing would follow it: remove the link"
+    ):
+        write_card(folder, "user/name", old)
+    assert outside.read_text() == "secret\n"
+
+
+def test_a_card_names_what_a_loss_looks_at(save):
+    own = {**term("sparsity"), "estimator": "mine:twice"}
+    folder = save(record=record({**term(), "estimator": "ddim(1)"}, own, term("symmetry")))
+    card = str(model_card(folder, "me/mine"))
+    assert "* total_variation(ddim(1)) + 0.1 * matched(t) * sparsity(mine:twice) + 0.1 * matched(t) * symm" in card
+    assert "matched(t) * symmetry(x0_hat)" in card
+    assert re.search(r"^ddim\(1\) +=", card, re.M)
+    assert "mine:twice, an estimate of the image defined by the author" in card and "`mine` is code" in card

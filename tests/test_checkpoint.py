@@ -13,35 +13,17 @@ from pathlib import Path
 
 import pytest
 import torch
+from runs import FLAGS, QUICK, ROOT, checkpoints, cut, differ, flip_a_bit, metrics, refusal, resumed, weights
 from safetensors.torch import load_file
-from test_train_reg import QUICK, ROOT, differ, metrics, refusal, train, weights  # noqa: F401
 
-from reg_diffusers.training import checkpoint
+from reg_diffusers.runs import lineage, manifest
 
 pytestmark = pytest.mark.reliability
 
-FLAGS = ("--max_train_steps", 9, "--checkpointing_steps", 3)
-
-
-def checkpoints(folder):
-    return sorted(path.name for path in folder.glob("*checkpoint-*"))
-
-
-def resumed(train, *flags, **kwargs):  # noqa: F811
-    return train(*FLAGS, "--resume", "auto", *flags, **kwargs)
-
 
 @pytest.fixture
-def undisturbed(train):  # noqa: F811
+def undisturbed(train):
     return train(*FLAGS, output="undisturbed")
-
-
-def cut(train, out="out"):  # noqa: F811
-    """A finished run without what came after its sixth step."""
-    folder = train(*FLAGS, output=out)
-    shutil.rmtree(folder / "checkpoint-9")
-    shutil.rmtree(folder / "unet")
-    return folder
 
 
 # What a checkpoint is
@@ -49,22 +31,22 @@ def cut(train, out="out"):  # noqa: F811
 
 def test_a_checkpoint_lists_its_files_and_settings(undisturbed):
     folder = undisturbed / "checkpoint-3"
-    manifest = json.loads((folder / "manifest.json").read_text())
+    found = json.loads((folder / "manifest.json").read_text())
     on_disk = {path.name for path in folder.iterdir()} - {"manifest.json"}
-    assert manifest["step"] == 3 and set(manifest["files"]) == on_disk
-    assert all(manifest["files"][name]["size"] == (folder / name).stat().st_size for name in on_disk)
-    assert manifest["settings"]["--reg_weight"] == [0.05] and manifest["settings"]["processes"] == 1
-    assert "hub_token" not in json.dumps(manifest)
+    assert found["step"] == 3 and set(found["files"]) == on_disk
+    assert all(found["files"][name]["size"] == (folder / name).stat().st_size for name in on_disk)
+    assert found["settings"]["--reg_weight"] == [0.05] and found["settings"]["processes"] == 1
+    assert "hub_token" not in json.dumps(found)
 
 
-def test_where_it_is_and_how_to_go_on_is_told(train, capsys):  # noqa: F811
+def test_where_it_is_and_how_to_go_on_is_told(train, capsys):
     train("--max_train_steps", 3, "--checkpointing_steps", 2, "--hub_token", "hf_secret")
     told = capsys.readouterr().out
-    assert "saved out/checkpoint-2; go on from there with: accelerate launch train_reg.py" in told
+    assert "saved out/checkpoint-2; continue with: accelerate launch train_reg.py" in told
     assert "--max_train_steps 3" in told and told.count("--resume auto") == 1 and "hf_secret" not in told
 
 
-def test_the_oldest_are_deleted_beyond_the_limit(train):  # noqa: F811
+def test_the_oldest_are_deleted_beyond_the_limit(train):
     assert checkpoints(train(*FLAGS, "--checkpoints_total_limit", 2)) == ["checkpoint-6", "checkpoint-9"]
 
 
@@ -78,9 +60,11 @@ def test_the_oldest_are_deleted_beyond_the_limit(train):  # noqa: F811
         "--gradient_accumulation_steps 2 --random_flip",
         "--dataloader_num_workers 2",
         "--prediction_type flow_prediction --no-use_ema --snr_gamma 5",
+        "--reg_weighting constant --reg_estimator monte_carlo(2)",
+        "--reg_weighting constant --reg_estimator ddim(1)",
     ],
 )
-def test_a_resumed_run_leaves_what_an_undisturbed_one_leaves(train, flags):  # noqa: F811
+def test_a_resumed_run_leaves_what_an_undisturbed_one_leaves(train, flags):
     whole = train(*FLAGS, *flags.split(), output="whole")
     part = train(*FLAGS, *flags.split(), output="part")
     shutil.rmtree(part / "checkpoint-9")
@@ -91,7 +75,7 @@ def test_a_resumed_run_leaves_what_an_undisturbed_one_leaves(train, flags):  # n
         assert (whole / "checkpoint-9" / name).read_bytes() == (part / "checkpoint-9" / name).read_bytes(), name
 
 
-def test_sums_of_metrics_survive_between_two_lines_of_the_log(train):  # noqa: F811
+def test_sums_of_metrics_survive_between_two_lines_of_the_log(train):
     flags = ("--max_train_steps", 20, "--checkpointing_steps", 4)
     whole = train(*flags, output="whole")
     part = train(*flags, output="part")
@@ -101,12 +85,12 @@ def test_sums_of_metrics_survive_between_two_lines_of_the_log(train):  # noqa: F
     assert [line["step"] for line in metrics(part)] == [10, 20] and metrics(part) == metrics(whole)
 
 
-def test_auto_starts_a_run_and_goes_on_with_it(train, capsys):  # noqa: F811
+def test_auto_starts_a_run_and_goes_on_with_it(train, capsys):
     first = resumed(train)
     before = weights(first)
-    assert "going on from" not in capsys.readouterr().err
+    assert "continuing from" not in capsys.readouterr().err
     resumed(train)
-    assert "going on from out/checkpoint-9" in capsys.readouterr().err
+    assert "continuing from out/checkpoint-9" in capsys.readouterr().err
     assert not differ(before, weights(first))
 
 
@@ -121,50 +105,45 @@ def test_auto_starts_a_run_and_goes_on_with_it(train, capsys):  # noqa: F811
         (lambda folder: (folder / "manifest.json").write_text('{"files": {"../x": {}}}'), "names a file outside"),
     ],
 )
-def test_a_damaged_one_is_named_and_left_out(train, undisturbed, capsys, damage, said):  # noqa: F811
+def test_a_damaged_one_is_named_and_left_out(train, undisturbed, capsys, damage, said):
     folder = cut(train)
     damage(folder / "checkpoint-6")
     resumed(train)
     told = capsys.readouterr().err
-    assert "out/checkpoint-6 is damaged and left out: " in told and said in told
-    assert "going on from out/checkpoint-3: 3 steps are lost" in told
+    assert "skipping out/checkpoint-6, which is damaged: " in told and said in told
+    assert "continuing from out/checkpoint-3: 3 steps are lost" in told
     assert not differ(weights(undisturbed), weights(folder)) and metrics(undisturbed) == metrics(folder)
     assert checkpoints(folder) == ["checkpoint-3", "checkpoint-6", "checkpoint-9"]
-    wanted = json.loads((undisturbed / "checkpoint-6" / "manifest.json").read_text())
-    assert json.loads((folder / "checkpoint-6" / "manifest.json").read_text()) == wanted
+    wanted, found = (manifest.read_manifest(out / "checkpoint-6") for out in (undisturbed, folder))
+    assert {**found, "run": wanted["run"], "resumed_from": []} == wanted
+    assert [(entry["step"], entry["checkpoint"]) for entry in found["resumed_from"]] == [(3, "checkpoint-3")]
 
 
-def flip_a_bit(path):
-    content = bytearray(path.read_bytes())
-    content[-1] ^= 1
-    path.write_bytes(content)
-
-
-def test_a_half_written_one_is_told_and_written_anew(train, undisturbed, capsys):  # noqa: F811
+def test_a_half_written_one_is_told_and_written_anew(train, undisturbed, capsys):
     folder = cut(train)
     shutil.copytree(folder / "checkpoint-6", folder / ".checkpoint-9")
     (folder / ".checkpoint-9" / "left_over.bin").write_bytes(b"0")
     resumed(train)
-    assert "checkpoint-9 was not complete when the run ended" in capsys.readouterr().err
+    assert "skipping checkpoint-9: it was incomplete when the run ended" in capsys.readouterr().err
     assert checkpoints(folder) == ["checkpoint-3", "checkpoint-6", "checkpoint-9"]
     assert not (folder / "checkpoint-9" / "left_over.bin").exists()
     assert not differ(weights(undisturbed), weights(folder))
 
 
-def test_a_damaged_one_that_is_named_or_the_only_one_is_refused(train, capsys):  # noqa: F811
+def test_a_damaged_one_that_is_named_or_the_only_one_is_refused(train, capsys):
     folder = cut(train)
     os.truncate(folder / "checkpoint-3" / "model.safetensors", 8)
     flags = (*FLAGS, "--resume_from_checkpoint", "checkpoint-3")
     assert "out/checkpoint-3: model.safetensors has 8 bytes" in refusal(train, capsys, *flags)
     shutil.rmtree(folder / "checkpoint-6")
-    assert "no checkpoint in out is whole" in refusal(train, capsys, *FLAGS, "--resume", "auto")
+    assert "no checkpoint in out is intact" in refusal(train, capsys, *FLAGS, "--resume", "auto")
     assert not (folder / "unet").exists()
 
 
 # Other settings
 
 
-def test_other_mathematics_is_refused_with_its_differences(train, capsys, tmp_path):  # noqa: F811
+def test_other_mathematics_is_refused_with_its_differences(train, capsys, tmp_path):
     folder = cut(train)
     before = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
     changed = ("--reg_weight", 0.2, "--train_batch_size", 4, "--seed", 1, "--learning_rate", 1e-4)
@@ -173,25 +152,36 @@ def test_other_mathematics_is_refused_with_its_differences(train, capsys, tmp_pa
         "--reg_weight 0.05 -> 0.2, --seed 0 -> 1, --train_batch_size 8 -> 4, --learning_rate 0.002 -> 0.0001" in error
     )
     assert "--allow_changed_settings" in error
-    assert "--max_train_steps 9 -> 12" in refusal(train, capsys, "--resume", "auto", "--max_train_steps", 12)
+    error = refusal(train, capsys, "--resume_from_checkpoint", "latest", "--max_train_steps", 12, "--seed", 1)
+    assert "--max_train_steps 9 -> 12" in error and "--resume_from_checkpoint latest: out/checkpoint-" in error
     assert {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()} == before
 
 
-def test_a_flag_that_an_earlier_version_did_not_have_changes_nothing_while_it_is_off(train):  # noqa: F811
+def test_a_flag_that_an_earlier_version_did_not_have_changes_nothing_while_it_is_off(train):
     folder = cut(train) / "checkpoint-6"
-    settings = checkpoint._read_manifest(folder)["settings"]
-    assert checkpoint.changed_settings(folder, settings | {"--new": False, "--newer": None}) == []
-    assert checkpoint.changed_settings(folder, settings | {"--new": 3}) == ["--new None -> 3"]
+    settings = manifest.read_manifest(folder)["settings"]
+    assert lineage.changed_settings(folder, settings | {"--new": False, "--newer": None}) == []
+    assert lineage.changed_settings(folder, settings | {"--new": 3}) == ["--new None -> 3"]
 
 
-def test_what_is_no_mathematics_may_change(train, undisturbed, tmp_path):  # noqa: F811
+def test_what_is_no_mathematics_may_change(train, undisturbed, tmp_path):
     folder = cut(train)
     flags = ("--preview_steps", 2, "--eval_batch_size", 2, "--dataloader_num_workers", 1, "--checkpointing_steps", 4)
     resumed(train, *flags)
     assert not differ(weights(undisturbed), weights(folder))
 
 
-def test_with_constant_learning_rate_a_run_may_be_made_longer(train):  # noqa: F811
+def test_a_run_may_be_made_longer_and_says_where_its_learning_rate_decays(train, capsys):
+    cosine = ("--checkpointing_steps", 3)
+    part = train(*cosine, "--max_train_steps", 6, output="part")
+    capsys.readouterr()
+    train(*cosine, "--max_train_steps", 9, "--resume", "auto", output="part")
+    told = capsys.readouterr().err
+    assert "--max_train_steps 6 -> 9: from here on the learning rate follows --lr_scheduler cosine" in told
+    assert (part / "checkpoint-9").is_dir()
+
+
+def test_with_constant_learning_rate_a_run_may_be_made_longer(train):
     constant = ("--lr_scheduler", "constant", "--checkpointing_steps", 3)
     whole = train(*constant, "--max_train_steps", 9, output="whole")
     part = train(*constant, "--max_train_steps", 6, output="part")
@@ -199,7 +189,7 @@ def test_with_constant_learning_rate_a_run_may_be_made_longer(train):  # noqa: F
     assert not differ(weights(whole), weights(part))
 
 
-def test_changed_settings_that_are_allowed_take_effect(train):  # noqa: F811
+def test_changed_settings_that_are_allowed_take_effect(train):
     folder = cut(train)
     resumed(train, "--allow_changed_settings", "--learning_rate", 1e-30, "--adam_weight_decay", 0, "--no-use_ema")
     before = load_file(folder / "checkpoint-6" / "model.safetensors")
@@ -229,20 +219,20 @@ def small_disk(tmp_path):
         subprocess.run(["umount", "-l", str(folder)], check=True)
 
 
-def test_a_full_disk_ends_the_run_and_leaves_the_checkpoint_before(train, small_disk, capsys, tmp_path):  # noqa: F811
+def test_a_full_disk_ends_the_run_and_leaves_the_checkpoint_before(train, small_disk, capsys, tmp_path):
     disk = small_disk("2m")
     flags = ("--max_train_steps", 9, "--checkpointing_steps", 1, "--preview_steps", 100)
     error = refusal(train, capsys, *flags, output="disk/out")
-    assert "cannot be saved" in error and "make room" in error and "MiB are free there" in error
+    assert "cannot be saved" in error and "free disk space" in error and "MiB free" in error
     kept = checkpoints(disk / "out")
-    assert kept and f"go on from disk/out/{kept[-1]} by --resume auto" in error
+    assert kept and f"continue from disk/out/{kept[-1]} by --resume auto" in error
     shutil.copytree(disk / "out", tmp_path / "out")
     train(*flags, "--resume", "auto")
     whole = train(*flags, output="whole")
     assert not differ(weights(whole), weights(tmp_path / "out"))
 
 
-def test_a_full_disk_at_the_end_leaves_the_pipeline_before(train, small_disk, capsys, tmp_path):  # noqa: F811
+def test_a_full_disk_at_the_end_leaves_the_pipeline_before(train, small_disk, capsys, tmp_path):
     whole = train("--max_train_steps", 2, "--no-use_ema")
     disk = small_disk("1m")
     shutil.copytree(whole, disk / "out")
@@ -266,7 +256,7 @@ def start(tmp_path, *flags):
 
 
 @pytest.mark.slow
-def test_killed_while_it_saves_and_started_again_it_ends_the_same(train, tmp_path):  # noqa: F811
+def test_killed_while_it_saves_and_started_again_it_ends_the_same(train, tmp_path):
     flags = ("--max_train_steps", 12, "--checkpointing_steps", 2, "--mixed_precision", "no", "--resume", "auto")
     whole = train(*flags, output="whole")
     process = start(tmp_path, *flags, "--max_train_steps", 12)
@@ -298,13 +288,14 @@ class Malice:
 
 
 @pytest.mark.parametrize("name", ["optimizer.bin", "random_states_0.pkl", "progress.bin", "ema.bin"])
-def test_code_in_a_checkpoint_is_never_run(train, tmp_path, name):  # noqa: F811
+def test_code_in_a_checkpoint_is_never_run(train, tmp_path, name):
     folder = cut(train) / "checkpoint-6"
     torch.save(Malice(), folder / name)
-    manifest = json.loads((folder / "manifest.json").read_text())
+    listed = json.loads((folder / "manifest.json").read_text())
     content = (folder / name).read_bytes()
-    manifest["files"][name] = {"size": len(content), "sha256": hashlib.sha256(content).hexdigest()}
-    (folder / "manifest.json").write_text(json.dumps(manifest))
+    listed["files"][name] = {"size": len(content), "sha256": hashlib.sha256(content).hexdigest()}
+    del listed["sha256"]  # as an older version wrote it
+    (folder / "manifest.json").write_text(json.dumps(listed))
     with contextlib.suppress(SystemExit, Exception):
         resumed(train)
     assert not (tmp_path / "executed").exists()

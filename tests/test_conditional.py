@@ -6,12 +6,13 @@ import numpy as np
 import PIL.Image
 import pytest
 import torch
-from test_train_reg import train  # noqa: F401  (a fixture)
 
 from reg_diffusers import RegDDPMPipeline
-from reg_diffusers.training.arguments import parse_args
-from reg_diffusers.training.data import flip_half, load_training_data
-from reg_diffusers.training.errors import UsageError
+from reg_diffusers.data.training_data import load_training_data
+from reg_diffusers.networks.conditions import Conditions
+from reg_diffusers.runtime.errors import UsageError
+from reg_diffusers.settings.arguments import parse_args
+from reg_diffusers.training.batches import flip_half
 
 pytestmark = pytest.mark.training
 
@@ -35,7 +36,7 @@ def pairs(tmp_path):
 
 
 def load(folder, *flags):
-    return load_training_data(parse_args(["--train_data_dir", str(folder), "--resolution", "8", *flags]))
+    return load_training_data(parse_args(["--train_data_dir", str(folder), "--resolution", "8", *flags]).data)
 
 
 def test_a_batch_has_both_images_of_each_row(pairs):
@@ -61,7 +62,7 @@ def test_a_row_with_either_image_damaged_is_left_out(pairs):
 def test_both_are_mirrored_together():
     torch.manual_seed(0)
     x = torch.arange(4.0).expand(100, 1, 2, 4)
-    flipped, conditions = flip_half(x, {"condition": -x, "class_labels": torch.arange(100)})
+    flipped, conditions = flip_half(x, Conditions({"condition": -x, "class_labels": torch.arange(100)}))
     assert torch.equal(conditions["condition"], -flipped) and not torch.equal(flipped, x)
     assert torch.equal(conditions["class_labels"], torch.arange(100))
 
@@ -72,12 +73,12 @@ def test_unknown_columns_are_named(pairs):
     ):
         load(pairs, "--conditioning_image_column", "mask")
     np.save(pairs.parent / "f.npy", np.zeros((3, 1, 8, 8)))
-    with pytest.raises(UsageError, match="fields do not have"):
+    with pytest.raises(UsageError, match="fields lack"):
         load(pairs.parent / "f.npy", *COLUMN)
 
 
 @pytest.mark.slow
-def test_the_network_learns_to_make_one_image_from_the_other(train, pairs, tmp_path):  # noqa: F811
+def test_the_network_learns_to_make_one_image_from_the_other(train, pairs, tmp_path):
     common = ("--train_data_dir", pairs, "--resolution", 8, "--max_train_steps", 150, "--lr_warmup_steps", 5)
     common += ("--learning_rate", 5e-3, "--lr_scheduler", "constant", "--prediction_type", "sample", "--random_flip")
     common += ("--ddpm_num_inference_steps", 5, "--no-use_ema")
@@ -103,7 +104,7 @@ def test_the_network_learns_to_make_one_image_from_the_other(train, pairs, tmp_p
     assert RegDDPMPipeline.from_pretrained(str(finetuned)).unet.config.in_channels == 2
 
 
-def test_forgetting_the_column_of_a_conditional_model_is_said(train, pairs, capsys, tmp_path):  # noqa: F811
+def test_forgetting_the_column_of_a_conditional_model_is_said(train, pairs, capsys, tmp_path):
     out = train("--train_data_dir", pairs, *COLUMN, "--resolution", 8, "--max_train_steps", 1)
     with pytest.raises(SystemExit):
         train("--train_data_dir", pairs, model=("--pretrained_model_name_or_path", str(out)), output="forgot")

@@ -1,6 +1,7 @@
 """Training data: every kind of picture, tables, fields, and what cannot be read."""
 
 import io
+import re
 
 import numpy as np
 import PIL.Image
@@ -8,13 +9,16 @@ import pyarrow.parquet
 import pytest
 import torch
 from accelerate import Accelerator
-from datasets import Dataset, Features, Image, Value
+from datasets import Dataset, DatasetDict, Features, Image, List, Value
 
-from reg_diffusers.training.arguments import parse_args
-from reg_diffusers.training.checkpoint import Progress
-from reg_diffusers.training.data import Normalization, flip_half, load_training_data, make_dataloader
-from reg_diffusers.training.errors import UsageError
-from reg_diffusers.training.pictures import decode
+from reg_diffusers.data.pictures import decode
+from reg_diffusers.data.training_data import Normalization, load_training_data, make_dataloader
+from reg_diffusers.networks.conditions import Conditions
+from reg_diffusers.runs.checkpoint import Progress
+from reg_diffusers.runtime.errors import UsageError
+from reg_diffusers.settings import OptimizationSettings
+from reg_diffusers.settings.arguments import parse_args
+from reg_diffusers.training.batches import flip_half
 
 pytestmark = pytest.mark.training
 
@@ -24,8 +28,8 @@ def load(tmp_path):
     """Loads the data of a command line, with the cache in a folder of the test's own."""
 
     def load_with(*flags, channels=None, resolution=None):
-        args = parse_args([*map(str, flags), "--cache_dir", str(tmp_path / "cache")])
-        return load_training_data(args, channels, resolution)
+        settings = parse_args([*map(str, flags), "--cache_dir", str(tmp_path / "cache")])
+        return load_training_data(settings.data, channels, resolution)
 
     return load_with
 
@@ -51,7 +55,7 @@ def samples(data, indices=None):
         (PIL.Image.new("CMYK", (6, 6), (0, 0, 0, 0)), [255, 255, 255]),
         (PIL.Image.fromarray(np.full((6, 6), 0x6401, np.uint16)), [0x64]),
         (PIL.Image.fromarray(np.full((6, 6), 0x6401, np.int32)), [0x64]),
-        (PIL.Image.fromarray(np.full((6, 6), 7, np.int32)), [7]),
+        (PIL.Image.fromarray(np.full((6, 6), 7 * 257, np.int32)), [7]),
     ],
 )
 def test_every_mode_of_picture_becomes_uint8(image, expected):
@@ -192,7 +196,7 @@ def test_a_bad_image_is_named_or_left_out(load, image_folder, capsys):
         load("--train_data_dir", folder, "--resolution", 8)
     data = load("--train_data_dir", folder, "--resolution", 8, "--skip_bad_images", "--class_conditional")
     assert len(data) == 4 and data.__getitems__([0, 1, 2, 3])["class_labels"].tolist() == [0, 0, 1, 1]
-    assert "left out 2 of 6" in capsys.readouterr().out
+    assert "skipped 2 of 6" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
@@ -205,6 +209,72 @@ def test_a_bad_image_is_named_or_left_out(load, image_folder, capsys):
 def test_a_missing_column_lists_those_there_are(load, image_folder, flags, message):
     with pytest.raises(UsageError, match=message):
         load("--train_data_dir", image_folder(), *flags)
+
+
+@pytest.mark.parametrize("streaming", [(), ("--streaming",)], ids=["table", "stream"])
+@pytest.mark.parametrize(
+    "feature, labels",
+    [
+        (Value("float32"), [0.0, 1.0, 2.0]),
+        (List(Value("int64")), [[0], [1], [2]]),
+        ({"a": Value("int64")}, [{"a": 0}] * 3),
+    ],
+    ids=["float32", "list", "dict"],
+)
+def test_labels_that_are_no_classes_are_refused(load, tmp_path, request, feature, labels, streaming):
+    images = [PIL.Image.new("L", (8, 8), value) for value in (0, 50, 255)]
+    Dataset.from_dict({"image": images, "label": labels}, Features(image=Image(), label=feature)).to_parquet(
+        tmp_path / "t.parquet"
+    )
+    kind = request.node.callspec.id.split("-")[0]
+    with pytest.raises(
+        UsageError, match=f"^--label_column label: a class must be .*, but this column holds {kind}: name"
+    ):
+        load("--dataset_name", tmp_path / "t.parquet", "--class_conditional", *streaming)
+
+
+def test_one_column_is_not_both_image_and_condition(load, image_folder):
+    flags = ("--train_data_dir", image_folder(), "--conditioning_image_column", "image")
+    with pytest.raises(UsageError, match=r"^--conditioning_image_column image: is the column of the training images"):
+        load(*flags, "--image_column", "image")
+    with pytest.raises(UsageError, match=r"^no column of images other than image; the columns are: image"):
+        load(*flags)
+
+
+@pytest.mark.parametrize("streaming", [(), ("--streaming",)], ids=["table", "stream"])
+def test_no_name_of_a_table_is_a_pattern(load, tmp_path, streaming):
+    table = Dataset.from_dict({"image": [PIL.Image.new("L", (8, 8))]}, Features(image=Image()))
+    folder = tmp_path / "[1]"
+    folder.mkdir()
+    table.to_parquet(folder / "t*[ab].parquet")
+    assert load("--dataset_name", folder / "t*[ab].parquet", *streaming).number == 1
+    with pytest.raises(UsageError, match=f"--dataset_name {re.escape(str(folder))}: .*: rename the folder"):
+        load("--dataset_name", folder, *streaming)
+
+
+def test_splits_that_are_not_used_are_named(load, tmp_path, capsys):
+    table = Dataset.from_dict({"image": [PIL.Image.new("L", (8, 8))] * 3}, Features(image=Image()))
+    DatasetDict(train=table, test=table.select([0])).save_to_disk(tmp_path / "saved")
+    (tmp_path / "tables").mkdir()
+    for name, part in (("train", table), ("test", table.select([0, 1])), ("validation", table)):
+        part.to_parquet(tmp_path / "tables" / f"{name}.parquet")
+    for name, flags, others in (
+        ("saved", (), "test (1 rows)"),
+        ("tables", (), "validation (3 rows), test (2 rows)"),
+        ("tables", ("--streaming", "--max_train_steps", 1), "validation, test"),
+    ):
+        load("--dataset_name", tmp_path / name, *flags)
+        said = capsys.readouterr().err
+        assert f"warning: {tmp_path / name}: only the split train is used, not {others}\n" in said
+
+
+@pytest.mark.parametrize("flags", [(), ("--streaming",)], ids=["table", "stream"])
+def test_a_cache_that_cannot_be_written_is_named(tmp_path, image_folder, flags):
+    (tmp_path / "file").write_text("")
+    for name in ("file", "file/below"):
+        settings = parse_args(["--train_data_dir", str(image_folder()), "--cache_dir", str(tmp_path / name), *flags])
+        with pytest.raises(UsageError, match=rf"^--cache_dir {tmp_path}/{name}: cannot be written \("):
+            load_training_data(settings.data)
 
 
 def test_what_is_no_data_set_is_refused_by_name(load, tmp_path):
@@ -246,10 +316,16 @@ def test_a_constant_channel_becomes_zero(load, tmp_path):
 @pytest.mark.parametrize(
     "array, message",
     [
-        (np.zeros((4, 8, 8)), r"\(N, C, H, W\), holds float64 \(4, 8, 8\)"),
+        (np.zeros((4, 8, 8)), r"\(N, C, H, W\), not float64 \(4, 8, 8\)"),
         (np.zeros((0, 1, 8, 8)), r"\(N, C, H, W\)"),
         (np.full((2, 1, 8, 8), np.nan), "nan"),
         (np.zeros((2, 1, 8, 8), dtype=complex), "complex"),
+        (np.zeros((5, 8, 12, 3)), r"\(5, 8, 12, 3\) looks like \(N, H, W, C\).*use np.moveaxis\(x, -1, 1\)"),
+        (
+            np.full((2, 1, 8, 8), 1e300),
+            r"values up to 1e\+300, but float32 at most 3.4e\+38: store them in larger units",
+        ),
+        (np.array([[[[-1.7e308, 1.7e308]]]]), r"values up to 1.7e\+308, but float32 at most"),
     ],
 )
 def test_arrays_that_are_no_fields_are_refused(load, tmp_path, array, message):
@@ -266,12 +342,20 @@ def test_arrays_that_would_run_code_or_are_damaged_are_refused(load, tmp_path):
             load("--train_data_dir", tmp_path / f"{name}.npy")
 
 
+def test_fields_with_the_channels_of_a_given_model_are_in_its_order(load, tmp_path):
+    np.save(tmp_path / "f.npy", np.zeros((2, 8, 16, 4)))
+    assert load("--train_data_dir", tmp_path / "f.npy", channels=8).shape == (8, 16, 4)
+
+
 def test_flags_for_pictures_are_refused_with_fields(load, tmp_path):
     np.save(tmp_path / "f.npy", np.zeros((2, 1, 8, 8)))
-    for flags, message in [(["--resolution", 16], "keep their size"), (["--class_conditional"], "class labels")]:
+    for flags, message in [
+        (["--resolution", 16], "keep their size"),
+        (["--class_conditional"], "fields have no class labels"),
+    ]:
         with pytest.raises(UsageError, match=message):
             load("--train_data_dir", tmp_path / "f.npy", *flags)
-    with pytest.raises(UsageError, match="1 channels, the given model 3"):
+    with pytest.raises(UsageError, match="1 channels, but the given model has 3"):
         load("--train_data_dir", tmp_path / "f.npy", channels=3)
 
 
@@ -280,25 +364,29 @@ def test_flags_for_pictures_are_refused_with_fields(load, tmp_path):
 
 def test_an_epoch_shows_every_image_once_in_an_order_of_its_own(load, tmp_path):
     np.save(tmp_path / "f.npy", np.arange(64.0).reshape(64, 1, 1, 1))
-    args = parse_args(["--train_data_dir", str(tmp_path), "--train_batch_size", "16"])
-    loader = make_dataloader(args, load("--train_data_dir", tmp_path), Accelerator(cpu=True), Progress())
+    loader = make_dataloader(
+        load("--train_data_dir", tmp_path), OptimizationSettings(), 0, Accelerator(cpu=True), Progress()
+    )
     epochs = [torch.cat([batch["values"].flatten() for batch in loader]) for _ in range(2)]
     assert not torch.equal(*epochs)
     for epoch in epochs:
-        assert torch.equal(epoch.sort().values, torch.arange(64.0))
+        assert torch.equal(epoch.sort().values, torch.arange(64.0, dtype=torch.float64))
 
 
 def test_a_batch_larger_than_the_data_set_is_the_data_set(load, tmp_path):
     np.save(tmp_path / "f.npy", np.arange(3.0).reshape(3, 1, 1, 1))
-    args = parse_args(["--train_data_dir", str(tmp_path), "--train_batch_size", "16"])
-    batches = list(make_dataloader(args, load("--train_data_dir", tmp_path), Accelerator(cpu=True), Progress()))
+    batches = list(
+        make_dataloader(
+            load("--train_data_dir", tmp_path), OptimizationSettings(), 0, Accelerator(cpu=True), Progress()
+        )
+    )
     assert [len(batch["values"]) for batch in batches] == [3]
 
 
 def test_half_of_the_images_are_mirrored_left_to_right():
     torch.manual_seed(0)
     x = torch.arange(4.0).expand(1000, 1, 2, 4)
-    flipped, _ = flip_half(x, {})
+    flipped, _ = flip_half(x, Conditions({}))
     mirrored = (flipped == x.flip(-1)).flatten(1).all(1)
     assert ((flipped == x).flatten(1).all(1) ^ mirrored).all()
     assert 420 < mirrored.sum() < 580  # five standard deviations

@@ -18,12 +18,12 @@ from diffusers import DDPMScheduler, EDMEulerScheduler, FlowMatchEulerDiscreteSc
 from reg_diffusers import RegDDPMPipeline
 from reg_diffusers.cli import demo as command
 from reg_diffusers.demo import build_demo
-from reg_diffusers.demo.sampling import Run, Settings, watch
+from reg_diffusers.demo.sampling import DemoSettings, Run, watch
 from reg_diffusers.demo.view import show
 from reg_diffusers.pipeline import fast_scheduler
 from reg_diffusers.regularizers import symmetry, total_variation
-from reg_diffusers.samplers import fitting_samplers
-from reg_diffusers.training.errors import UsageError
+from reg_diffusers.runtime.errors import UsageError
+from reg_diffusers.sampling.schedulers import fitting_samplers
 
 pytestmark = pytest.mark.sampling
 
@@ -43,14 +43,14 @@ def sampled(pipeline, scale, seed=0, steps=20, number=4, regularizer=total_varia
         regularizers={"score": regularizer},
         class_labels=label,
         guidance=[regularizer],
-        guidance_scale=scale,
+        regularizer_scale=scale,
         guidance_method=method,
     )
     return output.scores["score"].mean().item()
 
 
 def settings_for(pipeline, regularizer=total_variation, **settings):
-    return Settings(fitting_samplers(pipeline)["DDIM"], regularizer, **settings)
+    return DemoSettings(fitting_samplers(pipeline)["DDIM"], regularizer, **settings)
 
 
 # Two runs
@@ -60,7 +60,7 @@ def settings_for(pipeline, regularizer=total_variation, **settings):
 def test_scores_are_those_of_the_pipeline(tiny_unet, method):
     pipeline = make_pipeline(tiny_unet(num_class_embeds=3))
     settings = settings_for(
-        pipeline, seed=3, steps=6, number=2, class_label=1, guidance_method=method, guidance_scale=0.2
+        pipeline, seed=3, steps=6, number=2, class_label=1, guidance_method=method, regularizer_scale=0.2
     )
     *_, (plain, guided) = watch(pipeline.unet, settings)
     same = {"seed": 3, "steps": 6, "number": 2, "label": 1, "method": method}
@@ -97,7 +97,7 @@ def test_samplers_fit_the_model(tiny_unet):
         pipeline = RegDDPMPipeline(unet, scheduler)
         samplers = fitting_samplers(pipeline)
         for make in samplers.values():
-            *_, (plain, _) = watch(unet, Settings(make, total_variation, steps=3, number=1))
+            *_, (plain, _) = watch(unet, DemoSettings(make, total_variation, steps=3, number=1))
             assert plain.score > 0
             assert make() is not make()
         return list(samplers)
@@ -121,7 +121,7 @@ def test_samplers_fit_the_model(tiny_unet):
 def finished(plain, guided, scale=0.1):
     runs = []
     for score in (plain, guided):
-        run = Run(Settings(None, total_variation, steps=3), scale)
+        run = Run(DemoSettings(None, total_variation, steps=3), scale)
         run.values, run.images, run.score = [0.1, float("nan"), 0.3], torch.zeros(2, 1, 8, 8), score
         runs.append(run)
     return runs
@@ -147,7 +147,7 @@ def test_the_result_is_well_formed_whatever_a_regularizer_is_called():
     root = ElementTree.fromstring(f"<div>{html.partition('</style>')[2].replace('/png;base64', '')}</div>")
     assert root.find(".//code").text == "<b>'\"&" and "what it <does>" in "".join(root.itertext())
     assert [path.get("d").count("L") for path in root.iter("path")] == [0, 2, 2]
-    before_the_first_step = Run(Settings(None, total_variation), 0.0)
+    before_the_first_step = Run(DemoSettings(None, total_variation), 0.0)
     assert "Step 0 of 20" in show("name", "", before_the_first_step, before_the_first_step)
 
 
@@ -193,9 +193,9 @@ def test_a_new_drawing_ends_the_old_one_of_the_same_visitor_only(demonstration):
         ({"seed": 0.5}, "Noise seed must be a whole number from 0"),
         ({"steps": 0}, "Steps must be a whole number from 1 to 200"),
         ({"number": 17}, "Images must be a whole number from 1 to 16"),
-        ({"scale": float("nan")}, "Guidance scale must be a number from 0"),
-        ({"scale": -0.1}, "Guidance scale must be a number from 0"),
-        ({"scale": ""}, "Guidance scale must be a number from 0"),
+        ({"scale": float("nan")}, "Regularizer scale must be a number from 0"),
+        ({"scale": -0.1}, "Regularizer scale must be a number from 0"),
+        ({"scale": ""}, "Regularizer scale must be a number from 0"),
         ({"regularizer": "shapeless"}, "must return one value per image"),
         ({"regularizer": "broken"}, "ZeroDivisionError: division by zero"),
     ],
@@ -231,7 +231,7 @@ def test_regularizers_and_models_that_cannot_be_shown_are_refused(tiny_unet):
     pipeline = make_pipeline(tiny_unet())
     with pytest.raises(ValueError, match="needs a regularizer"):
         build_demo(pipeline, {})
-    with pytest.raises(ValueError, match="masked needs mask, which a sample of this model has not"):
+    with pytest.raises(ValueError, match="masked needs mask, which samples of this model lack"):
         build_demo(pipeline, {"masked": masked})
     with pytest.raises(ValueError, match="of_its_class needs class_labels"):
         build_demo(pipeline, {"of_its_class": of_its_class})
@@ -240,7 +240,7 @@ def test_regularizers_and_models_that_cannot_be_shown_are_refused(tiny_unet):
     *_, (plain, _) = watch(conditional.unet, settings_for(conditional, of_its_class, class_label=0))
     assert plain.score == 0 and set(plain.values) == {0.0}
     by_image = UNet2DModel.from_config(tiny_unet().config, in_channels=2)
-    with pytest.raises(ValueError, match="conditioned by an image"):
+    with pytest.raises(ValueError, match="conditioned on images"):
         build_demo(make_pipeline(by_image), {"tv": total_variation})
 
 
@@ -258,7 +258,7 @@ def parse(*flags):
 
 
 def test_what_cannot_work_is_said_by_the_command(tiny_unet, tmp_path):
-    with pytest.raises(UsageError, match=r"--model \S+nothing: no such folder"):
+    with pytest.raises(UsageError, match=r"--model \S+nothing: no folder"):
         command.run(parse("--model", tmp_path / "nothing"))
     with pytest.raises(UsageError, match="--regularizer: unknown regularizer 'nothing'"):
         command.run(parse("--regularizer", "nothing"))
@@ -372,11 +372,11 @@ def test_the_page_shows_what_the_pipeline_gives(tiny_unet, tmp_path, browser):
         plain, guided = expect(page, 0.05, regularizer=symmetry)
         assert guided < plain
         assert len(page.picture_widths()) == 2 and min(page.picture_widths()) > 0
-        assert "symmetry. Difference to the mirror image" in page.text("body")
+        assert "symmetry. Difference from the mirror image" in page.text("body")
 
-        page.type("Guidance scale", 0.1)
+        page.type("Regularizer scale", 0.1)
         assert expect(page, 0.1, regularizer=symmetry)[1] < guided
-        browser.find_element("css selector", "input[aria-label='range slider for Guidance scale']").send_keys(
+        browser.find_element("css selector", "input[aria-label='range slider for Regularizer scale']").send_keys(
             Keys.LEFT
         )
         expect(page, 0.095, regularizer=symmetry)
@@ -427,6 +427,6 @@ def test_the_controls_follow_the_model_and_the_method(tiny_unet, browser):
         browser.find_element("css selector", "input[aria-label='Guidance method']").click()
         page.wait(lambda: browser.find_elements("css selector", "li[aria-label^='dps']"))[0].click()
         page.shows(*(sampled(pipeline, scale, method="dps") for scale in (0.0, 2.0)))
-        assert page.field("Guidance scale").get_attribute("max") == "20"
+        assert page.field("Regularizer scale").get_attribute("max") == "20"
     finally:
         demo.close()

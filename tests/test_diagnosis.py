@@ -8,10 +8,25 @@ from functools import partial
 import numpy as np
 import pytest
 import torch
-from diffusers import DDPMScheduler, FlowMatchEulerDiscreteScheduler
+from diffusers import AutoencoderKL, DDPMScheduler, FlowMatchEulerDiscreteScheduler
 
-from reg_diffusers import RegDDPMPipeline, Term, TermError, diagnose, judge, regularizers, weighting
+from reg_diffusers import (
+    AffineSchedule,
+    Ddim,
+    KnownNoise,
+    MonteCarlo,
+    RegDDPMPipeline,
+    Term,
+    TermError,
+    diagnose,
+    judge,
+    one_step,
+    regularizers,
+    weighting,
+)
 from reg_diffusers.cli import main
+from reg_diffusers.term import score
+from reg_diffusers.views import DecodedImage
 
 pytestmark = pytest.mark.loss
 
@@ -247,6 +262,77 @@ def test_the_verdict_of_a_model_goes_by_its_own_errors(blocks):
     assert judge(diagnose(VELOCITY, term, blocks, num_levels=8, model=too_smooth)).answer == "contradicts the data"
 
 
+def test_an_estimator_that_calls_the_network_again_is_refused(blocks):
+    term = Term(regularizers.total_variation, 0.1, estimator=Ddim(1))
+    with pytest.raises(ValueError, match="has no network for Ddim"):
+        diagnose(VELOCITY, term, blocks)
+
+
+def test_the_loops_own_timesteps_decide_the_shares_of_the_training(blocks):
+    term = Term(regularizers.total_variation, 0.02)
+    early = torch.randint(0, 300, (4000,), generator=torch.Generator().manual_seed(0))
+    found = diagnose(VELOCITY, term, blocks[:60], num_levels=6, timesteps=early)
+    assert max(level.timestep for level in found.levels) < 300
+    assert sum(level.training_share for level in found.levels) == pytest.approx(1)
+    half = torch.cat([torch.full((300,), 10), torch.full((100,), 900)])
+    shares = {
+        level.timestep: level.training_share for level in diagnose(VELOCITY, term, blocks, timesteps=half).levels
+    }
+    assert shares == {10: 0.75, 900: 0.25}
+
+
+def test_a_schedule_of_functions_is_diagnosed_as_that_of_diffusers(blocks):
+    """Time runs from noise to image there, and its network predicts the negative of flow matching's output."""
+    term, flow = Term(regularizers.total_variation, 0.02), FlowMatchEulerDiscreteScheduler()
+    times = torch.linspace(20, 980, 200)
+    own = AffineSchedule(lambda t: t, lambda t: 1 - t, "velocity")
+    expected = diagnose(flow, term, blocks[:60], num_levels=4, timesteps=times).levels
+    found = diagnose(own, term, blocks[:60], num_levels=4, timesteps=1 - times / 1000).levels
+    for one, other in zip(expected, found, strict=True):
+        assert other.timestep == pytest.approx(1 - one.timestep / 1000, abs=1e-4)
+        for name in ("snr", "training_share", "ratio", "displacement"):
+            assert getattr(other, name) == pytest.approx(getattr(one, name), rel=0.03), name
+    with pytest.raises(ValueError, match="has no training schedule to draw timesteps from: pass timesteps"):
+        diagnose(own, term, blocks)
+
+
+def test_latents_are_diagnosed_through_the_decoded_image():
+    vae = AutoencoderKL(block_out_channels=(4,), norm_num_groups=2, sample_size=8)
+    latents = torch.randn(30, 4, 4, 4, generator=torch.Generator().manual_seed(0))
+    view = DecodedImage(vae, chunk=8)
+    term = Term(regularizers.total_variation, 0.1, view=view)
+    found = diagnose(VELOCITY, term, latents, num_levels=3)
+    expected = score(term, latents).mean().item()
+    assert found.shape == (4, 4, 4) and found.data.mean == pytest.approx(expected, rel=0.3)
+
+
+def test_known_noise_is_diagnosed_nearer_to_the_images(blocks):
+    """At kappa = 1 it is the plain term; below, the guesses are nearer to the images, and so is L'."""
+
+    def levels(estimator):
+        term = Term(regularizers.gradient_energy, 0.1, weighting.constant, estimator=estimator)
+        return diagnose(VELOCITY, term, blocks[:60], num_levels=4).levels
+
+    plain, whole, half = levels(one_step), levels(KnownNoise(1.0)), levels(KnownNoise(0.5))
+    for one, other, nearer in zip(plain, whole, half, strict=True):
+        assert other.best.value == pytest.approx(one.best.value, rel=1e-3)
+        assert other.displacement == pytest.approx(one.displacement, rel=0.02, abs=1e-6)
+        assert abs(nearer.best.gap) <= abs(one.best.gap) + 1e-6
+
+
+def test_monte_carlo_is_diagnosed_by_the_mean_of_its_draws(blocks):
+    """E |u + r z|^2 = |u|^2 + r^2."""
+
+    def energy(images, /):
+        return images.square().flatten(1).mean(1)
+
+    def levels(estimator):
+        return diagnose(VELOCITY, Term(energy, 0.1, estimator=estimator), blocks[:60], num_levels=3).levels
+
+    for one, drawn in zip(levels(one_step), levels(MonteCarlo(64)), strict=True):
+        assert drawn.best.value == pytest.approx(one.best.value + 1 / (1 + one.snr), rel=0.03)
+
+
 def detached(images, /):
     return images.detach().flatten(1).mean(1)
 
@@ -268,7 +354,7 @@ of_masks.needs = ("mask",)
 
 @pytest.mark.parametrize(
     "regularizer, reason",
-    [(detached, "detached"), (logarithm, "not finite"), (of_the_batch, "other images"), (of_masks, "needs mask")],
+    [(detached, "detached"), (logarithm, "non-finite"), (of_the_batch, "other images"), (of_masks, "needs mask")],
 )
 def test_a_regularizer_that_breaks_its_contract_is_refused(blocks, regularizer, reason):
     with pytest.raises(TermError, match=reason):
@@ -353,7 +439,7 @@ def test_the_command_finds_the_weight_of_a_share(folder):
         sum(share * best[f"{name}_gradient"] ** 2 for share, best in levels) for name in ("auxiliary", "denoising")
     ]
     assert squares[0] / squares[1] == pytest.approx(0.01)
-    assert f"--reg_weight auto:0.1 comes to about {found['asked']['weight']:.3g}" in done.stdout
+    assert f"--reg_weight auto:0.1 is about {found['asked']['weight']:.3g}" in done.stdout
 
 
 @pytest.mark.slow
@@ -383,7 +469,7 @@ def test_the_command_measures_a_model(folder, tiny_unet):
         (("--train_data_dir", "fields.npy", "--regularizer", "own:labelled"), "needs class_labels"),
         (("--train_data_dir", "fields.npy", "--regularizer", "none"), "--regularizer none"),
         (("--train_data_dir", "fields.npy", "--model", "nothing_there"), "--model nothing_there"),
-        (("--resolution", "16", "--model", "model"), "--resolution 16"),
+        (("--train_data_dir", "fields.npy", "--resolution", "16", "--model", "model"), "--resolution 16"),
         (("--train_data_dir", "fields.npy", "--num_levels", "1"), "--num_levels"),
         (("--train_data_dir", "fields.npy", "--reg_target", "total_variation=0.1"), "--reg_target"),
         (("--train_data_dir", "fields.npy", "--num_images", "-1"), "--num_images"),
@@ -399,3 +485,16 @@ def test_what_cannot_work_is_one_line(folder, tiny_unet, flags, said, monkeypatc
     assert stopped.value.code == 2
     assert said in capsys.readouterr().err.splitlines()[-1]
     assert not (folder / "unused").exists()
+
+
+def test_a_model_is_diagnosed_on_the_data_that_it_was_trained_on(folder, tiny_unet, monkeypatch, capsys):
+    """The embedded pictures have nothing to do with it."""
+    RegDDPMPipeline(tiny_unet(), EPSILON).save_pretrained(str(folder / "trained"))
+    monkeypatch.chdir(folder)
+    command = ["diagnose", "--model", "trained", "--regularizer", "sparsity", "--num_levels", "2"]
+    with pytest.raises(SystemExit, match=r"^2$"):
+        main([*command, "--output", "unused"])
+    assert "--model trained does not record its training data" in capsys.readouterr().err.splitlines()[-1]
+    (folder / "trained" / "reg_settings.yaml").write_text("dataset_name: null\ntrain_data_dir: fields.npy\n")
+    main([*command, "--output", "recorded"])
+    assert "fields from fields.npy, the training data of trained" in capsys.readouterr().out.splitlines()[0]

@@ -4,6 +4,7 @@ import math
 
 import pytest
 import torch
+from devices import OnMps
 
 from reg_diffusers.evaluation import distances
 from reg_diffusers.evaluation.distances import frechet, jackknife, kernel, manifolds, mean_of, nearest
@@ -101,19 +102,6 @@ def test_distances_of_what_is_not_finite_are_no_numbers(value):
     assert math.isnan(estimate.value) and math.isnan(estimate.half_width)
 
 
-class OnMps(torch.Tensor):
-    """Stands for a tensor on a device without 64 bits."""
-
-    device = torch.device("mps")
-
-    @classmethod
-    def __torch_function__(cls, function, types, args=(), kwargs=None):
-        if function is torch.Tensor.double:
-            raise TypeError("Cannot convert a MPS Tensor to float64 dtype")
-        found = super().__torch_function__(function, types, args, kwargs)
-        return found.as_subclass(torch.Tensor) if function is torch.Tensor.cpu else found
-
-
 def test_devices_without_64_bits_are_left_first():
     samples, reference = torch.randn(40, 3), torch.randn(40, 3)
     there = samples.as_subclass(OnMps), reference.as_subclass(OnMps)
@@ -177,7 +165,7 @@ def test_the_jackknife_leaves_the_same_group_out_of_all_sets():
     samples = torch.randn(100, 2)
     estimate = jackknife(lambda one, other: (one - other).abs().max().item(), samples, samples + 3)
     assert estimate.value == pytest.approx(3) and estimate.standard_error < 1e-5
-    with pytest.raises(ValueError, match=r"19 samples are too few .* take 20 or more"):
+    with pytest.raises(ValueError, match=r"19 samples are too few .* use 20 or more"):
         jackknife(frechet, samples[:19])
 
 

@@ -10,6 +10,7 @@ from statistics import mean
 
 import pytest
 import torch
+from diffusers import AutoencoderTiny
 
 from reg_diffusers import RegularizedLoss, Term, X0Regularization, load_regularizer, regularizers
 from reg_diffusers.regularizers import mean_intensity
@@ -17,7 +18,16 @@ from reg_diffusers.regularizers import mean_intensity
 pytestmark = pytest.mark.project
 
 ROOT = Path(__file__).parents[1]
-PAGES = [page for page in (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))) if page.exists()]
+PAGES = [
+    page
+    for page in (
+        ROOT / "README.md",
+        ROOT / "CONTRIBUTING.md",
+        *sorted((ROOT / "docs").glob("*.md")),
+        *sorted((ROOT / "docs" / "hosts").glob("*.md")),
+    )
+    if page.exists()
+]
 NOT_RUN = re.compile(r"<!-- not run: .+ -->")
 
 
@@ -80,6 +90,32 @@ def test_the_four_corners_are_as_measured():
         assert f"| {name} | {loss:.3f} | {distance:.3f} |" in page
 
 
+def test_the_memory_for_decoding_is_as_computed():
+    """Recomputed for the small autoencoder; the large one only has to agree with the table."""
+    script = runpy.run_path(str(ROOT / "docs" / "benchmarks" / "decoding_memory.py"))
+    rows = json.loads(script["RESULT"].with_suffix(".json").read_text())
+    table = script["RESULT"].with_suffix(".txt").read_text()
+    assert script["_table"](rows).splitlines()[2:] == table.splitlines()[2:]
+    with torch.device("meta"):
+        small = AutoencoderTiny()
+    small_rows = [row for row in rows if row["autoencoder"] == "AutoencoderTiny"]
+    assert len(small_rows) == 8
+    for row in small_rows:
+        for name, value in script["_measure"](small, row["dtype"], row["setting"]).items():
+            assert row[name] == pytest.approx(value, rel=0.02, abs=0.001), (row, name)
+
+
+def test_no_damage_was_missed():
+    text = (ROOT / "docs" / "benchmarks" / "damaged_files.txt").read_text(encoding="utf-8")
+    assert text.splitlines()[0].split() == ["tries", "noticed", "read", "missed"]
+    rows = re.findall(r"^(.+?) +(\d+) +(\d+) +(\d+) +(\d+)$", text, re.MULTILINE)
+    assert len(rows) == 12
+    for name, *numbers in rows:
+        tries, noticed, read, missed = map(int, numbers)
+        assert tries >= 100 and tries == noticed + read and missed == 0, name
+    assert {name: int(tries) for name, tries, *_ in rows}["manifest.json, one bit flipped"] >= 400
+
+
 def test_every_regularizer_is_in_the_table():
     table = (ROOT / "docs" / "regularizers.md").read_text(encoding="utf-8")
     rows = re.findall(r"^\| `(\w+)` \| \$", table, re.MULTILINE)
@@ -129,9 +165,7 @@ MISTAKES = {
     "unknown regularizer": lambda scheduler: load_regularizer("no_such_regularizer"),
     "no module": lambda scheduler: load_regularizer("no_such_module:attribute"),
     "has no": lambda scheduler: load_regularizer("math:no_such_function"),
-    "needs in_features, out_features to be made: name an instance": lambda scheduler: load_regularizer(
-        "torch.nn:Linear"
-    ),
+    "needs the arguments in_features, out_features": lambda scheduler: load_regularizer("torch.nn:Linear"),
     "which cannot be called": lambda scheduler: load_regularizer("math:pi"),
 }
 

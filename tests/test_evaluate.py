@@ -1,6 +1,5 @@
 """`reg-diffusers evaluate` through the real command: what it measures, writes, goes on with and refuses."""
 
-import contextlib
 import json
 import os
 import shutil
@@ -10,24 +9,27 @@ import sys
 import time
 from html.parser import HTMLParser
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import PIL.Image
 import pytest
 import torch
-from accelerate.state import AcceleratorState, GradientState, PartialState
 from diffusers import DDPMScheduler
 from in_processes import in_processes
+from runs import evaluation_result
 
 from reg_diffusers import RegDDPMPipeline
 from reg_diffusers.cli import main
 from reg_diffusers.cli.bench import Bench
-from reg_diffusers.cli.judging import check_regularizers
+from reg_diffusers.cli.judging import check_regularizers, recorded_regularizers, regularizers_of
 from reg_diffusers.evaluation import features
 from reg_diffusers.evaluation.distances import frechet, mean_of
 from reg_diffusers.evaluation.features import FeaturesError, named_features, pixels, train_classifier
-from reg_diffusers.evaluation.judgement import SLICED, Row, compare_rows, find_copies, judge_samples
+from reg_diffusers.evaluation.judgement import Row, compare_rows, find_copies, judge_samples
+from reg_diffusers.evaluation.measuring import SLICED
 from reg_diffusers.regularizers import total_variation
+from reg_diffusers.runtime.errors import UsageError
 
 pytestmark = pytest.mark.training
 
@@ -63,28 +65,9 @@ def save_model(unet, name, terms=("total_variation",), **pipeline):
     Path(name, "reg_config.json").write_text(json.dumps(record))
 
 
-@pytest.fixture
-def evaluate(capsys):
-    """Runs the command in this process; returns what it printed, or how it was refused."""
-
-    def run(*flags, refused=False):
-        for state in (AcceleratorState, PartialState, GradientState):
-            state._reset_state()
-        with pytest.raises(SystemExit, match=r"^2$") if refused else contextlib.nullcontext():
-            main(["evaluate", *map(str, flags)])
-        printed = capsys.readouterr()
-        return printed.err.splitlines()[-1] if refused else printed.out
-
-    return run
-
-
-def result(folder="evaluation"):
-    return json.loads(Path(folder, "evaluation.json").read_text())
-
-
 def test_what_is_measured_is_what_it_says(folder, evaluate):
     told = evaluate("--model", "A", "--model", "B", *FLAGS, "--features", "pixels")  # the loss from reg_config.json
-    rows = result()["rows"]
+    rows = evaluation_result()["rows"]
     assert list(rows) == ["data", "A", "B"]
     for name in ("A", "B"):
         samples = torch.from_numpy(np.load(f"evaluation/samples/{name}.npz")["arr_0"])
@@ -159,18 +142,20 @@ def test_the_page_needs_nothing_but_itself(folder, evaluate):
 def test_the_same_command_goes_on_and_another_is_refused(folder, evaluate):
     flags = ("--model", "A", *PIXELS)
     first = evaluate(*flags)
-    samples, rows = Path("evaluation/samples/A.npz"), result()["rows"]
+    samples, rows = Path("evaluation/samples/A.npz"), evaluation_result()["rows"]
     before = samples.stat().st_mtime_ns
     assert evaluate(*flags).splitlines()[-8:] == first.splitlines()[-8:]
-    assert samples.stat().st_mtime_ns == before and result()["rows"] == rows
+    assert samples.stat().st_mtime_ns == before and evaluation_result()["rows"] == rows
 
     refusal = evaluate(*flags, "--regularizer", "symmetry", refused=True)
-    assert "--output evaluation holds another evaluation (of other regularizers)" in refusal and "--reuse" in refusal
-    assert result()["rows"] == rows
+    assert (
+        "--output evaluation holds another evaluation (it differs in regularizers)" in refusal and "--reuse" in refusal
+    )
+    assert evaluation_result()["rows"] == rows
     evaluate(*flags, "--regularizer", "symmetry", "--reuse")
-    assert list(result()["rows"]["A"]["terms"]) == ["symmetry"] and samples.stat().st_mtime_ns == before
+    assert list(evaluation_result()["rows"]["A"]["terms"]) == ["symmetry"] and samples.stat().st_mtime_ns == before
     refusal = evaluate(*flags, "--seed", 1, "--reuse", refused=True)
-    assert "A.npz holds samples that were drawn with seed 0 instead of 1" in refusal
+    assert "A.npz holds samples drawn with seed 0 instead of 1" in refusal
 
 
 @pytest.mark.slow
@@ -208,8 +193,10 @@ def test_two_processes_share_the_samples_and_judge_once(folder, evaluate):
     evaluate(*flags, "--output", "one")
     one, two = (np.load(f"{name}/samples/A.npz")["arr_0"] for name in ("one", "two"))
     np.testing.assert_allclose(one, two, atol=1e-4)
-    for name, found in result("one")["rows"]["A"]["distances"].items():
-        assert result("two")["rows"]["A"]["distances"][name]["value"] == pytest.approx(found["value"], rel=1e-3)
+    for name, found in evaluation_result("one")["rows"]["A"]["distances"].items():
+        assert evaluation_result("two")["rows"]["A"]["distances"][name]["value"] == pytest.approx(
+            found["value"], rel=1e-3
+        )
 
 
 # Features
@@ -234,10 +221,10 @@ def network(folder):
 
 def test_a_named_network_gives_its_distances(folder, evaluate, network):
     evaluate("--model", "A", *FLAGS, "--features", network)
-    row = result()["rows"]["A"]
+    row = evaluation_result()["rows"]["A"]
     expected = ["FD-DINOv2", "KD-DINOv2", "precision", "recall", "density", "coverage", SLICED]
     assert list(row["distances"]) == expected
-    assert result()["settings"]["features"] == "network, 28 x 28"
+    assert evaluation_result()["settings"]["features"] == "network, 28 x 28"
 
 
 def test_a_network_that_brings_code_is_refused_without_asking(network, monkeypatch):
@@ -271,9 +258,9 @@ def test_without_the_network_the_classifier_is_taken_and_said(folder, evaluate, 
     monkeypatch.setattr(features, "_STEPS", 20)
     told = evaluate("--model", "A", *FLAGS)
     assert "features    a classifier of these data instead of facebook/dinov2-small: facebook/dinov2-small: " in told
-    row = result()["rows"]["A"]
+    row = evaluation_result()["rows"]["A"]
     assert next(iter(row["distances"])) == "classifier FD" and "FID" not in "".join(row["distances"])
-    assert "held-out images recognised" in result()["settings"]["features"]
+    assert "held-out images recognised" in evaluation_result()["settings"]["features"]
 
 
 def test_without_labels_it_is_pixels(folder, evaluate):
@@ -283,7 +270,7 @@ def test_without_labels_it_is_pixels(folder, evaluate):
     flags = ("--model", "A", *FLAGS, "--data", "flat")
     told = evaluate(*flags)
     assert "features    pixels instead of a network's features" in told and "there are no labels" in told
-    assert list(result()["rows"]["A"]["distances"]) == [SLICED]
+    assert list(evaluation_result()["rows"]["A"]["distances"]) == [SLICED]
     assert "--features classifier needs labels" in evaluate(*flags, "--features", "classifier", refused=True)
     assert "--features nowhere: " in evaluate(*flags, "--features", "nowhere", refused=True)
 
@@ -299,7 +286,7 @@ def test_the_classifier_recognises_what_it_was_trained_on(monkeypatch):
     assert torch.equal(vectors, train_classifier(images, labels, 3).extract(images))  # the same seed
     one, other, different = vectors[labels == 0][:40], vectors[labels == 0][40:80], vectors[labels == 2][:40]
     assert frechet(one, other) < 0.1 * frechet(one, different)
-    with pytest.raises(FeaturesError, match="needs 2 classes and 20 images"):
+    with pytest.raises(FeaturesError, match="needs at least 2 classes and 20 images"):
         train_classifier(images[:10], labels[:10], 3)
 
 
@@ -315,7 +302,7 @@ def test_copies_of_the_data_are_found(folder, evaluate):
     samples[:5] = picture
     np.savez(path, arr_0=samples)
     evaluate("--model", "A", *PIXELS)
-    assert result()["rows"]["A"]["near_copies"]["value"] == 5 / N
+    assert evaluation_result()["rows"]["A"]["near_copies"]["value"] == 5 / N
     assert "distance 0 *" in Path("evaluation/index.html").read_text(encoding="utf-8").replace("\u00a0", " ")
 
 
@@ -328,7 +315,11 @@ def test_differences_within_the_uncertainty_are_not_called_any():
 
     rows = {"data": row(like), "A": row(other), "B": row(other + 0.01), "C": row(other - 3)}
     said = "\n".join(compare_rows(rows))
-    assert "A: mean like the data's" in said and "C: mean below the data's" in said and "no merit by itself" in said
+    assert (
+        "A: mean like the data's" in said
+        and "C: mean below the data's" in said
+        and "Lower than the data is not better" in said
+    )
     assert "B against A: mean no difference shown (+0.01 ± " in said
     assert "C against A: mean lower by 3 ± " in said and f"{SLICED} higher by " in said
     own, distance = (rows[name].distances[SLICED].value for name in ("data", "C"))
@@ -351,12 +342,40 @@ def test_samples_that_are_not_finite_are_counted_and_said(folder, evaluate, netw
     samples[2:5, 0, 0, 0] = np.nan
     np.savez(path, arr_0=samples)
     told = evaluate(*flags)
-    assert f"B: 3 of {N} images are not finite, so their mean L' and distances are no numbers." in told.splitlines()
+    assert f"B: 3 of {N} images are non-finite, so mean L' and distances are nan." in told.splitlines()
     assert "B: total_variation cannot be compared with the data's (nan, data " in told
     assert "B against A: total_variation cannot be compared (nan and " in told
-    row = result()["rows"]["B"]
-    assert row["not_finite"] == 3 and result()["rows"]["A"]["not_finite"] == 0
+    row = evaluation_result()["rows"]["B"]
+    assert row["not_finite"] == 3 and evaluation_result()["rows"]["A"]["not_finite"] == 0
     assert all(distance["value"] is None for distance in row["distances"].values()) and len(row["distances"]) == 7
+
+
+def test_recorded_losses_are_those_that_samples_can_have(tmp_path):
+    Path(tmp_path, "A").mkdir()
+    (tmp_path / "A" / "reg_config.json").write_text(
+        json.dumps(
+            {
+                "objective": {
+                    "terms": [
+                        {"regularizer": spec}
+                        for spec in (
+                            "spectrum(kind='amplitude')",
+                            "RadialSpectrum('/etc/hostname')",
+                            "physics.divergence(spacing=0.5)",
+                            "physics.poisson",
+                            "physics.poisson(source=1.0)",
+                            "my_losses:own",
+                            "mean_intensity(targt=1)",
+                        )
+                    ]
+                }
+            }
+        )
+    )
+    found = recorded_regularizers([str(tmp_path / "A")])
+    assert found == ["physics.divergence(spacing=0.5)", "physics.poisson(source=1.0)", "mean_intensity(targt=1)"]
+    with pytest.raises(UsageError, match="no argument 'targt'"):
+        regularizers_of(found)
 
 
 def test_regularizers_that_are_networks_are_frozen_and_on_the_device():
@@ -370,8 +389,8 @@ def test_regularizers_that_are_networks_are_frozen_and_on_the_device():
             return self.layers(x0_hat).flatten(1).mean(1)
 
     critic, models = Critic(), {"A": RegDDPMPipeline(None, DDPMScheduler())}
-    bench = Bench(None, "", [], 2, torch.zeros(2, 1, 8, 8), None)
-    check_regularizers({"my_losses:critic": critic}, bench, models, "meta")
+    bench = Bench(SimpleNamespace(is_picture=True), "", [], 2, torch.zeros(2, 1, 8, 8), None)
+    check_regularizers({"my_losses:critic": critic}, bench, models, "meta", None)
     assert not critic.training and not critic.layers[0].training
     (weight, bias) = critic.parameters()
     assert not weight.requires_grad and weight.device.type == bias.device.type == "meta"
@@ -386,19 +405,22 @@ def test_what_cannot_work_is_one_line(folder, evaluate, tiny_unet):
         assert not Path("evaluation").exists()
         return line
 
-    assert "--model nowhere: no such folder or Hub id" in refusal("--model", "nowhere", *PIXELS)
-    assert "--model A is given twice" in refusal("--model", "A", "A", *PIXELS)
-    assert "60 images are too few: 80 are needed, two halves; --num_images 30 would do" in refusal(
+    assert "--model nowhere: no folder or Hub id" in refusal("--model", "nowhere", *PIXELS)
+    assert "--model A is given more than once" in refusal("--model", "A", "A", *PIXELS)
+    assert "60 images are too few: two halves need 80; use --num_images 30" in refusal(
         "--model", "A", *PIXELS, "--num_images", 40
     )
-    assert "--num_images 5: at least 20" in refusal("--model", "A", *PIXELS, "--num_images", 5)
+    assert "--num_images 5: confidence intervals need at least 20" in refusal(
+        "--model", "A", *PIXELS, "--num_images", 5
+    )
     save_model(tiny_unet(channels=1), "grey")
-    assert "--model grey has images 1 x 8 x 8, A 3 x 8 x 8" in refusal("--model", "A", "grey", *PIXELS)
+    assert "--model grey has images 1 x 8 x 8, but A has 3 x 8 x 8" in refusal("--model", "A", "grey", *PIXELS)
     np.save("fields.npy", np.random.default_rng(0).normal(size=(60, 1, 4, 4)).astype(np.float32))
-    assert "images are 1 x 4 x 4, those of --model grey 1 x 8 x 8" in refusal(
+    assert "images are 1 x 4 x 4, but --model grey draws 1 x 8 x 8" in refusal(
         "--model", "grey", *PIXELS, "--data", "fields.npy"
     )
-    assert "--data nowhere" in refusal("--model", "A", *PIXELS, "--data", "nowhere/")
+    assert "the data have 1 channels, but --model A has 3" in refusal("--model", "A", *PIXELS, "--data", "fields.npy")
+    assert "error: --data nowhere/: cannot be read" in refusal("--model", "A", *PIXELS, "--data", "nowhere/")
     Path("my_loss.py").write_text(
         "def by_class(x, /, *, class_labels):\n    return x.flatten(1).mean(1) * class_labels\n"
         'by_class.needs = ("class_labels",)\n'
@@ -406,14 +428,14 @@ def test_what_cannot_work_is_one_line(folder, evaluate, tiny_unet):
     )
     flags = ("--model", "A", *FLAGS, "--features", "pixels", "--regularizer")
     assert "--regularizer my_loss:by_class needs class_labels" in refusal(*flags, "my_loss:by_class")
-    assert "--regularizer my_loss:one must return one value per image" in refusal(*flags, "my_loss:one")
+    assert "regularizer 'my_loss:one' must return one value per image" in refusal(*flags, "my_loss:one")
     assert "--regularizer: unknown regularizer 'no'" in refusal(*flags, "no")
     assert "--scheduler Foo: this model can be sampled with" in refusal("--model", "A", *PIXELS, "--scheduler", "Foo")
     assert "--fid: the Frechet inception distance needs torch-fidelity" in refusal("--model", "A", *PIXELS, "--fid")
     save_model(tiny_unet(channels=3), "plain", terms=())
     assert "name no" in refusal("--model", "plain", *FLAGS).replace("names", "name")
     save_model(tiny_unet(channels=3), "foreign", terms=("os:abort",))  # what a file names is not run
-    assert "say which loss to measure" in refusal("--model", "foreign", *FLAGS)
+    assert "name the loss to measure" in refusal("--model", "foreign", *FLAGS)
     Path("evaluation").write_text("")
     assert "is a file: name a folder" in evaluate("--model", "A", *PIXELS, refused=True)
     assert "holds no evaluation: name another" in evaluate("--model", "A", *PIXELS, "--output", "data", refused=True)
@@ -426,21 +448,118 @@ def test_a_class_conditional_model_is_asked_for_the_classes_of_the_data(folder, 
         'of_class.needs = ("class_labels",)\n'
     )
     evaluate("--model", "classes", *FLAGS, "--features", "pixels", "--regularizer", "my_conditional_loss:of_class")
-    rows = result()["rows"]
+    rows = evaluation_result()["rows"]
     settings = json.loads(Path("evaluation/samples/classes.npz.json").read_text())
     labels = settings["class_labels"]
     assert len(labels) == N and set(labels) == {0, 1}
     assert rows["classes"]["terms"]["my_conditional_loss:of_class"]["value"] == pytest.approx(sum(labels) / N)
     save_model(tiny_unet(channels=3, num_class_embeds=1), "one")
     refusal = evaluate("--model", "one", *PIXELS, "--output", "e", refused=True)
-    assert "--model one has 1 classes, the data have 2" in refusal
+    assert "--model one has 1 classes, but the data have 2" in refusal
+    (folder / "flat").mkdir()
+    for path in (folder / "data").rglob("*.png"):
+        shutil.copy(path, folder / "flat" / f"{path.parent.name}{path.name}")
+    refusal = evaluate("--model", "one", *PIXELS, "--data", "flat", "--output", "e", refused=True)
+    assert "error: --model one is class-conditional: " in refusal and "is in no class folder" in refusal
 
 
-def test_fields_are_compared_in_the_models_units(folder, evaluate, tiny_unet):
+def test_fields_are_compared_in_their_own_units_unless_the_models_are_wanted(folder, evaluate, tiny_unet):
     fields = np.random.default_rng(0).normal(280, 20, size=(60, 1, 8, 8)).astype(np.float32)
     np.save("fields.npy", fields)
     save_model(tiny_unet(), "fields", normalization={"offset": [280.0], "scale": [40.0]})
     told = evaluate("--model", "fields", *FLAGS, "--data", "fields.npy")
     assert "pixels instead of a network's features" in told and "fields" in told
-    spread = result()["rows"]["data"]["terms"]["total_variation"]["value"]
-    assert spread == pytest.approx(2 * 2 / np.sqrt(np.pi) * 0.5, rel=0.1)  # a difference of two normals, twice
+    spread = evaluation_result()["rows"]["data"]["terms"]["total_variation"]["value"]
+    assert spread == pytest.approx(2 * 2 / np.sqrt(np.pi) * 20, rel=0.1)  # a difference of two normals, twice
+    assert json.loads(Path("evaluation/evaluation.json").read_text())["settings"]["reg_units"] == "user"
+    other = ("--model", "fields", *FLAGS, "--data", "fields.npy", "--reg_units", "model")
+    assert "holds another evaluation (it differs in reg_units)" in evaluate(*other, refused=True)
+    evaluate(*other, "--reuse")
+    assert evaluation_result()["rows"]["data"]["terms"]["total_variation"]["value"] == pytest.approx(
+        spread / 40, rel=1e-5
+    )
+
+
+def test_fields_are_measured_in_the_units_that_the_models_losses_saw(folder, evaluate, tiny_unet):
+    np.save("fields.npy", np.random.default_rng(0).normal(280, 20, size=(60, 1, 8, 8)).astype(np.float32))
+    for name, units in {"seen": "model", "own": "user", "silent": None}.items():
+        save_model(tiny_unet(), name, normalization={"offset": [280.0], "scale": [40.0]})
+        record = json.loads(Path(name, "reg_config.json").read_text())
+        record["objective"] |= {"units": units} if units else {}
+        Path(name, "reg_config.json").write_text(json.dumps(record))
+    flags = (*FLAGS, "--data", "fields.npy", "--features", "pixels")
+
+    def measured(*flags):
+        said = evaluate(*flags, "--output", "e", "--reuse")
+        return said, evaluation_result("e")["rows"]["data"]["terms"]["total_variation"]["value"]
+
+    said, spread = measured("--model", "own", *flags)
+    assert "units       L' sees the fields' own units: --reg_units user, as in the training of own" in said
+    said, same = measured("--model", "silent", *flags)
+    assert "the fields' own units: --reg_units user, the default" in said and same == spread
+    said, seen = measured("--model", "silent", "seen", *flags)
+    assert "sees the network's units, about -1 to 1: --reg_units model, as in the training of seen" in said
+    assert seen == pytest.approx(spread / 40, rel=1e-5)
+    assert "--reg_units model" in evaluation_result("e")["command"]
+    said, asked = measured("--model", "seen", *flags, "--reg_units", "user")
+    assert "--reg_units user, from the command line" in said and asked == spread
+    refusal = evaluate("--model", "seen", "own", *flags, "--output", "other", refused=True)
+    assert "was trained in different units (--model seen with --reg_units model, --model own with" in refusal
+
+
+# Which data, which samples, which words
+
+
+def test_without_data_those_of_the_training_are_taken_or_it_is_refused(folder, evaluate):
+    """The embedded pictures have nothing to do with a model of photographs."""
+    flags = [flag for flag in PIXELS if flag not in ("--data", "data")]
+    assert "--model A does not record its training data: name them, --data" in evaluate(
+        "--model", "A", *flags, refused=True
+    )
+    for name in ("A", "B"):
+        Path(name, "reg_settings.yaml").write_text("dataset_name: null\ntrain_data_dir: data\nimage_column: null\n")
+    told = evaluate("--model", "A", "B", *flags)
+    assert "data        60 images of 3 x 8 x 8 from data, the training data of A" in told
+    assert evaluation_result()["settings"]["data"] == "data"
+    Path("B", "reg_settings.yaml").write_text("dataset_name: null\ntrain_data_dir: elsewhere\n")
+    assert "--model B and A were trained on different data" in evaluate("--model", "A", "B", *flags, refused=True)
+    assert "trained on elsewhere, which does not exist here" in evaluate("--model", "B", *flags, refused=True)
+
+
+def test_names_that_look_alike_do_not_share_their_samples(folder, evaluate):
+    for source, name in (("A", "run a"), ("B", "run_a"), ("A", "ÄÄ"), ("B", "ÖÖ")):
+        shutil.copytree(source, name)
+    evaluate("--model", "run a", "run_a", "ÄÄ", "ÖÖ", *PIXELS)
+    rows = evaluation_result()["rows"]
+    means = {name: rows[name]["terms"]["total_variation"]["value"] for name in rows}
+    assert means["run a"] == means["ÄÄ"] != means["run_a"] == means["ÖÖ"]
+    assert len(list(Path("evaluation", "samples").glob("*.npz"))) == 4
+
+
+def test_the_command_of_an_evaluation_repeats_its_precision(folder, evaluate):
+    evaluate("--model", "A", *PIXELS, "--mixed_precision", "bf16")
+    assert "--mixed_precision bf16" in evaluation_result()["command"]
+
+
+def test_precision_without_recall_is_flagged():
+    one = mean_of(torch.tensor([1.0, 1.0, 1.0]))
+    zero = mean_of(torch.zeros(3))
+    half = mean_of(torch.tensor([0.5, 0.5, 0.5]))
+
+    def row(precision, recall):
+        return Row(3, {"a": one}, {"FD": one, "precision": precision, "recall": recall})
+
+    said = compare_rows({"data": row(one, one), "noise": row(one, zero), "fair": row(half, half)})
+    assert "noise: precision 1 means nothing at recall 0: pure noise" in said[0]
+    assert not any(line.startswith(("data: precision", "fair: precision")) for line in said)
+
+
+def test_a_signed_loss_has_no_percentage():
+    from reg_diffusers.evaluation.distances import Estimate
+    from reg_diffusers.evaluation.judgement import change
+
+    def at(value):
+        return Estimate(value, 0.001, 0.002)
+
+    assert change("contrast", at(-0.26), at(-0.20)) == "contrast lower by 0.06 ± 0.0028"
+    assert change("variation", at(0.26), at(0.20)) == "variation higher by 0.06 ± 0.0028, +30.0%"

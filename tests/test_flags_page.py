@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from reg_diffusers.cli import main
-from reg_diffusers.training.arguments import build_parser
+from reg_diffusers.settings.arguments import build_parser
 
 pytestmark = pytest.mark.training
 

@@ -20,12 +20,13 @@ from hub_storage import Repository
 
 from reg_diffusers import RegDDPMPipeline, Term
 from reg_diffusers.cli import main
-from reg_diffusers.generation import Sampler, Settings, fingerprint
+from reg_diffusers.data.training_data import load_training_data
 from reg_diffusers.pipeline import fast_scheduler
 from reg_diffusers.regularizers import total_variation
-from reg_diffusers.samplers import fitting_samplers
-from reg_diffusers.training.arguments import parse_args
-from reg_diffusers.training.data import load_training_data
+from reg_diffusers.sampling.sampler import Sampler, model_sha256
+from reg_diffusers.sampling.schedulers import fitting_samplers
+from reg_diffusers.sampling.settings import SampleSettings
+from reg_diffusers.settings.arguments import parse_args
 
 pytestmark = pytest.mark.sampling
 
@@ -113,7 +114,9 @@ def assert_same_up_to_rounding(one, other):
 
 
 def settings_for(pipeline, scheduler="DDIM", **settings):
-    return Settings(model_sha256=fingerprint(pipeline), scheduler=scheduler, num_inference_steps=STEPS, **settings)
+    return SampleSettings(
+        model_sha256=model_sha256(pipeline), scheduler=scheduler, num_inference_steps=STEPS, **settings
+    )
 
 
 # What is drawn
@@ -132,7 +135,7 @@ def test_image_i_is_the_pipelines_with_seed_plus_i(model, sample, channels):
 @pytest.mark.parametrize("scheduler", ["DDIM", "DDPM", "Euler", "DPM-Solver++", "UniPC"])
 def test_a_sample_does_not_depend_on_its_batch(model, scheduler):
     pipeline = model(num_class_embeds=3)
-    guidance = {"guidance": ("total_variation",), "guidance_scale": 2.0, "guidance_method": "lgd"}
+    guidance = {"guidance": ("total_variation",), "regularizer_scale": 2.0, "guidance_method": "lgd"}
     sampler = Sampler(pipeline, settings_for(pipeline, scheduler, seed=7, class_labels=(0, 1, 2), **guidance))
     together = sampler.draw(range(10))
     assert together.shape == (10, 1, 8, 8) and (together[0] - together[3]).abs().max() > 0.1
@@ -207,11 +210,11 @@ def test_guidance_steers(model, sample, method, scale):
     common = ("--num_images", 3, "--batch_size", 1, "--num_inference_steps", 20)
     guided = (*common, "--guidance", "total_variation", "--guidance_method", method)
     sample(*guided, "--output", "default")
-    sample(*guided, "--guidance_scale", 4 * scale, "--output", "strong")
+    sample(*guided, "--regularizer_scale", 4 * scale, "--output", "strong")
     sample(*common, "--output", "plain")
-    terms = {"guidance": [Term(total_variation, 1.0)], "guidance_method": method, "guidance_scale": scale, "steps": 20}
+    steered = {"guidance": [Term(total_variation, 1.0)], "guidance_method": method, "regularizer_scale": scale}
     for index, picture in enumerate(read("default").values()):
-        assert (picture == np.asarray(by_hand(pipeline, index, **terms))).all()
+        assert (picture == np.asarray(by_hand(pipeline, index, steps=20, **steered))).all()
 
     def variation(folder):
         pixels = torch.from_numpy(np.stack([*read(folder).values()])).float() / 127.5 - 1
@@ -228,6 +231,7 @@ def test_bfloat16_is_close_and_leaves_the_network_as_it_was(model):
         assert 0 < (full - short).abs().max() < 0.05
         assert (short != short.bfloat16()).any()  # only the network is that coarse
         assert torch.equal(Sampler(pipeline, settings_for(pipeline, scheduler)).draw([0, 1]), full)
+    assert "forward" not in vars(pipeline.unet) and pipeline.unet.dtype == torch.float32
 
 
 def test_flow_matching_is_sampled_by_euler(model, sample):
@@ -262,19 +266,20 @@ def test_parts_of_an_array_file_are_gone_on_from(model, sample, tmp_path):
     marked = np.zeros_like(pictures[2])  # would be drawn again if it did not count
     np.save(parts / "000002.npy", marked)
     (parts / ".000003.1234567.npy").write_bytes(b"half")
+    (parts / ".2026.npy").write_bytes(b"mine")
     sample("--num_images", 4, "--batch_size", 1, "--output", "a.npz")
     stored = np.load("a.npz")["arr_0"]
     assert (stored[2] == marked).all() and (stored[[0, 1, 3]] == pictures[[0, 1, 3]]).all()
-    assert not parts.exists()
+    assert [path.name for path in parts.iterdir()] == [".2026.npy"]
 
 
 def test_fields_go_into_an_array_that_can_be_trained_on(model, sample):
     normalization = {"offset": [280.0, 0.0], "scale": [20.0, 5.0]}
     pipeline = model(normalization=normalization, channels=2)
-    assert "--output samples: samples of this model are no pictures" in sample(refused=True)
+    assert "--output samples: samples of this model are not images" in sample(refused=True)
     assert not Path("samples").exists()
     sample("--num_images", 5, "--batch_size", 1, "--output", "fields.npz")
-    data = load_training_data(parse_args(["--train_data_dir", "fields.npz"]))
+    data = load_training_data(parse_args(["--train_data_dir", "fields.npz"]).data)
     values = data.__getitems__([0, 4])["values"]
     assert data.shape == (2, 8, 8) and len(data) == 5
     for index, field in zip((0, 4), values, strict=True):
@@ -292,14 +297,16 @@ def test_what_is_there_is_not_drawn_again(model, sample):
     for name in ("000001.png", "000004.png"):
         Path("samples", name).unlink()
     Path("samples", ".000004.1234567.png").write_bytes(b"half a picture")
+    Path("samples", ".2026.png").write_bytes(b"mine")
     told = sample("--num_images", 6, "--batch_size", 64)
-    assert "going on: 4 of 6 are in samples" in told
+    assert "continuing: 4 of 6 are in samples" in told
     after = {path.name: path.stat().st_mtime_ns for path in Path("samples").iterdir()}
-    drawn = {name for name in after if name.endswith(".png") and before[name] != after[name]}
-    assert drawn == {"000001.png", "000004.png"} and before.keys() == after.keys()
+    drawn = {name for name in after if name.endswith(".png") and before.get(name) != after[name]} - {".2026.png"}
+    assert drawn == {"000001.png", "000004.png"} and after.keys() - before.keys() == {".2026.png"}
+    Path("samples", ".2026.png").unlink()
     assert_same_up_to_rounding(read(), pictures)
 
-    assert "all of them were there" in sample("--num_images", 3) and len(read()) == 6
+    assert "all complete already" in sample("--num_images", 3) and len(read()) == 6
     sample("--num_images", 8)
     assert sorted(read()) == [f"{index:06}.png" for index in range(8)]
 
@@ -307,7 +314,7 @@ def test_what_is_there_is_not_drawn_again(model, sample):
 @pytest.mark.slow
 def test_killed_and_interrupted_it_goes_on(model, sample, process):
     model()
-    number = 300
+    number = 600  # enough that a signal meets the command on a busy machine, too
     flags = ("--num_images", number, "--batch_size", 2)
     sample("--num_images", number, "--batch_size", 2, "--output", "undisturbed")
 
@@ -316,16 +323,16 @@ def test_killed_and_interrupted_it_goes_on(model, sample, process):
 
     def disturb(signal_number):
         running, already = process(*flags), present()
-        while running.poll() is None and present() < already + 20:
+        while running.poll() is None and present() < already + 4:
             time.sleep(0.005)
         running.send_signal(signal_number)
         return running.communicate(), running.returncode
 
     _, status = disturb(signal.SIGKILL)
-    assert status == -signal.SIGKILL and 20 <= present() < number
+    assert status == -signal.SIGKILL and 4 <= present() < number
     whole = {path.name: path.stat().st_mtime_ns for path in Path("samples").glob("[0-9]*.png")}
     (out, err), status = disturb(signal.SIGINT)
-    told = f"interrupted: {present()} of {number} are in samples; the same command goes on"
+    told = f"interrupted: {present()} of {number} are in samples; run the same command again to continue"
     assert status == 130 and out.splitlines()[-1] == told and "Traceback" not in err
     assert len(whole) < present() < number
     sample(*flags)
@@ -339,7 +346,7 @@ def test_samples_of_other_settings_are_left_alone(model, sample, tmp_path):
     sample("--num_images", 2)
     before = {path: path.read_bytes() for path in Path("samples").iterdir()}
     refusal = sample("--num_images", 3, "--seed", 1, "--scheduler", "DDPM", refused=True)
-    assert "--output samples holds samples that were drawn with scheduler DDIM instead of DDPM, seed 0 inst" in refusal
+    assert "--output samples holds samples drawn with scheduler DDIM instead of DDPM, seed 0 inst" in refusal
     with torch.no_grad():
         pipeline.unet.conv_out.bias.add_(1e-3)
     pipeline.save_pretrained(tmp_path / "model")
@@ -354,6 +361,17 @@ def test_samples_of_other_settings_are_left_alone(model, sample, tmp_path):
     sample("--num_images", 1, "--seed", 1, "--model", "same")
 
 
+def test_samples_of_version_0_3_are_gone_on_from(model, sample):
+    model()
+    sample("--num_images", 1)
+    path = Path("samples/sample_settings.json")
+    stored = json.loads(path.read_text())
+    stored["guidance_scale"] = stored.pop("regularizer_scale")
+    del stored["output_type"]
+    path.write_text(json.dumps(stored))
+    assert "continuing: 1 of 2" in sample("--num_images", 2)
+
+
 def test_other_files_are_left_alone(model, sample, tmp_path):
     model()
     (tmp_path / "mine").mkdir()
@@ -362,8 +380,8 @@ def test_other_files_are_left_alone(model, sample, tmp_path):
     (tmp_path / "file").write_bytes(b"mine")
     (tmp_path / "folder.npz").mkdir()
     for output, reason in {
-        "mine": "is there and not known to hold samples",
-        "mine.npz": "is there and not known to hold samples",
+        "mine": "exists and holds no known samples",
+        "mine.npz": "exists and holds no known samples",
         "file": "is a file",
         "folder.npz": "is a folder",
     }.items():
@@ -379,20 +397,26 @@ def test_other_files_are_left_alone(model, sample, tmp_path):
     "flags, message",
     [
         (("--scheduler", "Heun"), "--scheduler Heun: this model can be sampled with DDIM, DDPM, Euler"),
-        (("--model", "no/such/folder"), "--model no/such/folder: no such folder or Hub id with a pipeline"),
+        (("--model", "no/such/folder"), "--model no/such/folder: no folder or Hub id with a pipeline"),
         (("--class_labels", 1), "--class_labels are given, but the model has no classes"),
-        (("--condition_dir", "."), "--condition_dir: the model is not conditioned by images"),
+        (("--condition_dir", "."), "--condition_dir: the model is not conditioned on images"),
         (("--guidance", "smoothness"), "--guidance: unknown regularizer 'smoothness'; known: "),
-        (("--guidance", "labelled:wish"), "--guidance labelled:wish needs class_labels, which a sample of this model"),
+        (("--guidance", "labelled:wish"), "--guidance labelled:wish needs class_labels, which samples of this model"),
         (
             ("--guidance", "labelled:scalar", "--num_inference_steps", 20),
             "--guidance: regularizer 'labelled:scalar' must return one value per",
         ),
-        (("--guidance_scale", 1), "--guidance_scale: is about --guidance, which is not given"),
-        (("--guidance", "symmetry", "--guidance_scale", -1), "--guidance_scale -1: must be finite and at least 0"),
-        (("--num_inference_steps", 5000), "--num_inference_steps 5000: "),
+        (("--regularizer_scale", 1), "--regularizer_scale has no effect without --guidance"),
+        (
+            ("--guidance", "symmetry", "--regularizer_scale", -1),
+            "--regularizer_scale -1: must be finite and at least 0",
+        ),
+        (("--guidance", "symmetry", "--guidance_scale", 2), "--guidance_scale 2: use --regularizer_scale 2"),
         (("--num_images", 0), "argument --num_images: '0' is not a whole number above 0"),
-        (("--push_to_hub", "me/it", "--output", "a.npz"), "--push_to_hub uploads pictures: name a folder by --output"),
+        (
+            ("--push_to_hub", "me/it", "--output", "a.npz"),
+            "--push_to_hub uploads image files: name a folder",
+        ),
     ],
 )
 def test_what_cannot_work_is_said_in_one_line(model, sample, tmp_path, monkeypatch, flags, message):
@@ -409,7 +433,7 @@ def test_what_cannot_work_is_said_in_one_line(model, sample, tmp_path, monkeypat
 def test_labels_have_to_be_classes_of_the_model(model, sample):
     model(num_class_embeds=3)
     refusal = sample("--class_labels", 0, 3, refused=True)
-    assert "--class_labels must be from 0 to 2, the classes of the model" in refusal
+    assert "--class_labels must be from 0 to 2, the last class of the model" in refusal
 
 
 def test_help_is_fast():
@@ -440,12 +464,12 @@ def test_the_pictures_are_pushed_as_a_data_set(model, sample, process, tmp_path)
         failed = process(*push, env=environment)
         _, err = failed.communicate()
         assert failed.returncode == 2 and err.splitlines()[-1].startswith("reg-diffusers: error: --push_to_hub tester")
-        assert "the images are in samples, and the same command uploads them" in err and len(read()) == 4
+        assert "the images are in samples: run the same command again to upload them" in err and len(read()) == 4
         hub.fails = False
         pushed = process(*push, env=environment)
         out, err = pushed.communicate()
         assert pushed.returncode == 0, err
-        assert "all of them were there" in out and out.endswith(f"uploaded    {hub.endpoint}/datasets/tester/drawn\n")
+        assert "all complete already" in out and out.endswith(f"uploaded    {hub.endpoint}/datasets/tester/drawn\n")
         assert hub.private == {"datasets/tester/drawn": True}
         code = [sys.executable, "-c", LOAD]
         environment["HF_TOKEN"] = TOKEN

@@ -9,7 +9,7 @@ import pytest
 import torch
 from diffusers import DDIMScheduler, DDPMScheduler, FlowMatchEulerDiscreteScheduler
 
-from reg_diffusers import RegDDPMPipeline, Term
+from reg_diffusers import Ddim, KnownNoise, MonteCarlo, RegDDPMPipeline, Term, one_step
 from reg_diffusers.guidance import Guidance
 from reg_diffusers.prediction import model_output_for, noise_level, predict_original_sample
 from reg_diffusers.regularizers import mean_intensity, total_variation
@@ -56,14 +56,9 @@ SCHEDULERS = [
 
 def images(pipeline, steps=6, batch_size=2, **kwargs):
     pipeline.set_progress_bar_config(disable=True)
-    kwargs.setdefault("output_type", "pt")
+    kwargs.setdefault("output_type", "latent")
     generator = torch.Generator().manual_seed(0)
     return pipeline(batch_size=batch_size, num_inference_steps=steps, generator=generator, **kwargs)
-
-
-def as_they_are(channels=1):
-    """A normalization by which samples come out of the pipeline unclipped."""
-    return {"offset": [0.0] * channels, "scale": [1.0] * channels}
 
 
 def sample_by_hand(unet, scheduler, displace, steps=6):
@@ -94,7 +89,7 @@ def test_with_every_scheduler_it_samples_with_another_denoiser(tiny_unet, name, 
     scheduler = getattr(diffusers, name)(**options)
     unet = tiny_unet().double()
     term = Term(partial(mean_intensity, target=target), 2 * factor, weighting=constant)
-    guided = images(RegDDPMPipeline(unet, scheduler, as_they_are()), guidance=[term], guidance_scale=0.5).images
+    guided = images(RegDDPMPipeline(unet, scheduler), guidance=[term], regularizer_scale=0.5).images
 
     def displace(x0_hat):
         return x0_hat - factor * (x0_hat.mean((1, 2, 3), keepdim=True) - target)
@@ -212,11 +207,11 @@ def test_terms_add_up_and_the_weighting_is_that_of_the_timestep(method):
 def test_the_effect_does_not_grow_with_the_number_of_steps(tiny_unet):
     """Twice the scale moves the samples twice as far, four times the steps do not."""
     scheduler = DDIMScheduler(clip_sample=False, prediction_type="sample")
-    pipeline = RegDDPMPipeline(tiny_unet(), scheduler, as_they_are())
+    pipeline = RegDDPMPipeline(tiny_unet(), scheduler)
     term = Term(partial(mean_intensity, target=5.0), 0.05, constant)
 
     def moved(steps, scale):
-        plain, guided = (images(pipeline, steps, guidance=[term], guidance_scale=s).images for s in (0.0, scale))
+        plain, guided = (images(pipeline, steps, guidance=[term], regularizer_scale=s).images for s in (0.0, scale))
         return (guided - plain).mean().item()
 
     base = moved(50, 1.0)
@@ -234,9 +229,12 @@ def test_it_stops_where_the_weighting_is_zero(tiny_unet, method):
         return mean_square(x0_hat)
 
     unet, scheduler = tiny_unet(), DDIMScheduler()
-    pipeline = RegDDPMPipeline(unet, scheduler, as_they_are())
+    pipeline = RegDDPMPipeline(unet, scheduler)
     samples = []
-    callback = lambda pipeline, index, t, tensors: samples.append((int(t), tensors["sample"]))  # noqa: E731
+
+    def callback(pipeline, index, t, tensors):
+        samples.append((int(t), tensors["latents"]))
+
     images(pipeline, 20, callback_on_step_end=callback)
     plain = dict(samples)
     term = Term(watched, 1.0, partial(low_noise, max_timestep=300))
@@ -248,7 +246,7 @@ def test_it_stops_where_the_weighting_is_zero(tiny_unet, method):
 
 def test_scale_zero_is_no_guidance_bit_for_bit(tiny_unet):
     pipeline = RegDDPMPipeline(tiny_unet(), DDPMScheduler())
-    zero = images(pipeline, guidance=[Term(total_variation, 1.0)], guidance_scale=0.0).images
+    zero = images(pipeline, guidance=[Term(total_variation, 1.0)], regularizer_scale=0.0).images
     assert torch.equal(zero, images(pipeline).images)
 
 
@@ -302,12 +300,12 @@ class GaussianNetwork(torch.nn.Module):
 @pytest.mark.parametrize("kind", ["epsilon", "v_prediction"])
 def test_guidance_lowers_the_loss_of_samples_more_with_a_larger_scale(kind, method):
     scheduler = DDIMScheduler(clip_sample=False, prediction_type=kind)
-    pipeline = RegDDPMPipeline(GaussianNetwork(scheduler), scheduler, as_they_are())
+    pipeline = RegDDPMPipeline(GaussianNetwork(scheduler), scheduler)
     scores = [
         images(
             *(pipeline, 20, 4),
             guidance=[Term(mean_square, 0.5, constant)],
-            guidance_scale=scale,
+            regularizer_scale=scale,
             guidance_method=method,
             regularizers={"energy": mean_square},
         ).scores["energy"]
@@ -342,13 +340,15 @@ def test_what_cannot_work_is_refused(tiny_unet):
     pipeline = RegDDPMPipeline(tiny_unet(), DDIMScheduler())
     masked = partial(mean_intensity)
     masked.needs = ("mask",)
-    other = Term(mean_square, 1.0, estimator=lambda *inputs: inputs[-1])
+    other = Term(mean_square, 1.0, estimator=lambda prediction: prediction.sample)
+    again = Term(mean_square, 1.0, estimator=Ddim(1))
     for message, kwargs in {
         "mpgd, dps, lgd, not 'cfg'": {"guidance_method": "cfg"},
-        "guidance_scale must be finite": {"guidance_scale": math.nan},
-        "guidance_scale must be finite and at least 0, not -1": {"guidance_scale": -1.0},
+        "regularizer_scale must be finite": {"regularizer_scale": math.nan},
+        "regularizer_scale must be finite and at least 0, not -1": {"regularizer_scale": -1.0},
         "guidance_samples": {"guidance_samples": 0},
-        "another estimator": {"guidance": [other]},
+        "guidance calls the network once per step, and the estimator of 'mean_square'": {"guidance": [again]},
+        "images that do not depend on x0_hat": {"guidance": [other]},
         "needs mask": {"guidance": [masked]},
         "one value per image": {"guidance": [lambda x: x]},
     }.items():
@@ -358,3 +358,19 @@ def test_what_cannot_work_is_refused(tiny_unet):
         images(pipeline, guidance=Term(mean_square, 1.0))
     with pytest.raises(TermError, match="detached"):
         images(pipeline, guidance=[Term(lambda x: mean_square(x.detach()), 1.0)])
+
+
+def test_an_estimator_without_a_further_call_is_what_guidance_sees(tiny_unet):
+    """Linear in the image, so that draws around it have the same gradient in the mean, and half noise half of it."""
+    scheduler = DDIMScheduler(prediction_type="sample")
+    sample, x0, noise = torch.randn(3, 2, 1, 8, 8, generator=torch.Generator().manual_seed(0))
+    scheduler.set_timesteps(4)
+
+    def moved(estimator):
+        term = Term(lambda x: x.flatten(1).mean(1), 1.0, constant, "mean", estimator=estimator)
+        context = {"original_samples": x0, "noise": noise}
+        step = (lambda x: 0.5 * x, scheduler, torch.tensor(500), sample)
+        return Guidance([term]).model_output(*step, context=context) - 0.5 * sample
+
+    torch.testing.assert_close(moved(MonteCarlo(3)), moved(one_step), atol=1e-5, rtol=0)
+    torch.testing.assert_close(moved(KnownNoise(0.5)), 0.5 * moved(one_step), atol=1e-5, rtol=0)

@@ -2,46 +2,36 @@
 
 import json
 import os
-import resource
 import shutil
 import struct
 import sys
 import time
 import zipfile
 import zlib
-from contextlib import contextmanager
 
 import numpy as np
 import PIL.Image
 import pyarrow
+import pyarrow.ipc
 import pyarrow.parquet
 import pytest
 import torch
 from datasets import Dataset, Features, Image, Value
 from diffusers import DDPMScheduler, UNet2DModel
-from test_train_reg import differ, metrics, refusal, train, weights  # noqa: F401
+from limits import memory_limited
+from runs import metrics, refusal, weights
 
 from reg_diffusers import RegDDPMPipeline
-from reg_diffusers.training import fields, source
-from reg_diffusers.training.arguments import parse_args
-from reg_diffusers.training.data import load_training_data
-from reg_diffusers.training.errors import UsageError
-from reg_diffusers.training.model import load_given_model
+from reg_diffusers.data import fields, source
+from reg_diffusers.data.arrow_files import rows_and_bytes
+from reg_diffusers.data.source import check_arrow
+from reg_diffusers.networks.build import GivenModel, build_noise_scheduler, load_given_model
+from reg_diffusers.runtime.errors import UsageError
+from reg_diffusers.settings import ModelSettings
 
 pytestmark = pytest.mark.reliability
 
 SECRET = 9  # the grey of an image that nobody may read
-
-
-@pytest.fixture
-def load(tmp_path):
-    """Loads the data of a command line."""
-
-    def load_with(*flags):
-        args = parse_args([*map(str, flags), "--resolution", "8", "--cache_dir", str(tmp_path / "cache")])
-        return load_training_data(args)
-
-    return load_with
 
 
 @pytest.fixture
@@ -58,18 +48,6 @@ def refused(load):
         return message
 
     return refuse
-
-
-@contextmanager
-def memory_limited(more):
-    before = resource.getrlimit(resource.RLIMIT_AS)
-    with open("/proc/self/statm") as statm:
-        now = int(statm.read().split()[0]) * resource.getpagesize()
-    resource.setrlimit(resource.RLIMIT_AS, (now + more, before[1]))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_AS, before)
 
 
 @pytest.fixture
@@ -120,13 +98,13 @@ def test_a_path_out_of_the_folder_in_metadata_is_refused(refused, folder, tmp_pa
 
 def test_links_out_of_the_folder_are_refused(refused, folder, tmp_path):
     (folder / "link.png").symlink_to(tmp_path / "secret.png")
-    assert f"{folder}/link.png is not in there" in refused("--train_data_dir", folder)
+    assert f"{folder}/link.png lies outside" in refused("--train_data_dir", folder)
     (folder / "link.png").unlink()
     (tmp_path / "others").mkdir()
     (tmp_path / "secret.png").rename(tmp_path / "others" / "secret.png")
     (folder / "metadata.jsonl").write_text('{"file_name": "fine.png"}\n{"file_name": "linked/secret.png"}\n')
     (folder / "linked").symlink_to(tmp_path / "others")
-    assert "linked/secret.png is not in there" in refused("--train_data_dir", folder)
+    assert "linked/secret.png lies outside" in refused("--train_data_dir", folder)
 
 
 def test_a_relative_name_means_the_current_folder(load, tmp_path, monkeypatch):
@@ -150,7 +128,7 @@ def test_a_table_that_names_files_elsewhere_is_refused(refused, folder, tmp_path
     rows = {"image": [{"bytes": None, "path": path.format(tmp_path)}]}
     pyarrow.parquet.write_table(pyarrow.table(rows), folder / "table.parquet")
     (folder / "fine.png").unlink()
-    assert "is not in there, and is not read" in refused("--dataset_name", folder / "table.parquet")
+    assert "lies outside and is not read" in refused("--dataset_name", folder / "table.parquet")
 
 
 def test_a_way_out_through_a_link_and_back_is_refused(refused, folder, tmp_path):
@@ -159,14 +137,14 @@ def test_a_way_out_through_a_link_and_back_is_refused(refused, folder, tmp_path)
     (folder / "linked").symlink_to(tmp_path / "others")
     rows = {"image": [{"bytes": None, "path": f"{folder}/linked/../secret.png"}]}
     pyarrow.parquet.write_table(pyarrow.table(rows), folder / "table.parquet")
-    assert "linked/../secret.png is not in there" in refused("--dataset_name", folder / "table.parquet")
+    assert "linked/../secret.png lies outside" in refused("--dataset_name", folder / "table.parquet")
 
 
 @pytest.mark.parametrize("files", ["../secret.png", "{}/secret.png", "../*.png"])
 def test_a_card_that_names_files_elsewhere_is_refused(refused, folder, tmp_path, files):
     config = f"- config_name: default\n  data_files:\n  - split: train\n    path: {files.format(tmp_path)!r}\n"
     (folder / "README.md").write_text(f"---\nconfigs:\n{config}---\n")
-    assert "secret.png is not in there" in refused("--dataset_name", folder)
+    assert "secret.png lies outside" in refused("--dataset_name", folder)
 
 
 def test_a_saved_data_set_that_lists_files_elsewhere_is_refused(refused, load, tmp_path):
@@ -179,7 +157,7 @@ def test_a_saved_data_set_that_lists_files_elsewhere_is_refused(refused, load, t
     state = json.loads((tmp_path / "saved" / "state.json").read_text())
     state["_data_files"] = [{"filename": "../elsewhere.arrow"}]
     (tmp_path / "saved" / "state.json").write_text(json.dumps(state))
-    assert "elsewhere.arrow is not in there" in refused("--dataset_name", tmp_path / "saved")
+    assert "elsewhere.arrow lies outside" in refused("--dataset_name", tmp_path / "saved")
 
 
 def test_a_saved_data_set_cannot_choose_a_file_to_be_written(load, tmp_path):
@@ -212,15 +190,15 @@ def test_pipes_are_not_waited_for(refused, folder):
 @pytest.mark.parametrize(
     "content, message",
     [
-        (png(100_000, 100_000, PIXELS), "more than the 89,478,485 pixels"),
-        (png(13_000, 13_000, packed_zeros(162)), "more than the 89,478,485 pixels"),
-        (b"P6 100000 100000 255\n" + bytes(100), "more than the 89,478,485 pixels"),
+        (png(100_000, 100_000, PIXELS), "more than 89,478,485 pixels"),
+        (png(13_000, 13_000, packed_zeros(162)), "more than 89,478,485 pixels"),
+        (b"P6 100000 100000 255\n" + bytes(100), "more than 89,478,485 pixels"),
         (png(8, 8, PIXELS, chunk(b"zTXt", b"Comment\0\0" + GIGABYTE)), "Decompressed data too large"),
         (png(8, 8, PIXELS, chunk(b"iTXt", b"Comment\0\1\0\0\0" + GIGABYTE)), "Decompressed data too large"),
         (png(8, 8, PIXELS, chunk(b"iCCP", b"profile\0\0" + GIGABYTE)), "Decompressed data too large"),
-        (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 8 8\n(%pipe%id) (w) file\n", "is damaged, or none of"),
+        (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 8 8\n(%pipe%id) (w) file\n", "is damaged, or its format"),
         (png(8, 8, PIXELS)[:50], "image file is truncated"),
-        (b"", "is damaged, or none of"),
+        (b"", "is damaged, or its format"),
     ],
     ids="header 13k ppm ztxt itxt iccp eps truncated empty".split(),
 )  # fmt: skip
@@ -268,6 +246,63 @@ def test_a_table_that_expands_is_refused(refused, tmp_path, small_limits):
     assert "wide.parquet: 1 rows and 2," in refused("--dataset_name", tmp_path / "wide.parquet")
 
 
+def write_arrow(path, kind, compression, sizes=(2**21,)):
+    image = pyarrow.struct({"bytes": pyarrow.binary(), "path": pyarrow.string()})
+    rows = pyarrow.Table.from_pylist(
+        [{"image": {"bytes": bytes(size), "path": None}} for size in sizes], pyarrow.schema({"image": image})
+    )
+    writer = {"stream": pyarrow.ipc.new_stream, "file": pyarrow.ipc.new_file}[kind]
+    options = pyarrow.ipc.IpcWriteOptions(compression=compression)
+    with writer(str(path), rows.schema, options=options) as file:
+        file.write_table(rows)
+
+
+@pytest.mark.parametrize("streaming", [(), ("--streaming", "--max_train_steps", 1)], ids=["table", "stream"])
+@pytest.mark.parametrize("kind", ["stream", "file"])
+@pytest.mark.parametrize("compression", ["zstd", "lz4"])
+def test_an_arrow_file_that_expands_is_refused(refused, tmp_path, small_limits, kind, compression, streaming):
+    write_arrow(tmp_path / "wide.arrow", kind, compression)
+    assert "wide.arrow: 1 rows and 2," in refused("--dataset_name", tmp_path / "wide.arrow", *streaming)
+
+
+def test_a_saved_data_set_that_expands_is_refused(refused, tmp_path, small_limits):
+    save_one_image(tmp_path / "saved")
+    write_arrow(next((tmp_path / "saved").glob("*.arrow")), "stream", "zstd")
+    assert ".arrow: 1 rows and 2," in refused("--dataset_name", tmp_path / "saved")
+
+
+def test_an_arrow_file_with_more_rows_than_bytes_is_refused(refused, tmp_path):
+    rows = pyarrow.table({"image": pyarrow.nulls(10**9)})
+    with pyarrow.ipc.new_file(str(tmp_path / "rows.arrow"), rows.schema) as file:
+        file.write_table(rows)
+    assert "rows.arrow: 1,000,000,000 rows" in refused("--dataset_name", tmp_path / "rows.arrow")
+
+
+@pytest.mark.parametrize("kind", ["stream", "file"])
+@pytest.mark.parametrize("compression", [None, "zstd", "lz4"])
+def test_the_size_of_an_arrow_file_is_that_of_its_content(tmp_path, kind, compression):
+    write_arrow(tmp_path / "t.arrow", kind, compression, sizes=(1000, 2000, 0, 5))
+    rows, size = rows_and_bytes(tmp_path / "t.arrow")
+    assert rows == 4 and 3005 <= size <= 3005 + 200  # and offsets
+
+
+@pytest.mark.parametrize("kind", ["stream", "file"])
+def test_an_arrow_file_that_is_damaged_anywhere_is_refused_or_read(load, tmp_path, kind):
+    write_arrow(tmp_path / "t.arrow", kind, "zstd", sizes=(100,) * 20)
+    content = (tmp_path / "t.arrow").read_bytes()
+    for place in range(0, len(content) - 4, 7):
+        changed = content[:place] + b"\xff\xff\xff\x7f" + content[place + 4 :]
+        (tmp_path / "t.arrow").write_bytes(changed)
+        try:
+            check_arrow(tmp_path / "t.arrow")
+        except UsageError as error:
+            assert "t.arrow" in str(error)
+    for length in range(0, len(content), 50):
+        (tmp_path / "t.arrow").write_bytes(content[:length])
+        with pytest.raises(UsageError, match=r"t\.arrow"):
+            load("--dataset_name", tmp_path / "t.arrow")
+
+
 @pytest.mark.parametrize("streaming", [(), ("--streaming", "--max_train_steps", 1)], ids=["table", "stream"])
 @pytest.mark.parametrize("content", [b"", b"PAR1", b"PAR1" + bytes(200) + b"PAR1"])
 def test_a_damaged_table_is_refused(refused, tmp_path, content, streaming):
@@ -295,7 +330,7 @@ def test_arrays_of_objects_never_run_their_code(refused, tmp_path):
     np.save(tmp_path / "f.npy", np.array([Hostile()], dtype=object), allow_pickle=True)
     np.savez(tmp_path / "f.npz", np.array([Hostile()], dtype=object))
     for name in ("f.npy", "f.npz"):
-        assert f"{name}: not an array file that can be read" in refused("--train_data_dir", tmp_path / name)
+        assert f"{name}: not a readable array file" in refused("--train_data_dir", tmp_path / name)
     assert not (tmp_path / "ran").exists()
 
 
@@ -313,20 +348,20 @@ def test_arrays_that_expand_are_refused(refused, tmp_path, small_limits):
     npz(tmp_path / "expands.npz", (2, 1, 512, 512), [bytes(2**21)])
     assert "expands.npz: would expand from" in refused("--train_data_dir", tmp_path / "expands.npz")
     npz(tmp_path / "boasts.npz", (10**6, 1, 10**5, 10**3), [bytes(64)])
-    assert "boasts.npz: not an array file that can be read" in refused("--train_data_dir", tmp_path / "boasts.npz")
+    assert "boasts.npz: not a readable array file" in refused("--train_data_dir", tmp_path / "boasts.npz")
     np.save(tmp_path / "f.npy", np.zeros((2, 1, 4, 4)))
     content = (tmp_path / "f.npy").read_bytes()
     (tmp_path / "f.npy").write_bytes(content.replace(b"(2, 1, 4, 4)", b"(2**9,1,4,4)"))
-    assert "f.npy: not an array file" in refused("--train_data_dir", tmp_path / "f.npy")
+    assert "f.npy: not a readable array file" in refused("--train_data_dir", tmp_path / "f.npy")
     (tmp_path / "f.npy").write_bytes(content.replace(b"(2, 1, 4, 4)", b"(9, 9, 9, 9)"))
-    assert "f.npy: not an array file" in refused("--train_data_dir", tmp_path / "f.npy")
+    assert "f.npy: not a readable array file" in refused("--train_data_dir", tmp_path / "f.npy")
 
 
 def test_an_array_that_is_a_link_out_of_its_folder_is_refused(refused, load, tmp_path):
     np.save(tmp_path / "secret.npy", np.zeros((2, 1, 4, 4)))
     (tmp_path / "fields").mkdir()
     (tmp_path / "fields" / "f.npy").symlink_to(tmp_path / "secret.npy")
-    assert "f.npy is not in there" in refused("--train_data_dir", tmp_path / "fields")
+    assert "f.npy lies outside" in refused("--train_data_dir", tmp_path / "fields")
 
 
 def test_a_column_may_have_any_name(load, tmp_path):
@@ -378,7 +413,7 @@ def test_no_code_that_a_model_names_is_run(model, change_it):
         assert type(pipeline.unet).__module__.startswith("diffusers.")
     except ValueError as error:
         assert "pipeline" in str(error) or "hostile" in str(error)
-    script_model = load_given_model(parse_args(["--pretrained_model_name_or_path", str(model)]))
+    script_model = load_given_model(ModelSettings(pretrained_model_name_or_path=str(model)))
     assert type(script_model.unet) is UNet2DModel and "hostile" not in sys.modules
 
 
@@ -394,7 +429,7 @@ class Harm:
 
 
 @pytest.mark.parametrize("content", [{"weight": Harm()}, {"weight": torch.zeros(1)}], ids=["hostile", "harmless"])
-def test_pickled_weights_are_refused(model, train, capsys, tmp_path, content):  # noqa: F811
+def test_pickled_weights_are_refused(model, train, capsys, tmp_path, content):
     (model / "unet" / "diffusion_pytorch_model.safetensors").unlink()
     torch.save(content, model / "unet" / "diffusion_pytorch_model.bin")
     advice = "pickled weights may run code and are not loaded: convert them to safetensors"
@@ -417,16 +452,16 @@ def test_pickled_weights_are_refused(model, train, capsys, tmp_path, content):  
         ("unet/diffusion_pytorch_model.safetensors", "not weights"),
     ],
 )
-def test_a_damaged_model_is_refused_in_one_line(model, train, capsys, file, content):  # noqa: F811
+def test_a_damaged_model_is_refused_in_one_line(model, train, capsys, file, content):
     (model / file).write_text(content)
     error = refusal(train, capsys, "--pretrained_model_name_or_path", model, model=())
     assert f"--pretrained_model_name_or_path {model}" in error
 
 
 @pytest.mark.parametrize("scale", [[0.0], [float("nan")], "x", None])
-def test_a_normalization_that_is_none_is_refused(model, train, capsys, scale):  # noqa: F811
+def test_a_normalization_that_is_none_is_refused(model, train, capsys, scale):
     change(model / "model_index.json", _reg_diffusers={"normalization": {"offset": [0.0], "scale": scale}})
-    assert "that can be read" in refusal(train, capsys, "--pretrained_model_name_or_path", model, model=())
+    assert "no readable UNet2DModel" in refusal(train, capsys, "--pretrained_model_name_or_path", model, model=())
 
 
 # Odd, not hostile
@@ -452,7 +487,7 @@ ODD = {
 @pytest.mark.parametrize(
     ("kind", "how"), [*((kind, ()) for kind in ODD), ("one image", ("--streaming",)), ("black", ("--streaming",))]
 )
-def test_odd_data_train_and_are_compared(train, tmp_path, kind, how):  # noqa: F811
+def test_odd_data_train_and_are_compared(train, tmp_path, kind, how):
     images = ODD[kind]
     flags = ("--train_data_dir", folder_of(tmp_path, *images), "--regularizer", "isotropic_total_variation")
     out = train(*how, *flags, "sparsity", "--max_train_steps", 2, "--compare", "--train_batch_size", 4)
@@ -464,7 +499,7 @@ def test_odd_data_train_and_are_compared(train, tmp_path, kind, how):  # noqa: F
 
 @pytest.mark.parametrize("size", [1, 64])
 @pytest.mark.parametrize("how", [(), ("--streaming",)], ids=["table", "stream"])
-def test_batches_of_one_and_larger_than_the_data_train(train, tmp_path, size, how):  # noqa: F811
+def test_batches_of_one_and_larger_than_the_data_train(train, tmp_path, size, how):
     generator = np.random.default_rng(0)
     images = [PIL.Image.fromarray(generator.integers(0, 255, (8, 8), np.uint8)) for _ in range(5)]
     flags = ("--train_data_dir", folder_of(tmp_path, *images), "--train_batch_size", size, "--max_train_steps", 2)
@@ -473,9 +508,25 @@ def test_batches_of_one_and_larger_than_the_data_train(train, tmp_path, size, ho
 
 
 @pytest.mark.parametrize("array", [np.zeros((1, 1, 8, 8)), np.full((3, 1, 8, 8), 7.0), np.full((2, 1, 8, 8), 1e30)])
-def test_constant_fields_train(train, tmp_path, array):  # noqa: F811
+def test_constant_fields_train(train, tmp_path, array):
     np.save(tmp_path / "f.npy", array)
     out = train("--train_data_dir", tmp_path / "f.npy", "--max_train_steps", 2, "--compare")
     assert all(value.isfinite().all() for value in weights(out).values())
     fields = RegDDPMPipeline.from_pretrained(str(out))(num_inference_steps=2, output_type="pt").images
     assert fields.isfinite().all()
+
+
+def test_a_noise_schedule_of_two_billion_steps_is_refused_before_its_tables_are_made(tmp_path, tiny_unet):
+    """A downloaded scheduler may ask for 20 GB."""
+    RegDDPMPipeline(tiny_unet(), DDPMScheduler()).save_pretrained(str(tmp_path / "model"))
+    path = tmp_path / "model" / "scheduler" / "scheduler_config.json"
+    for steps in (2e9, 2_000_000_000, 0, "many"):
+        path.write_text(json.dumps(json.loads(path.read_text()) | {"num_train_timesteps": steps}))
+        with memory_limited(2**29):
+            with pytest.raises(ValueError, match="num_train_timesteps must be from 1 to 1,000,000"):
+                RegDDPMPipeline.from_pretrained(tmp_path / "model")
+            with pytest.raises(UsageError, match="num_train_timesteps must be from 1 to 1,000,000"):
+                load_given_model(ModelSettings(pretrained_model_name_or_path=str(tmp_path / "model")))
+    RegDDPMPipeline.from_pretrained(tmp_path / "model", scheduler=DDPMScheduler())  # which need not read it
+    with pytest.raises(UsageError, match="--ddpm_num_steps 2000000000: at most 1,000,000"):
+        build_noise_scheduler(ModelSettings(ddpm_num_steps=2_000_000_000), GivenModel())

@@ -4,6 +4,9 @@ import json
 import re
 import shlex
 import shutil
+import signal
+import sys
+import textwrap
 
 import numpy as np
 import PIL.Image
@@ -100,7 +103,7 @@ def commit(hub, title, repo=REPO):
 @pytest.mark.slow
 def test_the_training_goes_on_while_an_upload_hangs(hub, run):
     assert run["trained_while_hanging"] and not run["commits_while_hanging"]
-    told = "uploads     1 of 1 during the training, 2 left out while another was under way"
+    told = "uploads     1 of 1 during the training, 2 skipped while another was running"
     assert told in run["process"].stdout.splitlines()
     assert run["process"].stdout.splitlines()[-1] == f"uploaded    {hub.endpoint}/{REPO}"
     assert hub.broken_uploads == 0 and set(hub.busy.values()) == {0}  # and were overcome
@@ -115,7 +118,7 @@ def test_what_is_uploaded_at_a_checkpoint_is_what_was_saved_then(hub, client, ru
     assert first[weights] != last[weights] and "comparison.json" in last
     assert {"model_index.json", "pipeline.py", "reg_config.json"} <= set(first) and "comparison.json" not in first
     card = first["README.md"].decode()
-    assert "## What was optimised" in card and "## What came out" not in card
+    assert "## Objective" in card and "## Results" not in card
 
 
 def test_the_finished_run_is_uploaded_with_its_evidence_and_without_its_checkpoints(hub, client, run):
@@ -146,8 +149,8 @@ def test_the_card_says_what_was_optimised(run):
         "\n| `Dark` | `my_losses:Dark` | 0.1 | `my_losses:early` | t = 0 to 499 of 1000 (SNR at least 0.0"
         in run["card"]
     )
-    assert "`my_losses` is code of the author's, which is not in this repository." in run["card"]
-    assert "draws 8 x 8 images: a `UNet2DModel`, trained on 16 images of photos." in run["card"]
+    assert "`my_losses` is code of the author that is not in this repository." in run["card"]
+    assert "generates 8 x 8 images: a `UNet2DModel`, trained on 16 images of photos." in run["card"]
 
 
 def test_the_card_has_what_was_measured(run):
@@ -181,7 +184,11 @@ def test_the_card_has_the_command_of_the_run(run):
     words = shlex.split(command)
     assert words[:3] == ["accelerate", "launch", "train_reg.py"]
     given = [word for word in [*RUN, OUT] if word not in ("--hub_token", TOKEN)]
-    assert words[-len(given) :] == given
+    decided = [flag for flag in ("--mixed_precision", "--attention") if flag not in words[: -len(given)]]
+    end = len(words) - 2 * len(decided)
+    assert words[end - len(given) : end] == given
+    assert words[end::2] == decided  # by this machine, and another might decide otherwise
+    assert set(words[end + 1 :: 2]) <= {"no", "bf16", "sdpa", "explicit"}
     assert "`--push_to_hub` uploads to the author's repository" in run["card"]
     assert re.search(r"Seed 0, 1 process on cpu, .*torch \d.*, Python 3", run["card"])
 
@@ -228,14 +235,22 @@ def refused(hub, client, run):
     process = client.start_training(*flags.split(), "--pretrained_model_name_or_path", REPO)
     process.wait_for(lambda: "model      UNet2DModel" in process.stdout)
     hub.read_only = True
-    finished = process.finish()
+    finished = process.finish(check=False)
     hub.read_only = False
     return finished
 
 
+def of_upload(process):
+    """The line with the command of a run whose upload failed, by which a script can tell, too."""
+    assert process.returncode == 1
+    *_, line, last = process.stdout.splitlines()
+    assert last == "failed      the upload; the rest is saved: see the lines above"
+    return line
+
+
 @pytest.mark.slow
 def test_a_refused_upload_keeps_the_run_and_its_command_uploads_later(hub, client, refused):
-    line = refused.stdout.splitlines()[-1]
+    line = of_upload(refused)
     told = "upload      failed (HfHubHTTPError 403: You don't have the rights to write under the namespace tester)"
     assert line.startswith(f"{told}; upload it later with: hf upload tester/tuned tuned ")
     assert (client.folder / "tuned" / "model_index.json").is_file() and set(hub.files["tester/tuned"]) == {"README.md"}
@@ -274,12 +289,34 @@ def test_what_the_owner_wrote_while_the_training_went_on_stays(hub, client, run,
     script = """
         import json, sys
         from pathlib import Path
-        from reg_diffusers.upload import Upload
+        from reg_diffusers.hub.background_upload import Upload
         print(json.dumps({"failure": Upload(Path(sys.argv[1]), "tester/edited", "Late", [], "mit").wait()}))
     """
     assert client.python(script, folder, prelude="")["failure"] == ""
     card = ModelCard(hub.files["tester/edited"]["README.md"].decode())
     assert card.text.strip().startswith("Written meanwhile.\n\n<!-- reg_diffusers") and card.data.license == "mit"
+
+
+def test_links_to_folders_which_the_client_leaves_out_are_named(hub, client, run, tmp_path):
+    at_home = shutil.ignore_patterns("checkpoint-*", "plain")
+    folder = shutil.copytree(client.folder / OUT, tmp_path / "run", ignore=at_home)
+    for name, target in {"more": "samples", "samples/unet": "../unet", "checkpoint-9": "samples"}.items():
+        (folder / name).symlink_to(target)
+    script = """
+        import sys
+        from pathlib import Path
+        from reg_diffusers.hub.uploads import Uploads
+        from reg_diffusers.settings.arguments import parse_args
+        flags = ["--push_to_hub", "--hub_model_id", "tester/links", "--output_dir", sys.argv[1]]
+        settings = parse_args(flags)
+        assert Uploads(settings.hub, "tester/links", settings.output).finish(Path(sys.argv[1]))
+    """
+    done = client.run(sys.executable, "-c", textwrap.dedent(script), folder)
+    links = f"{folder}/more, {folder}/samples/unet"
+    said = f"warning: --push_to_hub: links to folders were not uploaded: {links}"
+    assert any(line.endswith(said) for line in done.stderr.splitlines()), done.stderr
+    uploaded = set(hub.files["tester/links"])
+    assert "samples/step-000002.png" in uploaded and not [path for path in uploaded if path.startswith("more")]
 
 
 # What cannot work, and what goes wrong
@@ -298,14 +335,38 @@ def test_ctrl_c_ends_a_run_whose_upload_hangs(hub, client):
     finally:
         hub.takes_uploads.set()
     assert "uploads     0 of 1 during the training, 1 failed (step 5: cut off)" in process.stdout
-    (command,) = re.findall(r"stopped by SIGINT.*go on with: (.*)", process.stdout)
+    (command,) = re.findall(r"stopped by SIGINT.*continue with: (.*)", process.stdout)
     assert "--push_to_hub" in command and "--hub_strategy checkpoint" in command
     assert not hub.files["tester/cut"] and not (client.folder / "cut" / ".upload").exists()
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["SIGINT", "SIGTERM", "SIGHUP"])
+def test_a_signal_ends_the_last_upload(hub, client, name):
+    """All is saved, so the status is 0, and the command uploads later what the signal kept from it."""
+    hub.takes_uploads.clear()
+    before, repo = asked(hub, "PUT", "/upload/"), f"tester/by-{name.lower()}"
+    seed = getattr(signal, name).value  # other weights, which the Hub does not have yet
+    flags = ("--train_data_dir", "photos", "--max_train_steps", 1, "--hub_model_id", repo, "--output_dir", name)
+    process = client.start_training(*flags, "--seed", seed)
+    process.wait_for(lambda: asked(hub, "PUT", "/upload/") > before)
+    process.interrupt(getattr(signal, name))
+    try:
+        process.finish(seconds=20)
+    finally:
+        hub.takes_uploads.set()
+    line = process.stdout.splitlines()[-1]
+    assert line.startswith(f"upload      stopped by {name}; upload it later with: hf upload {repo} {name} ")
+    assert "Traceback" not in process.stderr and not hub.files[repo]
+    client.run("bash", "-c", line.split("with: ")[1])
+    assert {"README.md", "model_index.json"} <= set(hub.files[repo])
+
+
 def test_a_wrong_token_is_said_before_anything_else(hub, client):
     requests = len(hub.requests)
-    done = client.train("--dataset_name", "tester/pictures", token="hf_wrong", check=False)
+    done = client.train(
+        "--dataset_name", "tester/pictures", "--regularizer", "total_variation", token="hf_wrong", check=False
+    )
     assert done.returncode == 2
     said = "train_reg.py: error: --push_to_hub: the Hub does not accept the token (401): run `hf auth login`"
     assert done.stderr.splitlines() == [said]
@@ -315,13 +376,13 @@ def test_a_wrong_token_is_said_before_anything_else(hub, client):
 
 CHECKS = """
 import json, sys
-from reg_diffusers.hub import Uploads, check_upload
-from reg_diffusers.training.arguments import parse_args
+from reg_diffusers.hub.uploads import Uploads, check_upload
+from reg_diffusers.settings.arguments import parse_args
 
 def said(flags):
-    args = parse_args(["--push_to_hub", *flags])
+    settings = parse_args(["--push_to_hub", *flags])
     try:
-        Uploads(args, check_upload(args))
+        Uploads(settings.hub, check_upload(settings.hub, settings.output.output_dir), settings.output)
     except ValueError as error:
         return str(error)
 
@@ -330,24 +391,27 @@ print(json.dumps(dict(told=[said(flags) for flags in json.loads(sys.argv[1])])))
 REFUSED = [
     ("--hub_model_id a/b/c", "--hub_model_id a/b/c: Repo id must "),
     ("--hub_model_id .hidden", "--hub_model_id .hidden: Repo id must "),
-    ("--output_dir pets&cats", "--push_to_hub takes the name of --output_dir: .*'pets&cats'.*; pass --hub_model_id"),
+    ("--output_dir pets&cats", "--push_to_hub uses the name of --output_dir: .*'pets&cats'.*; pass --hub_model_id"),
     (
         "--hub_model_id other/theirs",
         r"--hub_model_id other/theirs: the repository cannot be opened \(HfHubHTTPError 403: You don't have the rights"
-        " .* other.*: the token needs the right to write there",
+        " .* other.*: the token needs write access",
     ),
-    ("--hub_model_id other/new", "--hub_model_id other/new: the repository cannot be opened .*right to write there"),
+    ("--hub_model_id other/new", "--hub_model_id other/new: the repository cannot be opened .*needs write access"),
     (
         "--hub_model_id tester/open --hub_private_repo",
-        "--hub_model_id tester/open: .* is there already, and public: make it private in its settings on the Hub",
+        "--hub_model_id tester/open: .* already exists and is public: make it private in its settings on the Hub",
     ),
     ("--hub_model_id tester/open --hub_license free", '--hub_license free: "license" must be one of .apache-2.0, mit'),
     ("--hub_model_id tester/broken", "--hub_model_id tester/broken: the metadata of its README.md cannot be read: .*"),
+    ("--output_dir linked", "--push_to_hub: linked/samples/x.png is a link out of linked, which is not uploaded"),
     ("--hub_token hf_wrong", r"--push_to_hub: the Hub does not accept the token \(401\): run `hf auth login`"),
 ]
 
 
 def test_what_cannot_be_uploaded_is_said_before_the_training(hub, client):
+    (client.folder / "linked" / "samples").mkdir(parents=True)
+    (client.folder / "linked" / "samples" / "x.png").symlink_to(client.folder / "my_losses.py")
     for name in ("other/theirs", "tester/open", "tester/broken"):
         hub.repositories[name] = Repository(name)
     hub.repositories["tester/broken"].commit("main", "Mine", {"README.md": b"---\nlicense: [mit\n---\n"})
@@ -358,7 +422,7 @@ def test_what_cannot_be_uploaded_is_said_before_the_training(hub, client):
         assert said and re.match(expected, said) and "\n" not in said, f"{flags}: {said}"
     assert (first, second, third) == (None, None, None)
     assert hub.private["tester/named"] and not hub.private["tester/reg-ddpm-model"]
-    assert "other/new" not in hub.repositories
+    assert "other/new" not in hub.repositories and "tester/linked" not in hub.repositories
 
 
 def test_a_token_that_may_only_read_is_said_before_the_training(hub, client):
@@ -367,7 +431,7 @@ def test_a_token_that_may_only_read_is_said_before_the_training(hub, client):
     flags = [["--hub_model_id", "tester/old"], ["--hub_model_id", "tester/not_yet"]]
     told = client.python(CHECKS, json.dumps(flags), prelude="")["told"]
     hub.read_only = False
-    assert all("HfHubHTTPError 403" in said and "needs the right to write there" in said for said in told), told
+    assert all("HfHubHTTPError 403" in said and "needs write access" in said for said in told), told
 
 
 def test_no_token_and_no_hub_are_told_apart(client, tmp_path):
@@ -385,7 +449,7 @@ def test_a_hub_that_is_gone_at_the_end_costs_nothing_but_a_command(hub, client):
     process = client.start_training(*flags, "late one", "--hub_model_id", "tester/late", "--hub_private_repo")
     process.wait_for(lambda: "model      UNet2DModel" in process.stdout)
     hub.stop()
-    line = process.finish(seconds=200).stdout.splitlines()[-1]
+    line = of_upload(process.finish(check=False, seconds=200))
     hub.start()
     assert re.match(
         r"upload      failed \(ConnectError.*\); upload it later with: hf upload tester/late 'late one'", line

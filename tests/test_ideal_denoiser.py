@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 import torch
 
-from reg_diffusers.evaluation.ideal_denoiser import IdealDenoiser, LinearDenoiser, spread
-from reg_diffusers.evaluation.response import proximal_point, response
+from reg_diffusers.diagnosis.ideal_denoiser import IdealDenoiser, LinearDenoiser, spread
+from reg_diffusers.diagnosis.response import proximal_point, response
 
 pytestmark = pytest.mark.loss
 

@@ -10,10 +10,10 @@ import time
 import pytest
 from accelerate import debug_launcher
 from accelerate.state import AcceleratorState, GradientState, PartialState
-from test_train_reg import QUICK, ROOT, metrics
+from runs import QUICK, ROOT, metrics
 
-from reg_diffusers.training.arguments import parse_args
-from reg_diffusers.training.interruption import Interruption
+from reg_diffusers.runtime.interruption import Interruption
+from reg_diffusers.settings.arguments import parse_args
 
 pytestmark = pytest.mark.reliability
 
@@ -60,8 +60,8 @@ def test_a_signal_saves_and_ends_with_status_0(start, tmp_path, number):
     process.send_signal(number)
     output, _ = process.communicate(timeout=60)
     assert process.returncode == 0, output
-    assert f"{number.name}: ending after this step; again ends at once" in output
-    assert f"stopped by {number.name}; go on with: accelerate launch train_reg.py" in output
+    assert f"{number.name}: ending after this step; a second signal" in output
+    assert f"stopped by {number.name}; continue with: accelerate launch train_reg.py" in output
     (checkpoint,) = (tmp_path / "out").glob("checkpoint-*")
     assert f"saved out/{checkpoint.name}" in output and (checkpoint / "manifest.json").is_file()
     assert (tmp_path / "out" / "model_index.json").is_file()
@@ -81,7 +81,7 @@ def test_a_second_signal_ends_at_once(start, tmp_path):
 def test_the_time_limit_does_the_same(command_line, tmp_path, tiny_unet):
     tiny_unet().save_config(tmp_path / "tiny")
     done = command_line(*ENDLESS, "--max_train_time", "2s")
-    command = re.search(r"stopped by the time limit; go on with: accelerate launch train_reg.py (.*)", done.stdout)
+    command = re.search(r"stopped by the time limit; continue with: accelerate launch train_reg.py (.*)", done.stdout)
     assert command and command.group(1).endswith("--resume auto")
     assert len(list((tmp_path / "out").glob("checkpoint-*"))) == 1
 
@@ -91,14 +91,14 @@ def test_the_time_limit_does_the_same(command_line, tmp_path, tiny_unet):
     [("90m", 5400), ("3h30m", 12600), ("45", 45), ("03:30:00", 12600), ("1-12:00:00", 129600), ("2d", 172800)],
 )
 def test_times_are_read_as_people_and_slurm_write_them(text, seconds):
-    assert parse_args(["--max_train_time", text]).max_train_time == seconds
+    assert parse_args(["--max_train_time", text]).output.max_train_time == seconds
 
 
 @pytest.mark.parametrize("text", ["", "0", "soon", "1:30", "-5", "3.5h"])
 def test_other_times_are_refused(text, capsys):
     with pytest.raises(SystemExit):
         parse_args([f"--max_train_time={text}"])
-    assert "is not a time such as 90m, 3h30m or 03:30:00" in capsys.readouterr().err
+    assert "is not a duration such as 90m, 3h30m or 03:30:00" in capsys.readouterr().err
 
 
 def two_processes(folder):
@@ -137,7 +137,7 @@ def test_two_processes_save_and_resume_as_one_run_that_nobody_stopped(command_li
     command_line(*flags, "--output_dir", "whole", launcher=launcher, env=env)
     command_line(*flags, "--max_train_steps", "10", launcher=launcher, env=env)
     done = command_line(*flags, "--resume", "auto", launcher=launcher, env=env)
-    assert "going on from out/checkpoint-10" in done.stderr
+    assert "continuing from out/checkpoint-10" in done.stderr
     files = [path.relative_to(tmp_path / "whole") for path in (tmp_path / "whole" / "checkpoint-20").iterdir()]
     for name in [*files, "unet/diffusion_pytorch_model.safetensors"]:
         if getattr(name, "name", name) != "manifest.json":

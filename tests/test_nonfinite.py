@@ -1,10 +1,16 @@
 """Values and gradients of an extra loss that are not finite."""
 
+import copy
+import threading
+from concurrent.futures import ThreadPoolExecutor
+
 import pytest
 import torch
+from devices import OnAccelerator
 from losses import TIMESTEPS, images, loss_and_gradients, mean_square, scaled_square, scheduler_of
 
 from reg_diffusers import weighting
+from reg_diffusers.nonfinite import NonFiniteGuard
 from reg_diffusers.objective import RegularizedLoss, Term, X0Regularization
 
 pytestmark = pytest.mark.loss
@@ -133,10 +139,9 @@ def test_too_many_steps_with_bad_gradients_stop_the_run_too():
 def test_a_large_image_in_half_precision_is_finite():
     """Its sum, 88,474, is more than float16 can hold."""
 
-    def in_half_precision(scheduler, model_output, timesteps, sample):
-        return (
-            torch.full((1, 1, 1, 1), 0.9, dtype=torch.float16).expand(1, 3, 256, 128).clone() + 0 * model_output.half()
-        )
+    def in_half_precision(prediction):
+        image = torch.full((1, 1, 1, 1), 0.9, dtype=torch.float16).expand(1, 3, 256, 128).clone()
+        return image + 0 * prediction.model_output.half()
 
     def no_number(x0_hat, /):
         return x0_hat.flatten(1).mean(1) * torch.nan
@@ -146,3 +151,73 @@ def test_a_large_image_in_half_precision_is_finite():
     model_output = torch.zeros(1, 3, 256, 128, requires_grad=True)
     loss_fn(model_output, 10, torch.zeros(1, 3, 256, 128))
     assert loss_fn.nonfinite.dropped["no_number"] == 1
+
+
+def step_at_the_original(loss_fn, exact, number):
+    """The forward pass for `number` images, of which the first `exact` are the original itself, and its output."""
+    original, noise, output = images(3, number, 1, 3, 2)
+    output[:exact] = original[:exact]
+    output.requires_grad_()
+    timesteps = torch.full((number,), 100)
+    return loss_fn(lambda sample, t: output, original, noise=noise, timesteps=timesteps).loss, output
+
+
+def test_gradients_meet_the_images_of_their_own_call():
+    """Two batches of different sizes, then one backward pass for both."""
+    loss_fn = RegularizedLoss(scheduler_of("sample"), [Term(distance, 1.0, weighting.constant)])
+    losses, outputs = zip(*(step_at_the_original(loss_fn, *sizes) for sizes in ((2, 4), (1, 3))), strict=True)
+    torch.autograd.backward(losses)
+    assert all(output.grad.isfinite().all() for output in outputs)
+    assert loss_fn.regularization.nonfinite.dropped["distance"] == 3
+
+
+def test_threads_share_a_loss():
+    """Each thread goes on when both have evaluated L', so that every gradient finds that another came after it."""
+    steps, sizes = 20, ((2, 4), (1, 3))
+    loss_fn = RegularizedLoss(
+        scheduler_of("sample"), [Term(distance, 1.0, weighting.constant)], max_nonfinite_steps=None
+    )
+    barrier = threading.Barrier(len(sizes), timeout=30)
+
+    def train(exact, number):
+        for _ in range(steps):
+            loss, output = step_at_the_original(loss_fn, exact, number)
+            barrier.wait()
+            loss.backward()
+            assert output.grad.isfinite().all()
+            barrier.wait()
+
+    with ThreadPoolExecutor(len(sizes)) as executor:
+        for future in [executor.submit(train, *size) for size in sizes]:
+            future.result()
+    assert loss_fn.regularization.nonfinite.dropped["distance"] == 3 * steps
+
+
+def test_steps_in_a_row_are_those_of_one_thread():
+    """A thread with good steps does not hide one that has none."""
+    terms = [Term(scaled_square, 1.0, weighting.constant)]
+    loss_fn = RegularizedLoss(scheduler_of("sample"), terms, max_nonfinite_steps=3)
+    with ThreadPoolExecutor(1) as executor, pytest.raises(FloatingPointError, match="3 steps in a row"):
+        for _ in range(3):
+            executor.submit(loss_and_gradients, loss_fn, factor=BAD).result()
+            loss_and_gradients(loss_fn, factor=GOOD)
+
+
+def test_a_loss_that_has_dropped_images_can_be_copied():
+    loss_fn = RegularizedLoss(scheduler_of("sample"), [Term(scaled_square, 1.0, weighting.constant)])
+    loss_and_gradients(loss_fn, factor=BAD)
+    copied = copy.deepcopy(loss_fn)
+    loss_and_gradients(copied, factor=BAD)
+    dropped = [one.regularization.nonfinite.dropped["scaled_square"] for one in (loss_fn, copied)]
+    assert dropped == [1, 2]
+
+
+def test_no_step_waits_for_an_accelerator_but_every_hundredth():
+    """Timesteps are on the CPU, as this package draws them; the counts are where the images are."""
+    guard = NonFiniteGuard(10)
+    call = guard.begin("term", torch.tensor([1, 2]))
+    call.in_a_row = torch.tensor(1).as_subclass(OnAccelerator)
+    for _ in range(99):
+        guard.check()
+    with pytest.raises(AssertionError, match="waits for the accelerator"):
+        guard.check()

@@ -1,6 +1,7 @@
 """The objective: its value, what it asks of the model, which images take part."""
 
 import weakref
+from contextlib import contextmanager
 
 import diffusers
 import pytest
@@ -11,6 +12,7 @@ from losses import TIMESTEPS, images, loss_and_gradients, mean_square, reconstru
 from torch import nn
 
 from reg_diffusers import weighting
+from reg_diffusers.estimators import one_step
 from reg_diffusers.objective import RegularizedLoss, Term, X0Regularization
 from reg_diffusers.prediction import (
     add_noise,
@@ -161,7 +163,7 @@ def test_a_scalar_timestep_counts_for_the_whole_batch():
 
 
 def test_an_estimator_of_ones_own_gives_the_image():
-    term = Term(mean_square, 1.0, weighting.constant, estimator=lambda scheduler, output, timesteps, sample: sample)
+    term = Term(mean_square, 1.0, weighting.constant, estimator=lambda prediction: prediction.sample)
     output, sample = images(2, 4, 1, 3, 2)
     actual = X0Regularization(scheduler_of(), [term])(output, torch.tensor(TIMESTEPS), sample).loss
     torch.testing.assert_close(actual, mean_square(sample).mean())
@@ -204,6 +206,29 @@ def test_the_model_is_called_once_with_noisy_samples_timesteps_and_its_own_argum
     torch.testing.assert_close(
         model_input, add_noise(diffusers.DDPMScheduler(), original, noise, timesteps), rtol=1e-6, atol=1e-6
     )
+
+
+def test_a_section_surrounds_the_extra_losses_and_not_the_network():
+    seen, open_sections = [], []
+
+    @contextmanager
+    def section():
+        open_sections.append("extra")
+        yield
+        open_sections.pop()
+
+    def model(noisy_samples, timesteps):
+        seen.append(("network", *open_sections))
+        return noisy_samples
+
+    def energy(x0_hat):
+        seen.append(("regularizer", *open_sections))
+        return mean_square(x0_hat)
+
+    terms = [Term(energy, weight=0.1, weighting=weighting.constant)]
+    loss_fn = RegularizedLoss(scheduler_of(), terms, section=section)
+    loss_fn(model, images(4, 1, 3, 2), timesteps=torch.tensor(TIMESTEPS))
+    assert seen == [("network",), ("regularizer", "extra")] and not open_sections
 
 
 def test_flow_matching_end_to_end():
@@ -348,9 +373,9 @@ def test_terms_that_share_an_estimator_share_its_estimate():
     """A costly estimator, such as a decoder, runs once, on the images that any of its terms looks at."""
     calls = []
 
-    def decoder(scheduler, model_output, timesteps, sample):
-        calls.append(len(sample))
-        return 2 * predict_original_sample(scheduler, model_output, timesteps, sample)
+    def decoder(prediction):
+        calls.append(len(prediction))
+        return 2 * one_step(prediction)
 
     def first_two(level):
         return torch.tensor([1.0, 1.0, 0.0, 0.0])
@@ -403,3 +428,16 @@ def test_the_memory_of_the_extra_loss_is_free_before_the_network_goes_backward()
     assert len(kept) >= 2 and all(holder() is not None for holder in kept)
     output.loss.backward()
     assert alive == [0] and weights.grad.isfinite()
+
+
+def test_metrics_are_plain_numbers_with_the_raw_loss_among_them():
+    original = images(4, 1, 3, 2)
+    timesteps = torch.tensor([0, 10, 900, 990])  # `matched` leaves two of them out
+    output = RegularizedLoss(scheduler_of(), [Term(mean_square, weight=0.1)])(
+        lambda sample, t: sample, original, timesteps=timesteps
+    )
+    found = output.metrics()
+    assert set(found) == {"loss", "denoising", "mean_square", "raw/mean_square", "weight/mean_square"}
+    assert all(isinstance(value, float) for value in found.values())
+    assert found["loss"] == pytest.approx(found["denoising"] + 0.1 * found["mean_square"])
+    assert found["raw/mean_square"] == pytest.approx(output.per_image["mean_square"][:2].mean().item())

@@ -10,6 +10,7 @@ from functools import partial
 import diffusers
 import pytest
 import torch
+from diffusers.models.unets.unet_2d import UNet2DOutput
 
 from reg_diffusers.prediction import (
     add_noise,
@@ -498,6 +499,18 @@ def test_an_output_of_another_shape_than_the_sample_is_refused(kind, shape):
     scheduler = diffusers.DDPMScheduler(prediction_type=kind)
     with pytest.raises(ValueError, match=r"model_output has shape .*, sample \(3, 1, 2, 2\)"):
         predict_original_sample(scheduler, torch.zeros(shape), torch.arange(3), torch.zeros(3, 1, 2, 2))
+
+
+def test_outputs_of_networks_are_understood_and_other_things_named():
+    scheduler, timesteps = diffusers.DDPMScheduler(), torch.arange(3)
+    output, sample = random_images(2, 3, 1, 2, 2)
+    expected = predict_original_sample(scheduler, output, timesteps, sample)
+    for wrapped in ((output,), [output], UNet2DOutput(sample=output)):
+        assert torch.equal(predict_original_sample(scheduler, wrapped, timesteps, sample), expected)
+    with pytest.raises(TypeError, match=r"list of 3 tensors: pass torch.stack\(model_output\)"):
+        predict_original_sample(scheduler, list(output), timesteps, sample)
+    with pytest.raises(TypeError, match="must be a tensor, a tuple with one first, or a diffusers output, not dict"):
+        predict_original_sample(scheduler, {"sample": output}, timesteps, sample)
 
 
 @pytest.mark.parametrize(

@@ -18,66 +18,20 @@ import torch
 import torch.distributed as dist
 from accelerate import Accelerator, PartialState
 from diffusers import DDPMScheduler, UNet2DModel
-from in_processes import FLAGS, ROOT, free_port, in_processes, run_script
+from in_processes import FLAGS, ROOT, feed, fill, free_port, in_processes, run_script
+from runs import metrics, weights
 from safetensors.torch import load_file
 
 from reg_diffusers import RegDDPMPipeline, RegularizedLoss, Term, regularizers, weighting
-from reg_diffusers.training import processes
-from reg_diffusers.training.errors import UsageError
-from reg_diffusers.training.interruption import Interruption
-from reg_diffusers.training.machines import bring_files
+from reg_diffusers.runtime import processes
+from reg_diffusers.runtime.errors import UsageError
+from reg_diffusers.runtime.interruption import Interruption
+from reg_diffusers.runtime.machines import bring_files
+from reg_diffusers.training import run
 
 pytestmark = [pytest.mark.reliability, pytest.mark.forks]
 
-IMAGES = 32
 CONFIGS = ROOT / "docs" / "accelerate"
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    """A folder with data, a tiny network and losses of its own."""
-    folder = tmp_path_factory.mktemp("processes")
-    fill(folder)
-    return folder
-
-
-def fill(folder):
-    np.save(folder / "fields.npy", np.random.default_rng(0).normal(size=(IMAGES, 1, 8, 8)).clip(-2, 2))
-    (folder / "tiny").mkdir()
-    config = {
-        "_class_name": "UNet2DModel",
-        "sample_size": 8,
-        "in_channels": 1,
-        "out_channels": 1,
-        "layers_per_block": 1,
-        "block_out_channels": [8, 16],
-        "down_block_types": ["DownBlock2D", "AttnDownBlock2D"],
-        "up_block_types": ["AttnUpBlock2D", "UpBlock2D"],
-        "norm_num_groups": 4,
-        "attention_head_dim": 8,
-    }
-    (folder / "tiny" / "config.json").write_text(json.dumps(config))
-    (folder / "own_losses.py").write_text(
-        "import os\n"
-        "import torch\n"
-        "def partly_bad(x, /, *, original_samples):\n"  # on the images themselves it is finite
-        "    far = (x - original_samples).abs().flatten(1).mean(1) > 1e-3\n"
-        "    bad = far & (original_samples.flatten(1).mean(1) > 0.02)\n"
-        "    return torch.where(bad, torch.nan, x.square().flatten(1).mean(1))\n"
-        "partly_bad.needs = ('original_samples',)\n"
-        "def bad_on_one_process(x):\n"
-        "    value = x.square().flatten(1).mean(1)\n"
-        "    return value * torch.nan if os.environ.get('BAD') == os.environ['RANK'] else value\n"
-    )
-    return folder
-
-
-def weights(folder):
-    return load_file(folder / "unet" / "diffusion_pytorch_model.safetensors")
-
-
-def metrics(folder):
-    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
 
 
 # The same mathematics, however a batch is divided
@@ -116,24 +70,6 @@ def test_loss_and_gradient_of_halves_are_those_of_the_whole_batch(folder, dtype,
     largest = max(value.abs().max() for name, value in expected.items())
     for name, value in expected.items():
         torch.testing.assert_close(found[name], value, rtol=tolerance, atol=tolerance * largest)
-
-
-class FedLoss(RegularizedLoss):
-    """Each image has its own noise and timestep, in whatever batch of whatever process it comes; all in float64."""
-
-    def forward(self, model, original_samples, **arguments):
-        original_samples = original_samples.double()
-        seeds = (original_samples.abs().flatten(1).sum(1) * 1e9).long().tolist()
-        noise = [
-            torch.randn(original_samples.shape[1:], generator=torch.Generator().manual_seed(seed)) for seed in seeds
-        ]
-        arguments.update(noise=torch.stack(noise), timesteps=torch.tensor([seed % 500 for seed in seeds]))
-        return super().forward(model, original_samples, **arguments)
-
-
-def feed(script):
-    torch.set_default_dtype(torch.float64)
-    script.RegularizedLoss = FedLoss
 
 
 DIVISIONS = {
@@ -176,6 +112,19 @@ def test_means_and_counts_do_not_depend_on_how_a_batch_is_divided(divided, divis
     assert set(found) == set(expected) and expected["bad_steps"] == 0
     for name, value in expected.items():
         assert found[name] == pytest.approx(value, rel=1e-5), name
+
+
+def test_an_estimator_that_calls_the_network_again_trains_the_same_in_two_processes(folder):
+    """Several forward passes go through DDP before one backward; weight 0 gives other weights, so the term acts."""
+    flags = "--max_train_steps 3 --learning_rate 1e-3 --reg_weighting constant --reg_estimator ddim(1)"
+    runs = {"one": (1, 8, 0.3), "two": (2, 4, 0.3), "without": (1, 8, 0.0)}
+    for name, (number, batch_size, weight) in runs.items():
+        more = ("--train_batch_size", batch_size, "--reg_weight", weight, "--output_dir", f"ddim-{name}")
+        assert run_script(folder, *flags.split(), *more, prepare=feed, number=number) == [0] * number
+    one, two, without = (weights(folder / f"ddim-{name}") for name in runs)
+    for name, value in one.items():
+        torch.testing.assert_close(two[name], value, rtol=1e-7, atol=1e-9)
+    assert any((value - without[name]).abs().max() > 1e-4 for name, value in one.items())
 
 
 def test_a_step_has_as_many_batches_as_asked_for_across_the_end_of_an_epoch(folder):
@@ -298,9 +247,12 @@ def test_any_error_of_one_process_is_everybodys(tmp_path):
 
     def check():
         state = processes.join_processes()
-        expected = (KeyError, "lost") if state.process_index == 1 else (UsageError, "process 1: KeyError\\('lost'\\)")
-        with pytest.raises(expected[0], match=expected[1]):
+        is_lost = state.process_index == 1
+        with pytest.raises(KeyError if is_lost else processes.FailedElsewhere) as raised:
             processes.together(state, work)
+        if not is_lost:
+            assert raised.value.failure == processes.Failure(1, "KeyError('lost')")
+            assert isinstance(raised.value, UsageError) and str(raised.value) == "process 1: KeyError('lost')"
         assert processes.together(state, lambda: state.process_index) == state.process_index
         assert processes.on_main_process(state, lambda: "main") == ("main" if state.is_main_process else None)
         processes.leave_processes(state)
@@ -342,14 +294,14 @@ def test_the_main_process_compares_when_the_others_have_left(folder):
     """So it may take as long as it likes: here until the other has ended."""
 
     def prepare(script):
-        def compare(*args):
+        def compare(*args, **kwargs):
             deadline = time.monotonic() + 60
             while not (folder / "exit-1").exists() and time.monotonic() < deadline:
                 time.sleep(0.05)
             assert (folder / "exit-1").exists() and not dist.is_initialized()
-            real(*args)
+            real(*args, **kwargs)
 
-        real, script.compare = script.compare, compare
+        real, run.compare = run.compare, compare
 
     assert run_script(folder, *"--max_train_steps 2 --output_dir left --compare".split(), prepare=prepare) == [0, 0]
     assert (folder / "left" / "comparison.json").is_file()
@@ -409,7 +361,7 @@ def test_a_checkpoint_that_one_machine_does_not_see_is_refused_and_resumed_when_
         return run_script(separate, *flags, prepare=move_to_own_folder(separate), machines=2)
 
     assert go_on() == [2, 2]
-    error = "error: process 1: out/checkpoint-4 is not there: name an --output_dir that all machines see, or copy"
+    error = "error: process 1: out/checkpoint-4 does not exist: name an --output_dir that all machines share, or copy"
     assert error in capfd.readouterr().err
     copied = separate / "machine-1" / "out" / "checkpoint-4"
     shutil.copytree(separate / "machine-0" / "out" / "checkpoint-4", copied)
@@ -430,7 +382,7 @@ def test_large_parts_of_other_machines_are_not_sent_but_refused(tmp_path):
         if state.is_main_process:
             assert (folder / "parts" / "1.txt").read_text() == "of 1"
         (folder / f"{state.process_index}.bin").write_bytes(bytes(2**20 + 1))
-        with pytest.raises(UsageError, match=r"1\.bin is too large .* --output_dir that all machines see"):
+        with pytest.raises(UsageError, match=r"1\.bin is too large .* --output_dir that all machines share"):
             bring_files(state, folder)
         processes.leave_processes(state)
 
@@ -481,7 +433,7 @@ def test_the_configuration_for_several_gpus_trains_and_the_printed_command_goes_
     flags = (*FLAGS, *"--max_train_steps 2 --checkpointing_steps 2 --lr_scheduler constant --output_dir run".split())
     assert launch(tmp_path, *config, ROOT / "train_reg.py", *flags).wait(120) == 0, said(tmp_path)
     assert "2 x cpu" in said(tmp_path) and metrics(tmp_path / "run")[-1]["step"] == 2
-    command = re.search(r"go on from there with: (.*)", said(tmp_path)).group(1)
+    command = re.search(r"continue with: (.*)", said(tmp_path)).group(1)
     assert f"--config_file {CONFIGS / 'ddp.yaml'}" in command
     places = {"python": sys.executable, "train_reg.py": ROOT / "train_reg.py"}
     words = [places.get(word, word) for word in shlex.split(command)]
@@ -546,11 +498,11 @@ def test_the_lines_for_slurm_save_at_the_signal_and_go_on_when_submitted_again(t
     (srun,) = psutil.Process(job.pid).children()
     srun.send_signal(signal.SIGUSR1)
     job.wait(120)
-    assert "stopped by SIGUSR1; go on with: " in said(tmp_path)
+    assert "stopped by SIGUSR1; continue with: " in said(tmp_path)
     assert [process for process in psutil.process_iter(["cwd"]) if process.info["cwd"] == str(tmp_path)] == []
     (checkpoint,) = (tmp_path / "run").glob("checkpoint-*")
     step = int(checkpoint.name.split("-")[1])
     environment["FLAGS"] += f" --max_train_steps {step + 2}"
     assert launch(tmp_path, "bash", "job.sh", **environment).wait(120) == 0, said(tmp_path)
-    assert f"going on from run/{checkpoint.name}" in said(tmp_path)
+    assert f"continuing from run/{checkpoint.name}" in said(tmp_path)
     assert metrics(tmp_path / "run")[-1]["step"] == step + 2

@@ -67,6 +67,7 @@ def pushed(hub, client, unet):
     hub.repositories["other/theirs"] = Repository("other/theirs")
     return client.python(
         """
+        import shutil
         from pathlib import Path
         from diffusers import DDIMScheduler, DDPMPipeline, DDPMScheduler, DiffusionPipeline, UNet2DModel
         from huggingface_hub import HfApi, snapshot_download
@@ -103,6 +104,16 @@ def pushed(hub, client, unet):
         copy = RegDDPMPipeline.from_pretrained("tester/copy")
         copy.push_to_hub("tester/clean")
         facts |= dict(ran=Path("ran").exists(), module=type(copy).__module__)
+
+        Path("secret").write_text("secret")
+        facts["linked"] = {}
+        for place in ("samples/x.png", "samples/deep", "README.md", "reg_config.json", "unet/more"):
+            shutil.copytree("saved", "linked", dirs_exist_ok=True)
+            Path("linked", place).unlink(missing_ok=True)
+            Path("linked", place).symlink_to(Path("saved" if place.endswith("deep") else "secret").absolute())
+            linked = RegDDPMPipeline.from_pretrained("linked")
+            facts["linked"][place] = error_of(linked.push_to_hub, "tester/linked")
+            shutil.rmtree("linked")
 
         os.chdir("saved")
         RegDDPMPipeline(UNet2DModel.from_pretrained("unet"), DDPMScheduler()).push_to_hub("made_here")
@@ -145,16 +156,22 @@ def test_pushing_again_keeps_what_the_owner_wrote_and_repeats_nothing(hub, pushe
         assert card.text.count('RegDDPMPipeline.from_pretrained("tester/model")') == 1
     assert [card.data.license for card in cards] == ["mit", "other", "other"]
     assert [card.text.count("Late words.") for card in cards] == [0, 1, 1]
-    assert ["What came out" in card.text for card in cards] == [True, True, False]
+    assert ["Results" in card.text for card in cards] == [True, True, False]
     assert [bool(card.data.eval_results) for card in cards] == [True, True, False]
     assert 'from_pretrained("tester/copy")' in hub.files["tester/copy"]["README.md"].decode()
     assert "photos" not in hub.files["tester/made_here"]["README.md"].decode()
 
 
 def test_nothing_is_pushed_where_it_must_not_be(hub, pushed):
-    assert "tester/copy is there already, and public: make it private" in pushed["public"]
+    assert "tester/copy already exists and is public: make it private" in pushed["public"]
     assert pushed["theirs"].startswith("HfHubHTTPError") and "403" in pushed["theirs"]
     assert asked(hub, "POST", "/other/theirs/") == 0 and not hub.files["other/theirs"]
+
+
+def test_a_model_folder_with_a_link_out_of_it_is_not_pushed(hub, pushed):
+    for place, said in pushed["linked"].items():
+        assert f"linked/{place} is a link out of linked, which is not uploaded" in said
+    assert "tester/linked" not in hub.repositories
 
 
 def test_the_package_runs_nothing_of_a_repository(hub, pushed):
@@ -195,7 +212,7 @@ def test_who_lacks_the_package_loads_the_class_guides_it_and_pushes_it_again(hub
         pipeline = load(repo, trust_remote_code=True)
         facts["kinds"].append(type(pipeline).__name__)
         facts["ran"].append(Path("ran").exists())
-        plain, guided = draw(pipeline), draw(pipeline, guidance=[bright], guidance_scale=0.5)
+        plain, guided = draw(pipeline), draw(pipeline, guidance=[bright], regularizer_scale=0.5)
         facts |= dict(images=plain.images.tolist(), scores=[one.scores["bright"].tolist() for one in (plain, guided)])
         pipeline.push_to_hub("tester/again")
         facts["again"] = draw(load("tester/again", trust_remote_code=True)).images.tolist()

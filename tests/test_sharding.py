@@ -1,6 +1,5 @@
 """Weights that processes share out (FSDP2), on a mesh of CPUs: nothing but memory changes."""
 
-import argparse
 import json
 import os
 import re
@@ -16,16 +15,17 @@ from accelerate.commands.launch import _validate_launch_command, launch_command_
 from accelerate.utils import DistributedType, broadcast_object_list
 from accelerate.utils.launch import prepare_multi_gpu_env
 from diffusers import DDPMScheduler, UNet2DModel
-from in_processes import ROOT, in_processes, run_script
-from test_processes import feed, fill, metrics, weights
+from in_processes import ROOT, feed, fill, in_processes, run_script
+from runs import metrics, weights
 from torch.distributed.fsdp import fully_shard
 
 from reg_diffusers import RegDDPMPipeline, RegularizedLoss
-from reg_diffusers.training.arguments import parse_args
-from reg_diffusers.training.ema import build_ema
-from reg_diffusers.training.engine import check_engine
-from reg_diffusers.training.errors import UsageError
-from reg_diffusers.training.gathering import SampledNetwork, divided_like, is_divided, whole
+from reg_diffusers.networks.ema import build_ema
+from reg_diffusers.networks.sharded import SampledNetwork, is_sharded, sharded_like, whole
+from reg_diffusers.runtime.engine import check_engine
+from reg_diffusers.runtime.errors import UsageError
+from reg_diffusers.settings import OptimizationSettings
+from reg_diffusers.training import run
 
 pytestmark = [pytest.mark.reliability, pytest.mark.forks]
 
@@ -57,8 +57,8 @@ def shard(script):
         state.distributed_type = DistributedType.MULTI_NPU
         return state
 
-    real, script.join_processes = script.join_processes, join_processes
-    script.check_engine = lambda *_: os.environ.update(environment)
+    real, run.join_processes = run.join_processes, join_processes
+    run.check_engine = lambda *_: os.environ.update(environment)
 
 
 def shard_and_feed(script):
@@ -133,15 +133,15 @@ def test_a_sharded_comparison_in_bfloat16_leaves_out_a_bad_step(folder):
     assert run_script(folder, *flags.split(), prepare=prepare) == [0, 0]
     output = folder / "bf16"
     assert metrics(output)[-1]["bad_steps"] == 1 and metrics(output / "plain")[-1]["bad_steps"] == 0
-    for run in (output, output / "plain"):
-        assert all(value.dtype == torch.float32 and value.isfinite().all() for value in weights(run).values())
+    for folder in (output, output / "plain"):
+        assert all(value.dtype == torch.float32 and value.isfinite().all() for value in weights(folder).values())
     rows = json.loads((output / "comparison.json").read_text())["rows"]
     assert list(rows) == ["data", "without", "with total_variation"]
 
 
 # The parts, with PyTorch alone
 
-EMA = argparse.Namespace(use_ema=True, ema_max_decay=0.5, ema_inv_gamma=1.0, ema_power=0.75)
+EMA = OptimizationSettings(use_ema=True, ema_max_decay=0.5, ema_inv_gamma=1.0, ema_power=0.75)
 
 
 def network(folder):
@@ -177,7 +177,7 @@ def compare_with_unsharded(folder):
     ema = two_steps(sharded, images.chunk(2)[accelerator.process_index])
     plain_ema = two_steps(plain, images)
     assert sum(parameter.to_local().numel() for parameter in sharded.parameters()) < 0.6 * plain.num_parameters()
-    assert all(map(is_divided, [*sharded.parameters(), *ema.shadow_params]))
+    assert all(map(is_sharded, [*sharded.parameters(), *ema.shadow_params]))
     assert_same(map(whole, sharded.parameters()), plain.parameters())
     assert_same(map(whole, ema.shadow_params), plain_ema.shadow_params)
 
@@ -238,7 +238,7 @@ def test_without_sharding_the_trained_network_itself_is_lent_the_average(folder)
 
 
 def test_a_loaded_average_goes_back_to_the_device_of_the_network():
-    loaded = divided_like(torch.ones(2), torch.zeros(2, device="meta"))
+    loaded = sharded_like(torch.ones(2), torch.zeros(2, device="meta"))
     assert loaded.device.type == "meta"
 
 
@@ -289,9 +289,9 @@ def test_every_configuration_is_listed():
 def test_an_engine_that_cannot_work_is_refused_with_the_fix(monkeypatch, environment, device, message):
     for name, value in environment.items():
         monkeypatch.setenv(name, value)
-    args, state = parse_args([]), SimpleNamespace(device=torch.device(device))
+    engine = (SimpleNamespace(device=torch.device(device)), None, False, 1.0)
     if message is None:
-        check_engine(args, state)
+        check_engine(*engine)
         return
     with pytest.raises(UsageError, match=message):
-        check_engine(args, state)
+        check_engine(*engine)

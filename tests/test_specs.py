@@ -1,13 +1,17 @@
 """Strings of the command line become regularizers and weightings, with errors that say what is wrong."""
 
+import json
 import sys
 import textwrap
 
 import pytest
 import torch
+import transformers
 
 from reg_diffusers import regularizers, weighting
-from reg_diffusers.specs import load_regularizer, load_weighting
+from reg_diffusers.cli.judging import recorded_regularizers
+from reg_diffusers.regularizers import Perceptual, regularizer_name
+from reg_diffusers.specs import load_regularizer, load_weighting, name_of
 
 pytestmark = pytest.mark.loss
 
@@ -55,7 +59,7 @@ def test_built_in_regularizers_have_their_names(name):
     assert load_regularizer(name) is getattr(regularizers, name)
 
 
-@pytest.mark.parametrize("name", weighting.__all__)
+@pytest.mark.parametrize("name", [name for name in weighting.__all__ if name != "gated"])
 def test_built_in_weightings_have_their_names(name):
     assert load_weighting(name) is getattr(weighting, name)
 
@@ -151,3 +155,72 @@ def test_the_import_path_is_restored(user_module, attribute):
         except ValueError:
             assert attribute == "missing" or not spec.startswith(user_module)
         assert sys.path == before
+
+
+@pytest.mark.parametrize(
+    "spec, fix",
+    [
+        ("path/my.py:f", "path.my:f"),
+        ("my.py:f", "my:f"),
+        ("path/my:f", "path.my:f"),
+        ("/elsewhere/my.py:f", "my:f, from within /elsewhere"),
+    ],
+)
+def test_a_file_in_the_place_of_a_module_is_answered_with_the_module(spec, fix):
+    with pytest.raises(ValueError, match=f"names a file: name the module as import does, {fix}$"):
+        load_regularizer(spec)
+
+
+def test_arguments_are_literals_of_a_function_or_a_class(user_module):
+    images = torch.full((2, 1, 2, 2), 0.5)
+    assert load_regularizer("mean_intensity(target=0.5)")(images).tolist() == [0, 0]
+    assert load_regularizer("mean_intensity (target=-0.5)")(images).tolist() == [1, 1]
+    assert load_regularizer(f"{user_module}:Group.Nested()")(images).tolist() == [1, 1]
+    assert load_weighting("gated(0.184)") == weighting.gated(0.184) == load_weighting("gated(min_snr=0.184)")
+    assert load_weighting("matched(snr0=3)").keywords == {"snr0": 3}
+    assert regularizer_name(load_regularizer("mean_intensity(target=0.5)")) == "mean_intensity"
+    assert name_of("mean_intensity(target=0.5)") == "mean_intensity" == name_of("mean_intensity")
+
+
+@pytest.mark.parametrize(
+    "spec, message",
+    [
+        ("mean_intensity(target=open('x'))", "the arguments must be numbers, strings and the like"),
+        ("mean_intensity(target=0.2).__class__", "the arguments must be numbers"),
+        ("mean_intensity(**{'target': 1})", "the arguments must be numbers"),
+        ("mean_intensity(", "the arguments must be numbers"),
+        ("mean_intensity(0.2)", r"give the arguments by name: mean_intensity\(x0_hat"),
+        ("mean_intensity(tarjet=0.2)", r"no argument 'tarjet': it is mean_intensity\(x0_hat.*target"),
+        ("mean_intensity(x0_hat=0.2)", "no argument 'x0_hat'"),
+        ("nothing(target=0.2)", "unknown regularizer 'nothing'; known: "),
+    ],
+)
+def test_arguments_that_cannot_be_meant_are_named_with_the_signature(spec, message):
+    with pytest.raises(ValueError, match=message):
+        load_regularizer(spec)
+
+
+@pytest.mark.parametrize("spec", ["gated", "gated(1, 2)", "gated(snr=1)"])
+def test_a_class_of_the_library_names_what_it_takes(spec):
+    with pytest.raises(ValueError, match=r"it is gated\(min_snr"):
+        load_weighting(spec)
+
+
+def test_perceptual_is_loaded_by_the_name_of_its_network(tmp_path):
+    config = transformers.Dinov2Config(image_size=16, patch_size=8, hidden_size=16, num_hidden_layers=1)
+    transformers.Dinov2Model(config).save_pretrained(tmp_path)
+    transformers.BitImageProcessor().save_pretrained(tmp_path)
+    found = load_regularizer(f"perceptual('{tmp_path}', layers=(0, -1), size=16)")
+    assert isinstance(found, Perceptual) and found.layers == (0, -1) and found.needs == ("original_samples",)
+    with pytest.raises(ValueError, match=r"'perceptual' needs the arguments name_or_folder; it is perceptual\(name"):
+        load_regularizer("perceptual")
+    with pytest.raises(ValueError, match="unexpected keyword argument 'sizes'"):
+        load_regularizer("perceptual('net', sizes=16)")
+
+
+def test_the_record_of_a_model_cannot_load_a_network(tmp_path):
+    """A downloaded reg_config.json must not cause another download, nor the reading of a file."""
+    specs = ["total_variation", "perceptual('net')", "RadialSpectrum('spectrum.pt')", "os:abort"]
+    record = {"objective": {"terms": [{"regularizer": spec} for spec in specs]}}
+    (tmp_path / "reg_config.json").write_text(json.dumps(record))
+    assert recorded_regularizers([str(tmp_path)]) == ["total_variation"]

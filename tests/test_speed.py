@@ -14,13 +14,14 @@ import torch
 from accelerate import Accelerator
 from diffusers import UNet2DModel
 from in_processes import run_script
+from network_gradients import batch_for, gradients
+from runs import differ, metrics, weights
 from safetensors.torch import load_file
-from test_attention import batch_for, gradients
-from test_train_reg import differ, metrics, train, weights  # noqa: F401
 
-from reg_diffusers.attention import use_explicit_attention
-from reg_diffusers.training.compiling import compile_for_training
-from reg_diffusers.training.profiling import SECTIONS, WARM_UP_STEPS, StepProfile
+from reg_diffusers.networks.attention import use_explicit_attention
+from reg_diffusers.networks.computation import CompiledForBatches
+from reg_diffusers.runtime.profiling import SECTIONS, WARM_UP_STEPS, StepProfile
+from reg_diffusers.training import preparation
 
 pytestmark = pytest.mark.training
 
@@ -30,7 +31,7 @@ on_glibc = pytest.mark.skipif("CS_GNU_LIBC_VERSION" not in getattr(os, "confstr_
 # What a run says
 
 
-def test_a_run_says_how_it_computes_and_why_and_goes_on_only_so(train, capsys):  # noqa: F811
+def test_a_run_says_how_it_computes_and_why_and_goes_on_only_so(train, capsys):
     flags = ("--max_train_steps", 2, "--mixed_precision", "bf16", "--num_threads", 2)
     out = train(*flags, "--checkpointing_steps", 1)
     machine = re.findall("^machine +(.*)$", capsys.readouterr().out, re.MULTILINE)
@@ -43,7 +44,7 @@ def test_a_run_says_how_it_computes_and_why_and_goes_on_only_so(train, capsys): 
     assert "--attention explicit -> sdpa" in capsys.readouterr().err
 
 
-def test_attention_and_xformers_exclude_each_other(train, capsys):  # noqa: F811
+def test_attention_and_xformers_exclude_each_other(train, capsys):
     with pytest.raises(SystemExit):
         train("--attention", "explicit", "--enable_xformers_memory_efficient_attention")
     assert "xformers" in capsys.readouterr().err
@@ -52,16 +53,16 @@ def test_attention_and_xformers_exclude_each_other(train, capsys):  # noqa: F811
 # Numerics
 
 
-def every_loss(train, *flags, output):  # noqa: F811
+def every_loss(train, *flags, output):
     return torch.tensor([line["loss"] for line in metrics(train(*flags, output=output))])
 
 
-def test_the_fast_path_learns_what_plain_float32_learns(train, monkeypatch):  # noqa: F811
+def test_the_fast_path_learns_what_plain_float32_learns(train, monkeypatch):
     """bfloat16 keeps 8 bits: each product is off by up to 2^-9 = 0.2 %, in either direction. A loss is a mean of many
     of them, and training feeds them back: 1 % bounds each of 20 steps. In float32 explicit and fused attention differ
     by the order of sums alone, by 1e-7 or so, which training feeds back, too: 0.01 %.
     """
-    monkeypatch.setattr(train.script, "LOG_INTERVAL", 1)
+    monkeypatch.setattr("reg_diffusers.training.monitors.LOG_INTERVAL", 1)
     flags = ("--max_train_steps", 20, "--learning_rate", 3e-3)
     plain = every_loss(train, *flags, "--attention", "sdpa", output="plain")
     explicit = every_loss(train, *flags, "--attention", "explicit", output="explicit")
@@ -77,7 +78,7 @@ def test_the_fast_path_learns_what_plain_float32_learns(train, monkeypatch):  # 
 
 CHILD = """
 import sys, torch
-from reg_diffusers.training.hardware import keep_freed_memory
+from reg_diffusers.runtime.hardware import keep_freed_memory
 kept = keep_freed_memory(torch.device(sys.argv[1]))
 import resource
 def step():
@@ -120,7 +121,7 @@ def test_a_users_own_choice_of_allocation_is_kept():
 
 @pytest.mark.parametrize("raised", [ValueError, AttributeError])
 def test_another_c_library_is_left_alone(monkeypatch, raised):
-    from reg_diffusers.training import hardware
+    from reg_diffusers.runtime import hardware
 
     def confstr(name):
         raise raised
@@ -142,7 +143,7 @@ def test_checkpointed_gradients_are_the_same(tiny_unet, is_explicit):
     assert torch.equal(output, again) and not differ(grads, checkpointed)
 
 
-def test_a_run_with_gradient_checkpointing_keeps_less_and_ends_in_the_same_weights(train):  # noqa: F811
+def test_a_run_with_gradient_checkpointing_keeps_less_and_ends_in_the_same_weights(train):
     kept, trained = {}, {}
     for name, flags in {"plain": (), "checkpointed": ("--gradient_checkpointing",)}.items():
         sizes = []
@@ -159,7 +160,7 @@ def test_a_run_with_gradient_checkpointing_keeps_less_and_ends_in_the_same_weigh
 
 
 @pytest.fixture
-def compiled_by(monkeypatch, train):  # noqa: F811
+def compiled_by(monkeypatch, train):
     """Has train_reg.py compile with a quick back end; returns the shapes it compiled for and how often each ran."""
 
     def use(backend):
@@ -177,9 +178,8 @@ def compiled_by(monkeypatch, train):  # noqa: F811
             return run
 
         torch._dynamo.reset()
-        monkeypatch.setattr(
-            train.script, "compile_for_training", functools.partial(compile_for_training, backend=counting)
-        )
+        quick = functools.partial(CompiledForBatches, backend=counting)
+        monkeypatch.setattr(preparation, "CompiledForBatches", quick)
         return runs
 
     yield use
@@ -190,14 +190,14 @@ def as_it_is(graph, example_inputs):
     return graph.forward
 
 
-def test_a_compiled_run_is_the_plain_one_with_the_same_names_and_resumes(train, compiled_by, capsys):  # noqa: F811
+def test_a_compiled_run_is_the_plain_one_with_the_same_names_and_resumes(train, compiled_by, capsys):
     runs = compiled_by(as_it_is)
     flags = ("--max_train_steps", 3, "--checkpointing_steps", 2, "--preview_steps", 2)
     flags += ("--gradient_accumulation_steps", 2, "--mixed_precision", "bf16", "--attention", "sdpa")
     plain = weights(train(*flags, output="plain"))
     assert runs == [] and "not compiled" in capsys.readouterr().out
     out = train(*flags, "--compile", output="compiled")
-    assert "compiled, minutes before the first step" in capsys.readouterr().out
+    assert "compiled (takes minutes before the first step)" in capsys.readouterr().out
     assert runs == [6]  # one shape, for each training batch; previews ran the plain network
     assert list(weights(out)) == list(plain) and not differ(weights(out), plain)
     state = load_file(out / "checkpoint-2" / "model.safetensors")
@@ -207,7 +207,7 @@ def test_a_compiled_run_is_the_plain_one_with_the_same_names_and_resumes(train, 
     assert runs == [6, 2] and not differ(weights(resumed), plain)
 
 
-def test_only_full_batches_in_training_are_compiled_and_bad_graphs_are_no_secret(tiny_unet):
+def test_only_full_batches_of_the_step_are_compiled_and_bad_graphs_are_no_secret(tiny_unet):
     torch._dynamo.reset()
     unet, compiled_for = tiny_unet(), []
 
@@ -216,24 +216,34 @@ def test_only_full_batches_in_training_are_compiled_and_bad_graphs_are_no_secret
         return graph.forward
 
     use_explicit_attention(unet)
-    compile_for_training(unet, batch_size=4, backend=noting)
+    names = list(unet.state_dict())
+    network = CompiledForBatches(unet, batch_size=4, backend=noting)
     sample, timesteps = batch_for(unet)
-    unet(sample, timesteps, return_dict=False)
+    network(sample, timesteps, return_dict=False)
     assert len(compiled_for) == 1
-    unet(sample[:3], timesteps[:3], return_dict=False)  # a last, shorter batch
+    network(sample[:3], timesteps[:3], return_dict=False)  # a last, shorter batch
     with torch.no_grad():
         unet(sample, timesteps, return_dict=False)
     unet.eval()
     unet(sample, 7)  # as a pipeline does
     assert len(compiled_for) == 1
+    assert "forward" not in vars(unet) and list(unet.state_dict()) == names
+
+    class Broken(torch.nn.Module):
+        def forward(self, sample):
+            torch._dynamo.graph_break()
+            return sample + 1
+
+    with pytest.raises(torch._dynamo.exc.Unsupported):
+        CompiledForBatches(Broken(), batch_size=4, backend=noting)(sample)
 
 
 @pytest.mark.slow
 @pytest.mark.skipif(not (shutil.which("g++") or shutil.which("clang++")), reason="inductor needs a C++ compiler")
 @pytest.mark.parametrize("precision, tolerance", [("no", 1e-4), ("bf16", 1e-2)])  # as above; bf16 is explicit, too
-def test_what_inductor_compiles_learns_the_same(train, monkeypatch, precision, tolerance):  # noqa: F811
+def test_what_inductor_compiles_learns_the_same(train, monkeypatch, precision, tolerance):
     """Its sums have another order, which training feeds back."""
-    monkeypatch.setattr(train.script, "LOG_INTERVAL", 1)
+    monkeypatch.setattr("reg_diffusers.training.monitors.LOG_INTERVAL", 1)
     torch._dynamo.reset()
     torch._dynamo.utils.counters.clear()
     flags = ("--max_train_steps", 5, "--learning_rate", 3e-3, "--mixed_precision", precision)
@@ -252,7 +262,7 @@ def test_two_processes_train_one_compiled_model_with_clean_names(tmp_path, tiny_
 
     def quickly(script):
         torch._dynamo.reset()
-        script.compile_for_training = functools.partial(compile_for_training, backend="eager")
+        preparation.CompiledForBatches = functools.partial(CompiledForBatches, backend="eager")
 
     flags = ("--max_train_steps", 3, "--output_dir")
     assert run_script(tmp_path, *flags, "plain") == [0, 0]
@@ -264,7 +274,7 @@ def test_two_processes_train_one_compiled_model_with_clean_names(tmp_path, tiny_
 
 
 @pytest.mark.parametrize("engine", ["FSDP", "DEEPSPEED"])
-def test_compiling_is_refused_where_it_was_never_tried(train, capsys, monkeypatch, engine):  # noqa: F811
+def test_compiling_is_refused_where_it_was_never_tried(train, capsys, monkeypatch, engine):
     monkeypatch.setenv(f"ACCELERATE_USE_{engine}", "true")
     with pytest.raises(SystemExit):
         train("--compile")
@@ -274,7 +284,7 @@ def test_compiling_is_refused_where_it_was_never_tried(train, capsys, monkeypatc
 # Profile
 
 
-def test_a_profile_says_where_the_time_goes_and_leaves_a_trace(train, capsys):  # noqa: F811
+def test_a_profile_says_where_the_time_goes_and_leaves_a_trace(train, capsys):
     out = train("--max_train_steps", 8, "--profile", 3)
     said = capsys.readouterr()
     lines = (said.out + said.err).replace("\r", "\n")
@@ -293,13 +303,13 @@ def test_a_profile_says_where_the_time_goes_and_leaves_a_trace(train, capsys):  
     assert "profile" not in (out / "reg_settings.yaml").read_text()
 
 
-def test_a_profile_of_a_run_that_ends_early_is_of_what_there_was(train, capsys):  # noqa: F811
+def test_a_profile_of_a_run_that_ends_early_is_of_what_there_was(train, capsys):
     out = train("--max_train_steps", WARM_UP_STEPS + 2, "--profile", 100)
     said = capsys.readouterr()
     assert "profile    2 steps" in said.out + said.err and (out / "profile" / "trace.json").is_file()
 
 
-def test_a_profile_changes_nothing_that_is_learned(train):  # noqa: F811
+def test_a_profile_changes_nothing_that_is_learned(train):
     assert not differ(
         weights(train("--max_train_steps", 5)), weights(train("--max_train_steps", 5, "--profile", 1, output="b"))
     )
@@ -307,7 +317,7 @@ def test_a_profile_changes_nothing_that_is_learned(train):  # noqa: F811
 
 def test_sections_count_what_is_theirs_alone(tmp_path, monkeypatch):
     now = [0.0]
-    monkeypatch.setattr("reg_diffusers.training.profiling.time.perf_counter", lambda: now[0])
+    monkeypatch.setattr("reg_diffusers.runtime.profiling.time.perf_counter", lambda: now[0])
     profile = StepProfile(Accelerator(cpu=True), 1, tmp_path)
 
     def forward():

@@ -13,20 +13,24 @@ from itertools import islice
 
 import numpy as np
 import PIL.Image
+import pyarrow.parquet
 import pytest
 import torch
 from accelerate import Accelerator
 from datasets import ClassLabel, Dataset, Features, Image, Value, load_dataset
 from hub_client import TRAIN_REG, Client, asked
 from hub_server import HubServer
-from test_train_reg import ACCELERATE, QUICK, ROOT, differ, metrics, refusal, train, weights  # noqa: F401
+from hub_storage import Repository, sha256
+from limits import memory_limited
+from runs import ACCELERATE, QUICK, ROOT, differ, metrics, refusal, weights
 
-from reg_diffusers.training import streaming
-from reg_diffusers.training.arguments import parse_args
-from reg_diffusers.training.checkpoint import Progress
-from reg_diffusers.training.data import load_training_data, make_dataloader
-from reg_diffusers.training.errors import UsageError
-from reg_diffusers.training.source import Source
+from reg_diffusers.data import stream_batches, streaming
+from reg_diffusers.data.row_groups import stream_row_groups
+from reg_diffusers.data.source import Source
+from reg_diffusers.data.training_data import load_training_data, make_dataloader
+from reg_diffusers.runs.checkpoint import Progress
+from reg_diffusers.runtime.errors import UsageError
+from reg_diffusers.settings.arguments import parse_args
 
 pytestmark = pytest.mark.training
 
@@ -61,14 +65,16 @@ def load(tmp_path):
     """Loads the data of a command line."""
 
     def load_with(*flags):
-        args = parse_args([*map(str, flags), "--cache_dir", str(tmp_path / "cache")])
-        return args, load_training_data(args)
+        settings = parse_args([*map(str, flags), "--cache_dir", str(tmp_path / "cache")])
+        return settings, load_training_data(settings.data)
 
     return load_with
 
 
-def batches_of(args, data):
-    return make_dataloader(args, data, Accelerator(cpu=True), Progress())
+def batches_of(settings, data):
+    return make_dataloader(
+        data, settings.optimization, settings.data.dataloader_num_workers, Accelerator(cpu=True), Progress()
+    )
 
 
 def taken(loader, batches):
@@ -78,7 +84,7 @@ def taken(loader, batches):
 
 def row_batches(rows, size=2, process=0, processes=1, seed=0, progress=None, number=None):
     source = Source("--dataset_name table", ("/",))
-    return streaming.RowBatches(rows, size, seed, process, processes, progress or Progress(), source, number)
+    return stream_batches.RowBatches(rows, size, seed, process, processes, progress or Progress(), source, number)
 
 
 def stream_of(number, shards):
@@ -107,9 +113,9 @@ def test_every_kind_of_source_shows_each_image_once_in_a_pass(load, tmp_path):
         ("--dataset_name", tmp_path / "saved"),
         ("--train_data_dir", tmp_path / "photos"),
     ):
-        args, data = load(*STREAM, *flags, "--train_batch_size", 4)
+        settings, data = load(*STREAM, *flags, "--train_batch_size", 4)
         assert data.shape == (1, 8, 8) and data.is_picture and data.classes is None
-        assert sorted(taken(batches_of(args, data), 6)) == list(range(24)), flags
+        assert sorted(taken(batches_of(settings, data), 6)) == list(range(24)), flags
         assert not (tmp_path / "cache" / "reg_diffusers").exists()  # nothing is stored decoded
 
 
@@ -117,11 +123,11 @@ def test_pictures_are_those_of_the_table(load, tmp_path):
     folder = tables(tmp_path / "tables")
     flags = ("--dataset_name", folder / "train-3.parquet", "--class_conditional", "--train_batch_size", 8)
     flags += ("--conditioning_image_column", "negative", "--image_column", "image", "--resolution", 8)
-    (args, stream), (_, whole) = load(*flags, "--streaming"), load(*flags)
+    (settings, stream), (_, whole) = load(*flags, "--streaming"), load(*flags)
     assert (stream.shape, stream.classes, stream.condition_channels, stream.number) == (
         (whole.shape, whole.classes, whole.condition_channels, whole.number)
     )
-    (batch,) = islice(batches_of(args, stream), 1)
+    (batch,) = islice(batches_of(settings, stream), 1)
     order = batch["values"][:, 0, 0, 0].argsort()
     expected = whole.__getitems__(list(range(8)))
     for name in ("values", "condition", "class_labels"):
@@ -130,8 +136,8 @@ def test_pictures_are_those_of_the_table(load, tmp_path):
 
 
 def test_the_embedded_data_are_a_stream_too(load):
-    args, data = load(*STREAM)
-    assert data.number == 5000 and len(batches_of(args, data)) == 157
+    settings, data = load(*STREAM)
+    assert data.number == 5000 and len(batches_of(settings, data)) == 157
 
 
 def test_examples_are_the_first_images_and_the_same_ones_again(load, tmp_path):
@@ -170,7 +176,7 @@ def test_neighbours_in_the_file_are_not_neighbours_in_the_training():
 def test_processes_share_each_pass_without_gaps_or_repetition(shards, processes):
     seen = Counter()
     for process in range(processes):
-        reader = streaming._Reader(stream_of(84, shards), 0, process, processes, Source("", ("/",)), None)
+        reader = stream_batches._Reader(stream_of(84, shards), 0, process, processes, Source("", ("/",)), None)
         while reader.position()["pass"] < 3:
             seen.update(row["n"] for _, row in reader.block())
     assert seen == Counter(dict.fromkeys(range(84), 3))
@@ -186,9 +192,22 @@ def test_pieces_are_dealt_anew_in_each_pass():
 def test_a_large_table_is_dealt_and_mixed_by_its_row_groups(load, tmp_path):
     rows = Dataset.from_dict({"image": pictures(256)}, Features(image=Image()))
     rows.to_parquet(tmp_path / "t.parquet", batch_size=32)
-    args, data = load(*STREAM, "--dataset_name", tmp_path / "t.parquet", "--train_batch_size", 8)
+    settings, data = load(*STREAM, "--dataset_name", tmp_path / "t.parquet", "--train_batch_size", 8)
     assert data.rows.num_shards == 8 and data.number == 256
-    assert sorted(taken(batches_of(args, data), 32)) == list(range(256))
+    assert sorted(taken(batches_of(settings, data), 32)) == list(range(256))
+
+
+def test_memory_does_not_grow_with_the_row_group(load, tmp_path):
+    schema = pyarrow.schema({"image": pyarrow.struct({"bytes": pyarrow.binary(), "path": pyarrow.string()})})
+    generator = np.random.default_rng(0)
+    rows = [{"image": {"bytes": generator.bytes(2**16), "path": None}} for _ in range(2560)]
+    table = pyarrow.Table.from_pylist(rows, schema)
+    pyarrow.parquet.write_table(table, tmp_path / "t.parquet", row_group_size=len(rows), write_batch_size=16)
+    del rows, table
+    _, data = load(*STREAM, "--dataset_name", tmp_path / "t.parquet")
+    assert data.rows.num_shards == 1
+    with memory_limited(2**27):  # `datasets` holds the 160 MiB of the row group twice
+        assert sum(len(row["image"]["bytes"]) == 2**16 for row in data.rows) == 2560
 
 
 def test_unequal_shares_do_not_make_a_process_wait(tmp_path):
@@ -199,7 +218,7 @@ def test_unequal_shares_do_not_make_a_process_wait(tmp_path):
     for process in range(2):
         batches = row_batches(rows.select_columns(["label"]), process=process, processes=2, size=4)
         assert sum(len(batch) for batch in islice(batches, 50)) == 200
-        counts.update(row[0] // streaming._ROWS for batch in islice(batches, 50) for row in batch)
+        counts.update(row[0] // streaming.ROWS_OF_A_PIECE for batch in islice(batches, 50) for row in batch)
     assert set(counts) == {0, 1}
 
 
@@ -213,10 +232,10 @@ def test_the_number_of_workers_changes_nothing(load, tmp_path):
 
 
 def test_an_image_is_found_by_its_id(load, tmp_path):
-    args, data = load(*STREAM, "--dataset_name", tables(tmp_path / "t"), "--max_train_steps", 1)
-    for batch in islice(batches_of(args, data), 3):
+    settings, data = load(*STREAM, "--dataset_name", tables(tmp_path / "t"), "--max_train_steps", 1)
+    for batch in islice(batches_of(settings, data), 3):
         for id, value in zip(batch["ids"].tolist(), batch["values"][:, 0, 0, 0].tolist(), strict=True):
-            piece, row = divmod(id, streaming._ROWS)
+            piece, row = divmod(id, streaming.ROWS_OF_A_PIECE)
             assert value == (0, 5, 12, 16)[piece] + row
 
 
@@ -241,7 +260,7 @@ def resumed(rows, done, ahead, **options):
 )
 @pytest.mark.parametrize("size", [1, 3])
 def test_from_every_batch_the_rest_is_as_if_it_had_not_stopped(monkeypatch, shards, process, processes, size):
-    monkeypatch.setattr(streaming, "_BLOCK", 6)
+    monkeypatch.setattr(stream_batches, "_BLOCK", 6)
     options = {"process": process, "processes": processes, "size": size}
     whole = list(islice(row_batches(stream_of(40, shards), **options), 70))
     for done in range(0, 46, 5):
@@ -251,10 +270,13 @@ def test_from_every_batch_the_rest_is_as_if_it_had_not_stopped(monkeypatch, shar
             assert 0 <= done * size - state["row"] <= 6  # what was before the block is not read again
 
 
-def test_tables_are_resumed_within_a_file(monkeypatch, tmp_path):
-    monkeypatch.setattr(streaming, "_BLOCK", 4)
+@pytest.mark.parametrize("row_groups", [False, True], ids=["files", "row groups"])
+def test_tables_are_resumed_within_a_file(monkeypatch, tmp_path, row_groups):
+    monkeypatch.setattr(stream_batches, "_BLOCK", 4)
     folder = tables(tmp_path / "t", sizes=(30, 25))
     rows = load_dataset("parquet", data_files=str(folder / "*"), split="train", streaming=True)
+    if row_groups:
+        rows = stream_row_groups(sorted(map(str, folder.iterdir())), "train", rows.info)
     rows = rows.select_columns(["label"]).cast_column("label", Value("int64"))
     whole = [[id for id, _ in batch] for batch in islice(row_batches(rows), 40)]
     for done in range(1, 30, 4):
@@ -263,10 +285,10 @@ def test_tables_are_resumed_within_a_file(monkeypatch, tmp_path):
 
 
 def test_large_images_make_smaller_blocks(monkeypatch):
-    monkeypatch.setattr(streaming, "_BLOCK_BYTES", 1000)
+    monkeypatch.setattr(stream_batches, "_BLOCK_BYTES", 1000)
     images = [{"bytes": bytes(100), "path": None}] * 100
     rows = Dataset.from_dict({"image": images}, Features(image=Image(decode=False))).to_iterable_dataset()
-    assert len(streaming._Reader(rows, 0, 0, 1, Source("", ("/",)), None).block()) == 10
+    assert len(stream_batches._Reader(rows, 0, 0, 1, Source("", ("/",)), None).block()) == 10
 
 
 # Training
@@ -276,8 +298,8 @@ FLAGS = ("--max_train_steps", 9, "--checkpointing_steps", 3, "--train_batch_size
 
 
 @pytest.mark.parametrize("workers", [0, 2])
-def test_a_resumed_training_ends_as_one_that_did_not_stop(train, tmp_path, monkeypatch, workers):  # noqa: F811
-    monkeypatch.setattr(streaming, "_BLOCK", 4)
+def test_a_resumed_training_ends_as_one_that_did_not_stop(train, tmp_path, monkeypatch, workers):
+    monkeypatch.setattr(stream_batches, "_BLOCK", 4)
     data = ("--dataset_name", tables(tmp_path / "tables"), "--dataloader_num_workers", workers)
     whole = train(*STREAM, *data, *FLAGS, output="whole")
     part = train(*STREAM, *data, *FLAGS, output="part")
@@ -290,7 +312,7 @@ def test_a_resumed_training_ends_as_one_that_did_not_stop(train, tmp_path, monke
     assert metrics(whole) == metrics(part)
 
 
-def test_a_stream_is_compared_conditioned_and_described(train, tmp_path, capsys):  # noqa: F811
+def test_a_stream_is_compared_conditioned_and_described(train, tmp_path, capsys):
     flags = ("--class_conditional", "--conditioning_image_column", "negative", "--image_column", "image", "--compare")
     out = train(*STREAM, "--dataset_name", tables(tmp_path / "t"), *flags, "--max_train_steps", 2, model=())
     assert (out / "comparison.png").is_file() and list((out / "samples").iterdir())
@@ -298,16 +320,16 @@ def test_a_stream_is_compared_conditioned_and_described(train, tmp_path, capsys)
     assert json.loads((out / "reg_config.json").read_text())["data"]["images"] is None
 
 
-def test_epochs_are_counted_where_the_number_of_rows_is_known(train, tmp_path):  # noqa: F811
+def test_epochs_are_counted_where_the_number_of_rows_is_known(train, tmp_path):
     table = tables(tmp_path / "t") / "train-3.parquet"
     out = train(*STREAM, "--dataset_name", table, "--num_epochs", 3, "--train_batch_size", 2)
     assert metrics(out)[-1]["step"] == 12
 
 
-def test_an_unknown_number_of_rows_is_asked_for(train, capsys, tmp_path):  # noqa: F811
+def test_an_unknown_number_of_rows_is_asked_for(train, capsys, tmp_path):
     folder = tables(tmp_path / "t")
     message = refusal(train, capsys, *STREAM, "--dataset_name", folder)
-    assert f"--streaming: nobody knows how many images --dataset_name {folder} has: give --max_train" in message
+    assert f"--streaming: the number of images of {folder} is unknown: give --max_train" in message
 
 
 def kill_when(process, condition):
@@ -372,6 +394,45 @@ def test_private_data_sets_of_the_hub_are_streamed_or_read(tmp_path, image_folde
     assert all("classes    0 cats, 1 dogs" in told for told in said.values())
 
 
+@pytest.mark.hub
+def test_a_table_of_the_hub_with_one_large_row_group_takes_little_memory(tmp_path):
+    """`datasets` takes 430 MiB for these 96 MiB."""
+    schema = pyarrow.schema({"image": pyarrow.struct({"bytes": pyarrow.binary(), "path": pyarrow.string()})})
+    generator = np.random.default_rng(0)
+    rows = [{"image": {"bytes": generator.bytes(2**16), "path": None}} for _ in range(1536)]
+    table = pyarrow.Table.from_pylist(rows, schema)
+    pyarrow.parquet.write_table(table, tmp_path / "t.parquet", row_group_size=len(rows), write_batch_size=16)
+    content = (tmp_path / "t.parquet").read_bytes()
+    del rows, table
+    with HubServer() as hub:
+        repository = hub.repositories["datasets/tester/wide"] = Repository("datasets/tester/wide", private=True)
+        hub.objects[sha256(content)] = content
+        repository.commit("main", "one row group", {"train.parquet": content})
+        told = Client(hub, tmp_path / "client").python(
+            """
+            import re
+            from pathlib import Path
+            from reg_diffusers.data.source import source_of
+            from reg_diffusers.data.tables import EMBEDDED, read_rows
+            from reg_diffusers.settings.arguments import parse_args
+
+            def peak():
+                return int(re.search("VmHWM:(.*) kB", Path("/proc/self/status").read_text())[1])
+
+            flags = "--streaming --dataset_name tester/wide --max_train_steps 1"
+            settings = parse_args(flags.split()).data
+            found, _ = read_rows(settings, source_of(settings, EMBEDDED), streaming=True)
+            next(iter(found))  # what the libraries take
+            before, sizes = peak(), [len(row["image"]["bytes"]) for row in found]
+            tell(sizes=sizes, kibibytes=peak() - before, shards=found.num_shards)
+            """
+        )
+        requests = asked(hub, "GET", "/large/")
+    assert told["sizes"] == [2**16] * 1536 and told["shards"] == 1
+    assert told["kibibytes"] < 2**16
+    assert requests < 24  # each of 8 MiB
+
+
 # What is bad
 
 
@@ -391,7 +452,7 @@ def half_bad(folder, bad=lambda value: value % 2):
 
 
 @pytest.mark.parametrize("workers", [0, 2])
-def test_a_bad_image_ends_the_run_with_one_line(train, capsys, tmp_path, workers):  # noqa: F811
+def test_a_bad_image_ends_the_run_with_one_line(train, capsys, tmp_path, workers):
     table = half_bad(tmp_path, bad=lambda value: value == 5)
     flags = ("--dataset_name", table, "--dataloader_num_workers", workers, "--train_batch_size", 4)
     for regularizer in ("none", "sparsity"):  # which looks at images before the first step
@@ -403,12 +464,12 @@ def test_a_bad_image_ends_the_run_with_one_line(train, capsys, tmp_path, workers
 @pytest.mark.slow
 def test_bad_images_are_left_out_and_named(load, tmp_path, capsys):
     flags = (*STREAM, "--dataset_name", half_bad(tmp_path), "--skip_bad_images", "--train_batch_size", 8)
-    args, data = load(*flags)
-    found = taken(batches_of(args, data), 3)
+    settings, data = load(*flags)
+    found = taken(batches_of(settings, data), 3)
     assert len(found) == 24 and set(found) == {0, 2, 4, 6}
     said = capsys.readouterr().err
-    assert "--skip_bad_images: left out image row 3 of piece 0 cannot be decoded" in said
-    assert said.count("left out") == 10 and "further ones are not named" in said
+    assert "--skip_bad_images: skipped image row 3 of piece 0 cannot be decoded" in said
+    assert said.count("--skip_bad_images: skipped") == 10 and "further images are not listed" in said
     assert data.examples.__getitems__([0, 1, 7])["values"][:, 0, 0, 0].tolist() == [0, 2, 0]
 
 
@@ -422,7 +483,7 @@ def test_nothing_but_bad_images_is_refused(load, tmp_path):
         data.examples.__getitems__([3])
 
 
-def test_a_file_that_ends_early_ends_the_run_with_one_line(train, capsys, tmp_path):  # noqa: F811
+def test_a_file_that_ends_early_ends_the_run_with_one_line(train, capsys, tmp_path):
     folder = tables(tmp_path / "t")
     (folder / "train-2.parquet").write_bytes(b"PAR1" + bytes(100) + b"PAR1")
     message = refusal(train, capsys, *STREAM, "--dataset_name", folder, "--max_train_steps", 20)
@@ -431,11 +492,11 @@ def test_a_file_that_ends_early_ends_the_run_with_one_line(train, capsys, tmp_pa
 
 def test_what_cannot_be_streamed_is_refused(load, tmp_path):
     np.save(tmp_path / "f.npy", np.zeros((2, 1, 8, 8)))
-    with pytest.raises(UsageError, match="--streaming: fields are read from the disk as they are needed anyway"):
+    with pytest.raises(UsageError, match="--streaming: fields are always read from the disk on demand"):
         load("--streaming", "--train_data_dir", tmp_path / "f.npy")
     rows = {"image": pictures(2), "label": ["b", "a"]}
     Dataset.from_dict(rows, Features(image=Image(), label=Value("string"))).to_parquet(tmp_path / "t.parquet")
-    with pytest.raises(UsageError, match=r"--label_column label: in a stream the names of the classes must be known"):
+    with pytest.raises(UsageError, match=r"--label_column label: a stream needs a column with class names"):
         load(*STREAM, "--dataset_name", tmp_path / "t.parquet", "--class_conditional")
     with pytest.raises(UsageError, match="'photo' is not a column of images; the columns are: image"):
         load(*STREAM, "--dataset_name", tmp_path / "t.parquet", "--image_column", "photo")

@@ -115,7 +115,7 @@ def test_trained_measured_and_gone_on_with(folder, sweep):
     before = (runs / "weight-0" / "model_index.json").stat().st_mtime_ns
     flags = ("--reg_weights", 0, 1, "--reg_weightings", "matched")
     told = sweep(*flags)  # with one more weight
-    assert "weight 0: was there" in told and "matched 1: was there" not in told
+    assert "weight 0: complete already" in told and "matched 1: complete already" not in told
     assert (runs / "weight-0" / "model_index.json").stat().st_mtime_ns == before
     assert sorted(path.name for path in runs.iterdir()) == ["matched-1", "weight-0"]
     record = json.loads((runs / "matched-1" / "reg_config.json").read_text())
@@ -136,7 +136,7 @@ def test_trained_measured_and_gone_on_with(folder, sweep):
     assert len(marked) == len(front) and all(title in "".join(marked) for title in front)
     assert all(Path("sweep", f"sweep.{suffix}").stat().st_size > 1000 for suffix in ("png", "svg"))
     refusal = sweep(*flags, training=[*TRAINING, "--seed", "3"], refused=True)
-    assert "--output sweep holds a sweep of other trainings" in refusal
+    assert "--output sweep holds a sweep with other settings" in refusal
 
 
 def test_what_cannot_work_is_one_line(folder, sweep, monkeypatch):
@@ -165,4 +165,4 @@ def test_what_cannot_work_is_one_line(folder, sweep, monkeypatch):
         assert f"--output broken{number}: sweep_settings.json cannot be read: name another folder" in refusal
     Path("fails.py").write_text("import sys\nsys.exit(7)\n")
     refusal = sweep("--script", "fails.py", refused=True)
-    assert "the training in sweep/runs/weight-0 failed with status 7" in refusal
+    assert "the training in sweep/runs/weight-0 failed with exit status 7" in refusal

@@ -101,7 +101,7 @@ def test_a_network_stays_in_evaluation_mode():
     for module in (loss_fn, loss_fn.regularization, nn.Sequential(loss_fn)):
         module.train()
         assert loss_fn.training
-        assert not any(m.training for m in loss_fn.regularization.networks.modules())
+        assert not any(m.training for network in loss_fn.regularization.networks for m in network.modules())
     loss_fn.eval()
     assert not loss_fn.training
 

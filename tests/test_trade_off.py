@@ -7,7 +7,7 @@ import pytest
 from matplotlib.figure import Figure
 
 from reg_diffusers.evaluation.trade_off import draw_evaluation
-from reg_diffusers.measurement import Measurement
+from reg_diffusers.runs.measurement import Measurement
 
 pytestmark = pytest.mark.training
 

@@ -1,9 +1,9 @@
 """train_reg.py, by its command line: what it leaves, what it refuses, what it goes on from."""
 
-import importlib.util
 import json
 import os
 import re
+import shlex
 import shutil
 import signal
 import subprocess
@@ -25,59 +25,24 @@ from diffusers import (
     FlowMatchEulerDiscreteScheduler,
     UNet2DModel,
 )
+from runs import ACCELERATE, QUICK, ROOT, differ, evaluation_result, load_script, metrics, refusal, weights
 from safetensors.torch import load_file
 
 from reg_diffusers import RegDDPMPipeline
+from reg_diffusers.regularizers import RadialSpectrum
+from reg_diffusers.settings import (
+    DataSettings,
+    LossSettings,
+    MachineSettings,
+    ModelSettings,
+    OptimizationSettings,
+    OutputSettings,
+    Settings,
+)
+from reg_diffusers.settings.arguments import parse_args
+from reg_diffusers.training.terms import build_terms
 
 pytestmark = pytest.mark.training
-
-ROOT = Path(__file__).parents[1]
-QUICK = (
-    "--resolution 8 --train_batch_size 8 --ddpm_num_inference_steps 2 --eval_batch_size 4 --lr_warmup_steps 0".split()
-)
-ACCELERATE = (sys.executable, "-m", "accelerate.commands.accelerate_cli", "launch")
-
-
-def load_script():
-    spec = importlib.util.spec_from_file_location("train_reg", ROOT / "train_reg.py")
-    script = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(script)
-    return script
-
-
-@pytest.fixture
-def train(tmp_path, monkeypatch, tiny_unet):
-    """Runs the script's main in this process with a tiny network, in an empty folder; returns the output folder."""
-    script = load_script()
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(sys, "argv", ["train_reg.py"])
-    tiny_unet().save_config("tiny")
-    threads = torch.get_num_threads()
-
-    def run(*flags, output="out", model=("--model_config_name_or_path", "tiny")):
-        for state in (AcceleratorState, PartialState, GradientState):
-            state._reset_state()
-        arguments = [*QUICK, *model, "--mixed_precision", "no", "--output_dir", output, *map(str, flags)]
-        if "--compare" not in arguments:
-            arguments.append("--no-compare")
-        script.main(arguments)
-        return tmp_path / output
-
-    run.script = script
-    yield run
-    torch.set_num_threads(threads)
-
-
-def weights(folder):
-    return load_file(folder / "unet" / "diffusion_pytorch_model.safetensors")
-
-
-def metrics(folder):
-    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-
-
-def differ(one, other):
-    return any(not torch.equal(one[name], other[name]) for name in one)
 
 
 # The main job
@@ -112,6 +77,29 @@ def test_the_plain_model_of_a_comparison_is_the_one_that_none_trains(train):
     none = train("--regularizer", "none", "--max_train_steps", 5, output="none")
     assert not differ(weights(out / "plain"), weights(none))
     assert differ(weights(out), weights(none))
+
+
+def test_a_training_from_python_is_that_of_the_command_line_it_prints(train, image_folder, capsys):
+    by_command = train("--train_data_dir", image_folder(), "--max_train_steps", 3, "--regularizer", "sparsity")
+    for state in (AcceleratorState, PartialState, GradientState):
+        state._reset_state()
+    settings = Settings(
+        DataSettings(train_data_dir=str(image_folder()), resolution=8),
+        ModelSettings(model_config_name_or_path="tiny"),
+        LossSettings(regularizer=("sparsity",)),
+        OptimizationSettings(train_batch_size=8, max_train_steps=3, lr_warmup_steps=0),
+        MachineSettings(mixed_precision="no"),
+        OutputSettings(output_dir="python", eval_batch_size=4, ddpm_num_inference_steps=2),
+    )
+    pipeline = train.script.train(settings)
+    out = by_command.with_name("python")
+    assert not differ(weights(out), weights(by_command))
+    saved = weights(out)
+    assert all(torch.equal(value, saved[name]) for name, value in pipeline.unet.state_dict().items())
+    command = json.loads((out / "reg_config.json").read_text())["command"]
+    assert parse_args(shlex.split(command.partition("train_reg.py ")[2])).values() == settings.values() | {
+        "attention": "sdpa"
+    }
 
 
 def test_weight_zero_is_the_plain_model(train):
@@ -291,8 +279,8 @@ def test_a_comparison_whose_second_half_was_lost_is_finished_by_resuming(train):
 def test_a_run_that_is_no_number_any_more_stops_and_keeps_the_weights_before(train, capsys, tmp_path):
     flags = ("--max_train_steps", 30, "--max_bad_steps", 5, "--checkpointing_steps", 7, "--no-use_ema")
     error = refusal(train, capsys, *flags, "--learning_rate", 1e30)
-    assert "5 steps in a row had a loss or gradient that is not finite" not in error  # they are read every 10 steps
-    assert re.search(r"\d+ steps in a row had a loss or gradient that is not finite", error)
+    assert "5 steps in a row had a non-finite loss or gradient" not in error  # they are read every 10 steps
+    assert re.search(r"\d+ steps in a row had a non-finite loss or gradient", error)
     assert "--learning_rate" in error
     out = tmp_path / "out"
     assert not (out / "model_index.json").exists()
@@ -326,7 +314,7 @@ def test_a_signal_saves_and_the_printed_command_goes_on(command_line, tmp_path):
     process.send_signal(signal.SIGTERM)
     output, _ = process.communicate(timeout=120)
     assert process.returncode == 0, output
-    command = re.search(r"stopped by SIGTERM; go on with: accelerate launch train_reg.py (.*)", output).group(1)
+    command = re.search(r"stopped by SIGTERM; continue with: accelerate launch train_reg.py (.*)", output).group(1)
     (checkpoint,) = (tmp_path / "out").glob("checkpoint-*")
     step = int(checkpoint.name.split("-")[1])
     assert (tmp_path / "out" / "model_index.json").is_file()
@@ -335,15 +323,6 @@ def test_a_signal_saves_and_the_printed_command_goes_on(command_line, tmp_path):
 
 
 # What cannot work
-
-
-def refusal(train, capsys, *flags, **kwargs):
-    with pytest.raises(SystemExit) as stopped:
-        train(*flags, **kwargs)
-    assert stopped.value.code == 2
-    error = capsys.readouterr().err.strip().splitlines()[-1]
-    assert error.startswith("train_reg.py: error: ")
-    return error
 
 
 @pytest.mark.parametrize(
@@ -355,12 +334,12 @@ def refusal(train, capsys, *flags, **kwargs):
         ("--mixed_precision fp16", "--mixed_precision fp16 needs a GPU"),
         ("--train_data_dir nowhere", "--train_data_dir nowhere: no such folder"),
         ("--image_column photo", "--image_column 'photo' is not a column of images; the columns are: image"),
-        ("--resolution 9", "--resolution 9: the network halves its images 1 times, so the sides must be multiples"),
+        ("--resolution 9", "--resolution 9: the network halves the resolution 1 times, so sides must be multiples"),
         ("--pretrained_model_name_or_path tiny_nothing", "exclude each other"),
-        ("--model_config_name_or_path .", "no UNet2DModel there that can be read"),
+        ("--model_config_name_or_path .", "no readable UNet2DModel"),
         ("--resume_from_checkpoint checkpoint-7", "--resume_from_checkpoint checkpoint-7: no such folder"),
         ("--logger wandb", "--logger wandb is not installed"),
-        ("--prediction_type flow --ddpm_beta_schedule linear", "which flow matching does not have"),
+        ("--prediction_type flow --ddpm_beta_schedule linear", "which flow matching lacks"),
     ],
 )  # fmt: skip
 def test_a_wrong_setting_is_one_line_and_writes_nothing(train, capsys, tmp_path, flags, message):
@@ -382,8 +361,25 @@ def test_a_bad_regularizer_is_found_before_the_first_step(train, capsys, tmp_pat
     (tmp_path / "bad_losses.py").write_text(f"def loss(x):\n    {body}\n")
     sys.modules.pop("bad_losses", None)
     error = refusal(train, capsys, "--regularizer", "bad_losses:loss")
-    assert re.search(f"--regularizer loss.*{message}", error)
+    assert re.search(f"--regularizer bad_losses.loss.*{message}", error)
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    "needs, message",
+    [
+        ("class_labels", "needs class_labels: add --class_conditional"),
+        ("condition", "needs condition: add --conditioning_image_column"),
+        (
+            "depth",
+            "needs depth: this script passes original_samples, noise, timesteps; use reg_diffusers",
+        ),
+    ],
+)
+def test_what_a_regularizer_lacks_is_said_with_the_flag_that_gives_it(train, capsys, tmp_path, needs, message):
+    (tmp_path / "needy_losses.py").write_text(f"def loss(x, {needs}): pass\nloss.needs = ({needs!r},)\n")
+    sys.modules.pop("needy_losses", None)
+    assert f"--regularizer needy_losses:loss {message}" in refusal(train, capsys, "--regularizer", "needy_losses:loss")
 
 
 def test_an_error_in_the_users_regularizer_is_shown_with_its_line(train, capsys, tmp_path):
@@ -397,7 +393,7 @@ def test_a_folder_that_is_not_ours_is_left_alone(train, capsys, tmp_path):
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "thesis.tex").write_text("years of work")
     for more in ((), ("--overwrite_output_dir",), ("--resume_from_checkpoint", "latest")):
-        assert "not of an earlier run" in refusal(train, capsys, *more)
+        assert "does not belong to an earlier run" in refusal(train, capsys, *more)
     assert [path.name for path in (tmp_path / "out").iterdir()] == ["thesis.tex"]
 
 
@@ -425,7 +421,7 @@ def test_a_given_model_that_does_not_fit_is_refused(train, capsys, tmp_path):
         train, capsys, *given, "--prediction_type", "sample", model=(), output="a"
     )
     np.save("f.npy", np.zeros((4, 2, 8, 8)))
-    assert "2 channels, the given model 1" in refusal(
+    assert "2 channels, but the given model has 1" in refusal(
         train, capsys, *given, "--train_data_dir", "f.npy", model=(), output="a"
     )
     assert "has no classes" in refusal(train, capsys, *given, "--class_conditional", model=(), output="a")
@@ -435,3 +431,74 @@ def test_a_usage_error_ends_the_process_with_status_2(command_line, tmp_path):
     done = command_line("--regularizer", "smoothness", check=False)
     assert done.returncode == 2 and "Traceback" not in done.stderr
     assert done.stderr.strip().splitlines()[-1].startswith("train_reg.py: error: --regularizer: unknown")
+
+
+def test_a_loss_and_a_weighting_may_have_arguments(train, evaluate, capsys):
+    spec = "mean_intensity(target=0.25)"
+    out = train("--regularizer", spec, "--reg_weighting", "gated(0.5)", "--max_train_steps", 2)
+    assert "0.05 * gated(0.5) * mean_intensity" in capsys.readouterr().out
+    (term,) = json.loads((out / "reg_config.json").read_text())["objective"]["terms"]
+    assert (term["name"], term["regularizer"], term["weighting"]) == ("mean_intensity", spec, "gated(0.5)")
+    assert yaml.safe_load((out / "reg_settings.yaml").read_text())["regularizer"] == [spec]
+    assert metrics(out)[-1]["mean_intensity"] > 0
+    evaluate("--model", out, "--num_images", 20, "--num_inference_steps", 2, "--features", "pixels")
+    assert evaluation_result()["rows"]["data"]["terms"][spec]["value"] > 0
+
+
+def test_a_paired_loss_trains_and_is_not_measured_on_samples(train, evaluate, capsys):
+    specs = ("spectrum(kind='amplitude')", "total_variation")
+    out = train("--regularizer", *specs, "--reg_weighting", "gated(0.2)", "--compare", "--max_train_steps", 2)
+    printed = capsys.readouterr()
+    assert "Traceback" not in printed.err
+    assert metrics(out)[-1]["spectrum"] > 0
+    evaluate("--model", out, "--num_images", 20, "--num_inference_steps", 2, "--features", "pixels")
+    assert list(evaluation_result()["rows"]["data"]["terms"]) == ["total_variation"]
+
+
+def test_a_target_spectrum_comes_from_a_file(train, capsys):
+    RadialSpectrum.of(torch.randn(9, 1, 8, 8)).save("spectrum.pt")
+    out = train("--regularizer", "RadialSpectrum('spectrum.pt')", "--max_train_steps", 2)
+    assert metrics(out)[-1]["radial_spectrum"] > 0
+    assert "does not exist" in refusal(train, capsys, "--regularizer", "RadialSpectrum('other.pt')", output="new")
+
+
+@pytest.mark.parametrize("name", ["loss", "step", "lr", "batches", "denoising"])
+def test_a_regularizer_with_a_name_of_the_logs_own_keeps_a_key_of_its_own(tmp_path, monkeypatch, name):
+    """Its L' would take the place of the number that the log has under this name."""
+    (tmp_path / f"named_{name}.py").write_text(f"def {name}(x):\n    return x.square().flatten(1).mean(1)\n")
+    monkeypatch.chdir(tmp_path)
+    settings = parse_args(["--regularizer", f"named_{name}:{name}", "total_variation"])
+    assert [term.name for term in build_terms(settings.loss, settings.data)] == [
+        f"named_{name}.{name}",
+        "total_variation",
+    ]
+
+
+# Estimators
+
+
+@pytest.mark.parametrize("estimator", ["ddim(1)", "known_noise(0.5)", "monte_carlo(2)"])
+def test_an_estimator_changes_one_step_of_the_weights_and_is_said_and_recorded(train, estimator, capsys):
+    flags = ("--max_train_steps", 1, "--reg_weighting", "constant", "--reg_estimator", estimator)
+    ours = train(*flags, "--reg_weight", 1, output="ours")
+    assert f"1 * constant * total_variation of {estimator}" in capsys.readouterr().out
+    without, plain = train(*flags, "--reg_weight", 0, output="without"), train(*flags[:4], "--reg_weight", 1)
+    assert differ(weights(ours), weights(without)) and differ(weights(ours), weights(plain))
+    (term,) = json.loads((ours / "reg_config.json").read_text())["objective"]["terms"]
+    assert term["estimator"] == estimator
+    assert yaml.safe_load((ours / "reg_settings.yaml").read_text())["reg_estimator"] == [estimator]
+
+
+@pytest.mark.parametrize(
+    "flags, message",
+    [
+        ("--reg_estimator ddim", "--reg_estimator: estimator 'ddim' needs the arguments steps"),
+        ("--reg_estimator ddim(1) --reg_weight auto:0.1", "--reg_estimator ddim(1) calls the network again, so the"),
+        ("--reg_estimator ddim(1) --reg_target total_variation=0.1", "give --reg_weight as a number"),
+        ("--reg_estimator ddim(1) --reg_balance config", "which --reg_balance config cannot combine"),
+        ("--regularizer none --reg_estimator ddim(1)", "needs a regularizer, but there is none"),
+        ("--reg_estimator one_step ddim(1)", "--reg_estimator has 2 entries for 1 regularizers"),
+    ],
+)
+def test_an_estimator_that_cannot_work_is_refused(train, capsys, flags, message):
+    assert message in refusal(train, capsys, *flags.split())

@@ -11,6 +11,8 @@ from reg_diffusers.prediction import NoiseLevel, noise_level
 
 pytestmark = pytest.mark.loss
 
+PLAIN = [name for name in weighting.__all__ if name != "gated"]  # those without an argument of their own
+
 INFINITY = math.inf
 GATE_OPENS_AT = 10 / 7  # g = 1 / (1 + (10 / SNR)^2) = 0.02
 
@@ -94,7 +96,7 @@ def test_matched_never_outweighs_the_denoising_loss(kind):
     assert ((weighting.matched(level) == 0) == (level.snr < GATE_OPENS_AT)).all()
 
 
-@pytest.mark.parametrize("name", weighting.__all__)
+@pytest.mark.parametrize("name", PLAIN)
 @pytest.mark.parametrize(
     "scheduler",
     [
@@ -114,15 +116,26 @@ def test_weightings_of_a_whole_schedule_are_finite_float32_and_one_per_image(nam
     assert (weights >= 0).all()
 
 
-@pytest.mark.parametrize("name", weighting.__all__)
+@pytest.mark.parametrize("name", PLAIN)
 def test_weightings_fall_with_the_noise_level(name):
     level = noise_level(diffusers.DDPMScheduler(), torch.arange(1000))
     assert (getattr(weighting, name)(level).diff() <= 0).all()
 
 
-@pytest.mark.parametrize("name", [name for name in weighting.__all__ if name not in ("snr", "truncated_snr")])
+@pytest.mark.parametrize("name", [name for name in PLAIN if name not in ("snr", "truncated_snr")])
 def test_weightings_other_than_snr_are_finite_at_the_clean_end(name):
     """sigma = 0 is the last timestep of a flow-matching schedule."""
     level = noise_level(diffusers.FlowMatchEulerDiscreteScheduler(), [0.0, 1000.0])
     assert level.snr.tolist() == [INFINITY, 0]
     assert getattr(weighting, name)(level).isfinite().all()
+
+
+def test_a_gate_is_flat_above_an_snr_and_exactly_0_below():
+    scheduler = diffusers.DDPMScheduler()
+    level = noise_level(scheduler, torch.arange(1000))
+    found = weighting.gated(0.184)(level)
+    assert torch.equal(found, (level.snr >= 0.184).float()) and found.dtype == torch.float32
+    assert weighting.gated(0.0)(level).min() == 1 and weighting.gated(3.0) == weighting.gated(3)
+    for wrong in (-1.0, math.nan):
+        with pytest.raises(ValueError, match="min_snr must be at least 0"):
+            weighting.gated(wrong)

@@ -1,20 +1,20 @@
-"""The command `reg-diffusers`, one module for each subcommand."""
+"""The command line `reg-diffusers`, with one module per subcommand."""
 
 from __future__ import annotations
 
 import argparse
 
-from ..training.errors import exit_on_usage_error
+from ..runtime.errors import exit_on_usage_error
 from . import demo, diagnose, evaluate, sample, sweep
 
 __all__ = ["build_parser", "main"]
 
 
 def build_parser() -> argparse.ArgumentParser:
-    """The parser of all subcommands, which are imported in full only when they run."""
+    """Builds the parser of all subcommands; a subcommand imports its dependencies only when it runs."""
     parser = argparse.ArgumentParser(
         prog="reg-diffusers",
-        description="Use diffusion models that were trained with a loss on the image. The training itself:"
+        description="Use diffusion models that were trained with a loss on the image. For the training itself, see:"
         " accelerate launch train_reg.py --help",
     )
     subparsers = parser.add_subparsers(title="subcommands", metavar="COMMAND", required=True)
@@ -25,6 +25,6 @@ def build_parser() -> argparse.ArgumentParser:
 
 @exit_on_usage_error
 def main(argv: list[str] | None = None) -> None:
-    """Runs the subcommand that the command line names; exits with status 2 and one line on what cannot work."""
+    """Runs the subcommand of the command line; exits with status 2 and a one-line message on a usage error."""
     args = build_parser().parse_args(argv)
     args.run(args)

@@ -1,4 +1,4 @@
-"""The models that are judged, with the data that they are judged by: what the flags of `evaluate` and `sweep` name."""
+"""Loads the models that `evaluate` and `sweep` judge, and the data to judge them by."""
 
 from __future__ import annotations
 
@@ -9,22 +9,22 @@ from pathlib import Path
 
 from .judging_flags import DATA_FLAGS, NUM_IMAGES
 
-__all__ = ["Bench", "load_models", "open_bench"]
+__all__ = ["Bench", "data_flag", "load_models", "open_bench"]
 
-_SEARCHED = 10_000  # images of the data that are looked at: for reference, for near copies, by the classifier
+_SEARCHED = 10_000  # images of the data to search: for the reference, for near copies, for the classifier
 
 
 def load_models(names: list[str], device, titles: list[str] | None = None, *, mixed_precision: str = "no") -> dict:
-    """The pipelines by their titles, all of images of one size; titles are made from the names by default.
+    """Loads the pipelines by title, all for images of the same size; by default, the titles derive from the names.
 
     Raises:
-        UsageError: one is not there, one is named twice, or they do not draw the same kind of images.
+        UsageError: if a model is missing or named twice, or if they do not draw the same kind of images.
     """
-    from ..training.errors import UsageError
+    from ..runtime.errors import UsageError
     from .model import load_pipeline
 
     if doubled := [name for name in names if names.count(name) > 1]:
-        raise UsageError(f"--model {doubled[0]} is given twice")
+        raise UsageError(f"--model {doubled[0]} is given more than once")
     models = {
         title: load_pipeline(name, device, mixed_precision=mixed_precision)
         for title, name in zip(titles or _titles(names), names, strict=True)
@@ -36,14 +36,14 @@ def load_models(names: list[str], device, titles: list[str] | None = None, *, mi
         ):
             if of_one != of_other:
                 raise UsageError(
-                    f"--model {title} has {what} {_shape(of_other)}, {first} {_shape(of_one)}: only models of the same"
-                    " kind of images can be compared"
+                    f"--model {title} has {what} {_shape(of_other)}, but {first} has {_shape(of_one)}: only models of"
+                    " the same kind of images can be compared"
                 )
     return models
 
 
 def _titles(names: list[str]) -> list[str]:
-    """Each model's shortest name: the folder's, where no other has it."""
+    """Returns a title for each model: the name of its folder if that is unique, else its full name."""
     short = [Path(name).resolve().name if Path(name).is_dir() else name for name in names]
     return [
         name if short.count(title) > 1 or title == "data" else title for name, title in zip(names, short, strict=True)
@@ -64,19 +64,19 @@ def _shape(what) -> str:
 
 @dataclass
 class Bench:
-    """The data, made ready for judging models by.
+    """The data that models are judged by.
 
     Attributes:
-        data: as a training loads them.
-        source: how the user names them.
-        order: numbers of the images, shuffled; the first `number` are the reference, the next the other half.
-        number: of images in each half, and of samples.
-        reference: (N, C, H, W) in [-1, 1].
-        other: (N, C, H, W).
-        conditions: what each sample is conditioned on, as its reference image: class_labels (N,), condition.
-        other_conditions: the same of the other half.
-        fingerprint: a hash of both halves.
-        searched: how many images of the data are looked at for near copies.
+        data: the data set, loaded as for training.
+        source: the user's name for it.
+        order: shuffled indices of the images; the first `number` form the reference, the next `number` the other half.
+        number: the number of images in each half, and of samples.
+        reference: the reference images, (N, C, H, W) in [-1, 1].
+        other: the other half, (N, C, H, W).
+        conditions: the conditions of each sample, equal to those of its reference image: class_labels (N,), condition.
+        other_conditions: the conditions of the other half.
+        sha256: a hash of both halves.
+        searched: the number of images to search for near copies.
     """
 
     data: object
@@ -87,25 +87,32 @@ class Bench:
     other: object
     conditions: dict = field(default_factory=dict)
     other_conditions: dict = field(default_factory=dict)
-    fingerprint: str = ""
+    sha256: str = ""
     searched: int = 0
 
+    @property
+    def description(self) -> str:
+        """Describes the data in a few words."""
+        channels, height, width = self.data.shape
+        kind = "images" if self.data.is_picture else "fields"
+        return f"{len(self.data):,} {kind} of {channels} x {height} x {width} from {self.source}"
+
     def images(self, places: range):
-        """The images of these places in `order`, (n, C, H, W) in [-1, 1]."""
+        """Returns the images at these places of `order`, (n, C, H, W) in [-1, 1]."""
         return _images(self.data, [self.order[place] for place in places])
 
 
 def open_bench(args: argparse.Namespace, models: dict) -> Bench:
-    """The data that the flags name, at the size of the models.
+    """Loads the data that the flags name, at the size of the models.
 
     Raises:
-        UsageError: data that cannot be read, are too few, of another size, or without the labels that are needed.
+        UsageError: if the data cannot be read, are too few, differ in size, or lack labels that are needed.
     """
     import torch
 
     from ..evaluation.distances import GROUPS
-    from ..training.errors import UsageError
-    from ..training.preview import conditions_of
+    from ..networks.conditions import Conditions
+    from ..runtime.errors import UsageError
 
     title, pipeline = next(iter(models.items()))
     by_class = any(model.unet.config.num_class_embeds is not None for model in models.values())
@@ -114,29 +121,28 @@ def open_bench(args: argparse.Namespace, models: dict) -> Bench:
     total = len(data)
     number = min(NUM_IMAGES, total // 2) if args.num_images is None else args.num_images
     if args.num_images is not None and number < 2 * GROUPS:
-        raise UsageError(f"--num_images {number}: at least {2 * GROUPS} are needed for confidence intervals")
+        raise UsageError(f"--num_images {number}: confidence intervals need at least {2 * GROUPS} images")
     if number < 2 * GROUPS or 2 * number > total:
         least = 2 * max(number, 2 * GROUPS)
-        fix = f"; --num_images {total // 2} would do" if total >= 4 * GROUPS else ""
-        raise UsageError(f"--data {source}: {total:,} images are too few: {least:,} are needed, two halves{fix}")
+        fix = f"; use --num_images {total // 2}" if total >= 4 * GROUPS else ""
+        raise UsageError(f"--data {source}: {total:,} images are too few: two halves need {least:,}{fix}")
     order = torch.randperm(total, generator=torch.Generator().manual_seed(args.seed)).tolist()
     bench = Bench(data, source, order, number, None, None)
     bench.searched = min(total, max(2 * number, _SEARCHED))
-    bench.reference, bench.other = bench.images(range(number)), bench.images(range(number, 2 * number))
+    halves = [data.__getitems__(half) for half in (order[:number], order[number : 2 * number])]
+    bench.reference, bench.other = (data.normalization.normalize(batch["values"]) for batch in halves)
     digest = hashlib.sha256()
     for half in (bench.reference, bench.other):
         digest.update(half.contiguous().numpy())
-    bench.fingerprint = digest.hexdigest()
-    if by_class or data.condition_channels:
-        wanted = {"class_labels": by_class, "condition": bool(data.condition_channels)}
-        bench.conditions, bench.other_conditions = (
-            {name: value for name, value in conditions_of(data, data.__getitems__(half)).items() if wanted[name]}
-            for half in (order[:number], order[number : 2 * number])
-        )
+    bench.sha256 = digest.hexdigest()
+    networks = [(model.unet.config, model._channels) for model in models.values()]
+    bench.conditions, bench.other_conditions = (
+        dict(Conditions.of_batch(data, batch).taken_by(networks)) for batch in halves
+    )
     for name, model in models.items():
         classes = model.unet.config.num_class_embeds
         if classes is not None and bench.conditions["class_labels"].max() >= classes:
-            raise UsageError(f"--model {name} has {classes} classes, the data have {len(data.classes)}")
+            raise UsageError(f"--model {name} has {classes} classes, but the data have {len(data.classes)}")
     return bench
 
 
@@ -145,54 +151,52 @@ def _images(data, indices: list[int]):
 
 
 def _load_data(args: argparse.Namespace, title: str, pipeline, by_class: bool):
-    from ..training.arguments import parse_args
-    from ..training.data import Normalization, load_training_data
-    from ..training.errors import UsageError
+    from ..data.training_data import LabelsError, Naming, Normalization, load_training_data
+    from ..runtime.errors import UsageError
+    from ..settings.data import DataSettings
 
     (channels, height, width), saved, condition_channels = _kind(pipeline)
     normalization = Normalization(tuple(saved["offset"]), tuple(saved["scale"])) if saved else None
-    flag, flags = _data_flag(args.data), []
+    naming = Naming("--data", f"--model {title}")
+    given = {name: getattr(args, name) for name in DATA_FLAGS if getattr(args, name)}
     if args.data:
-        flags += [f"{flag}={args.data}"]
-    flags += [f"--{name}={getattr(args, name)}" for name in DATA_FLAGS if getattr(args, name)]
-    loading = parse_args(flags)
-    loading.resolution = None
+        given[data_flag(args.data).removeprefix("--")] = args.data
 
     def load(class_conditional: bool):
-        loading.class_conditional = class_conditional
-        return load_training_data(loading, channels, height, normalization, condition_channels)
+        settings = DataSettings(**given, class_conditional=class_conditional)
+        return load_training_data(settings, channels, height, normalization, condition_channels, naming)
 
     try:
         data = _with_labels_if_there(load, by_class or args.label_column or args.features == "classifier")
-    except UsageError as error:
-        told = str(error).replace(f"{flag} {args.data}", f"--data {args.data}")
-        if told.startswith("--class_conditional"):
-            why = f"--model {title} is class-conditional" if by_class else f"--features {args.features} needs labels"
-            told = f"{why}: {told.partition(': ')[2] or told}"
-        raise UsageError(told.replace("the given model", f"--model {title}")) from error
+    except LabelsError as error:
+        if error.flag != "--class_conditional":
+            raise
+        why = f"--model {title} is class-conditional" if by_class else f"--features {args.features} needs labels"
+        raise UsageError(f"{why}: {error.reason}") from error
     if tuple(data.shape) != (channels, height, width):
         raise UsageError(
-            f"--data: images are {_shape(tuple(data.shape))}, those of --model {title} {channels} x {height} x {width}"
+            f"--data: images are {_shape(tuple(data.shape))}, but --model {title} draws"
+            f" {channels} x {height} x {width}"
         )
     if data.is_picture == bool(saved):
         kinds = ("fields", "pictures") if saved else ("pictures", "fields")
-        raise UsageError(f"--model {title} was trained on {kinds[0]}, --data {args.data} are {kinds[1]}")
+        raise UsageError(f"--model {title} was trained on {kinds[0]}, but --data {args.data} holds {kinds[1]}")
     return data
 
 
 def _with_labels_if_there(load, needed: bool):
-    from ..training.errors import UsageError
+    from ..data.training_data import LabelsError
 
-    if needed:
-        return load(True)
     try:
         return load(True)
-    except UsageError:
+    except LabelsError:
+        if needed:
+            raise
         return load(False)
 
 
-def _data_flag(name: str | None) -> str:
-    """Which of train_reg.py's flags a name belongs to."""
+def data_flag(name: str | None) -> str:
+    """Returns the flag of train_reg.py that takes this name: --train_data_dir or --dataset_name."""
     path = Path(name or "")
     saved = any((path / mark).is_file() for mark in ("dataset_dict.json", "state.json"))
     fields = path.suffix in (".npy", ".npz")

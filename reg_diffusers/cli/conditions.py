@@ -1,4 +1,4 @@
-"""The conditioning images of --condition_dir."""
+"""Reads the conditioning images of --condition_dir."""
 
 from __future__ import annotations
 
@@ -11,9 +11,10 @@ import PIL.Image
 import torch
 from torch import Tensor
 
-from ..training.data import PictureData
-from ..training.errors import UsageError
-from ..training.pictures import decode
+from ..data.depth import look_at_depth
+from ..data.pictures import decode
+from ..data.training_data import PictureData
+from ..runtime.errors import UsageError, warn
 
 __all__ = ["ConditionFolder"]
 
@@ -21,18 +22,18 @@ _KEPT_DECODED = 1024
 
 
 class ConditionFolder:
-    """The images of a folder in the order of their names, each decoded when it is asked for.
+    """The images of a folder in the order of their names, each decoded on first access.
 
     Args:
-        folder: with images of any size; subfolders and files of other kinds are left out.
-        resolution: side of the square that they are brought to.
-        channels: 1 for grey, 3 for colour.
+        folder: the folder, with images of any size; subfolders and other files are ignored.
+        resolution: the side of the square that they are resized to.
+        channels: 1 for grayscale, 3 for RGB.
 
     Attributes:
-        fingerprint: a hash of the images.
+        sha256: a hash of the images.
 
     Raises:
-        UsageError: there is no such folder, no image in it, or one that is damaged.
+        UsageError: if the folder is missing or holds no images, or if an image is damaged.
     """
 
     def __init__(self, folder: Path, resolution: int, channels: int):
@@ -44,14 +45,18 @@ class ConditionFolder:
             raise UsageError(f"--condition_dir {folder}: holds no images")
         self._files = sorted(files)
         self._resolution, self._channels = resolution, channels
-        self.fingerprint = self._checked()
+        self.sha256 = self._checked()
+        depth = look_at_depth([functools.partial(PIL.Image.open, path) for path in self._files])
+        if depth.warning:
+            warn(f"--condition_dir {folder}: {depth.warning}")
+        self._white = depth.white
         self._decoded = functools.lru_cache(_KEPT_DECODED)(self._decode)
 
     def __len__(self) -> int:
         return len(self._files)
 
     def __getitem__(self, index: int) -> Tensor:
-        """The image of this number, (K, H, W) in [-1, 1]."""
+        """Returns the image with this index, (K, H, W) in [-1, 1]."""
         return self._decoded(index)
 
     def _checked(self) -> str:
@@ -61,7 +66,7 @@ class ConditionFolder:
             digest.update(hashlib.sha256(content).digest())
             try:
                 PIL.Image.open(io.BytesIO(content)).verify()
-            except Exception as error:  # PIL raises nearly anything on damaged files
+            except Exception as error:  # PIL raises many types on damaged files
                 raise _damaged(path, error) from error
         return digest.hexdigest()
 
@@ -69,7 +74,7 @@ class ConditionFolder:
         path = self._files[index]
         try:
             with PIL.Image.open(path) as image:
-                pixels = decode(image, self._resolution, self._channels)
+                pixels = decode(image, self._resolution, self._channels, self._white)
         except Exception as error:
             raise _damaged(path, error) from error
         return PictureData.normalization.normalize(torch.from_numpy(pixels.copy())[None])[0]

@@ -1,4 +1,4 @@
-"""The subcommand `demo`: a page that shows what guidance does to a model."""
+"""The subcommand `demo`: shows the effect of guidance on a model, in the browser."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ def add_parser(subparsers) -> argparse.ArgumentParser:
     parser = subparsers.add_parser(
         "demo",
         help="sample in the browser, with and without guidance",
-        description="Serves a page, to this machine only, that samples from a model with and without guidance by a"
+        description="Serves a page on this machine only, which samples from a model with and without guidance by a"
         ' loss on x0_hat. Needs gradio: pip install "reg_diffusers[demo]".',
     )
     add_model_flag(parser)
@@ -25,10 +25,10 @@ def add_parser(subparsers) -> argparse.ArgumentParser:
         nargs="+",
         default=[_DEFAULT_REGULARIZER],
         metavar="NAME",
-        help="the losses to begin the list with: built-in names or my_module:MyReg; the other built-in ones follow"
+        help="losses to list first: built-in names or my_module:MyReg; the other built-in losses follow"
         f" (default: {_DEFAULT_REGULARIZER})",
     )
-    parser.add_argument("--port", type=int, help="of the page (default: the first free one from 7860)")
+    parser.add_argument("--port", type=int, help="port of the page (default: the first free port from 7860)")
     parser.set_defaults(run=run)
     return parser
 
@@ -37,15 +37,16 @@ def run(args: argparse.Namespace) -> None:
     """Serves the page until Ctrl-C.
 
     Raises:
-        UsageError: gradio, the model or a regularizer is missing, or the port is in use.
+        UsageError: if gradio, the model or a regularizer is missing, or if the port is in use.
     """
     from ..demo import build_demo
-    from ..training.errors import UsageError
+    from ..runtime.errors import UsageError
 
     regularizers = _regularizers(args.regularizer)
     pipeline = load_pipeline(args.model)
     try:
         page = build_demo(pipeline, regularizers)
+        from ..demo.guard import LOCAL_ONLY
     except ImportError as error:
         raise UsageError(str(error)) from error
     except ValueError as error:
@@ -60,21 +61,24 @@ def run(args: argparse.Namespace) -> None:
             ssr_mode=False,
             run_history=False,
             footer_links=[],
+            **LOCAL_ONLY,
         )
     except OSError as error:
         raise UsageError(
-            f"--port {args.port}: not free; without the flag it is the first free one from 7860"
+            f"--port {args.port}: not free; drop the flag to use the first free port from 7860"
         ) from error
-    print(f"{url} shows {args.model}; Ctrl-C ends it", flush=True)
+    print(f"{url} shows {args.model}; press Ctrl-C to stop", flush=True)
     page.block_thread()
 
 
 def _regularizers(names: list[str]) -> dict:
-    """Those named, then the other built-in ones."""
+    """Returns the named regularizers, followed by the other built-in ones that need only the image."""
     from .. import regularizers, specs
-    from ..training.errors import UsageError
+    from ..runtime.errors import UsageError
+    from ..term import needs_of
 
+    others = [name for name in regularizers.__all__ if not needs_of(getattr(regularizers, name))]
     try:
-        return {name: specs.load_regularizer(name) for name in dict.fromkeys([*names, *regularizers.__all__])}
+        return {name: specs.load_regularizer(name) for name in dict.fromkeys([*names, *others])}
     except ValueError as error:
         raise UsageError(f"--regularizer: {error}") from error

@@ -1,11 +1,9 @@
-"""What `evaluate` and `sweep` do with models and data: features, samples in a folder, rows of the table."""
+"""The steps that `evaluate` and `sweep` share: choose features, check regularizers, judge models."""
 
 from __future__ import annotations
 
 import argparse
-import hashlib
 import json
-import re
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,14 +13,10 @@ __all__ = [
     "Judged",
     "check_regularizers",
     "choose_features",
-    "draw_samples_of",
     "judge_models",
-    "read_samples",
-    "read_settings",
     "recorded_regularizers",
+    "recorded_units",
     "regularizers_of",
-    "samplers_of",
-    "write_settings",
 ]
 
 _IMAGES_OF_LOSS = 256
@@ -30,34 +24,73 @@ _BATCH_SIZE = 64
 
 
 def recorded_regularizers(names: list[str]) -> list[str]:
-    """The built-in regularizers that the models in these folders were trained with, in that order.
+    """Returns the built-in regularizers that the models in these folders were trained with, in order.
 
-    What a reg_config.json names beside them would be imported and run, and a file from somewhere must not decide that.
+    Leaves out those that compare an image with its own original, which samples lack. Ignores other names in a
+    reg_config.json: they would be imported and run, or a file or a network would be read, which a downloaded file must
+    not cause.
     """
     from .. import regularizers
-    from ..card import CONFIG_FILE
+    from ..specs import built_in_regularizers, name_of
 
-    found = []
-    for name in names:
-        try:
-            record = json.loads((Path(name) / CONFIG_FILE).read_text(encoding="utf-8"))
-            found += [term["regularizer"] for term in record["objective"]["terms"]]
-        except (OSError, ValueError, KeyError, TypeError):
-            continue
-    return [name for name in dict.fromkeys(found) if name in regularizers.__all__]
+    safe = built_in_regularizers().keys() - {regularizers.RadialSpectrum.__name__, "perceptual"}
+    terms = [term for name in names for term in _objective(name).get("terms", ())]
+    found = [term.get("regularizer") for term in terms]
+    named = [spec for spec in dict.fromkeys(found) if name_of(spec) in safe]
+    return [spec for spec in named if _is_of_samples(spec)]
+
+
+def _is_of_samples(spec: str) -> bool:
+    """Whether a loss needs the image only; what cannot be loaded is reported by `regularizers_of`."""
+    from ..specs import load_regularizer
+    from ..term import needs_of
+
+    try:
+        return not needs_of(load_regularizer(spec))
+    except ValueError:
+        return True
+
+
+def recorded_units(names: list[str]) -> tuple[str, str]:
+    """Returns the units of fields in L' during training, "user" or "model", and the model that records them.
+
+    Both are "" if no model records its units.
+
+    Raises:
+        UsageError: if the models were trained in different units.
+    """
+    from ..runtime.errors import UsageError
+
+    found = {name: units for name in names if (units := _objective(name).get("units")) in ("user", "model")}
+    if len(set(found.values())) > 1:
+        recorded = ", ".join(f"--model {name} with --reg_units {units}" for name, units in found.items())
+        raise UsageError(f"L' of fields was trained in different units ({recorded}): choose them by --reg_units")
+    return next(((units, name) for name, units in found.items()), ("", ""))
+
+
+def _objective(name: str) -> dict:
+    """Reads the losses from the reg_config.json in a folder; empty if they cannot be read."""
+    from ..runs.run_folder import CONFIG_FILE
+
+    try:
+        objective = json.loads((Path(name) / CONFIG_FILE).read_text(encoding="utf-8"))["objective"]
+        terms = [term for term in objective.get("terms", ()) if isinstance(term.get("regularizer"), str)]
+        return {"units": objective.get("units"), "terms": terms}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return {}
 
 
 def regularizers_of(specs: list[str]) -> dict:
-    """The regularizers by their names.
+    """Loads the regularizers, by name.
 
     Raises:
-        UsageError: none at all, or one that cannot be loaded.
+        UsageError: if there are none, or if one cannot be loaded.
     """
+    from ..runtime.errors import UsageError
     from ..specs import load_regularizer
-    from ..training.errors import UsageError
 
     if not specs:
-        raise UsageError("--regularizer: the models' reg_config.json names no built-in one: say which loss to measure")
+        raise UsageError("--regularizer: the models' reg_config.json names no built-in loss: name the loss to measure")
     try:
         return {spec: load_regularizer(spec) for spec in dict.fromkeys(specs)}
     except ValueError as error:
@@ -65,27 +98,27 @@ def regularizers_of(specs: list[str]) -> dict:
 
 
 def choose_features(args: argparse.Namespace, bench: Bench, device):
-    """The features that --features names, and why they are not better ones ("" if there is nothing to say).
+    """Returns the features that --features names, and the reason for a fallback ("" without one).
 
     Raises:
-        UsageError: features that were asked for and cannot be had.
+        UsageError: if the features that the user chose are unavailable.
     """
     from tqdm import tqdm
 
     from ..evaluation.features import DEFAULT_NETWORK, FeaturesError, named_features, pixels, train_classifier
-    from ..training.errors import UsageError
+    from ..runtime.errors import UsageError
 
     has_labels = bench.data.classes is not None
     if args.features == "pixels":
         return pixels(), ""
     if args.features == "classifier" and not has_labels:
-        raise UsageError("--features classifier needs labels, which these data have not: name them by --label_column")
+        raise UsageError("--features classifier needs labels, but this data set has none: name a --label_column")
     why = ""
     if args.features != "classifier":
         name = DEFAULT_NETWORK if args.features == "auto" else args.features
         try:
             if not bench.data.is_picture:
-                raise FeaturesError(f"{name} is for pictures, and these data are fields")
+                raise FeaturesError(f"{name} needs images, but these data are fields")
             return named_features(name, device), ""
         except FeaturesError as error:
             if args.features != "auto":
@@ -126,173 +159,49 @@ def _batches(number: int, size: int = _BATCH_SIZE) -> list[range]:
     return [range(start, min(start + size, number)) for start in range(0, number, size)]
 
 
-def check_regularizers(regularizers: dict, bench: Bench, models: dict, device) -> None:
-    """Freezes those that are networks and moves them to the device, as a training does; tries each on two images.
+def check_regularizers(regularizers: dict, bench: Bench, models: dict, device, reg_units: str | None) -> dict:
+    """Freezes the regularizers that are networks, moves them to the device, and tries each on two images.
+
+    Returns their terms by the same names. The terms see fields in the units of --reg_units.
 
     Raises:
-        UsageError: it needs what a sample has not, raises, or returns something else than one value for each image.
+        UsageError: if a regularizer needs what samples lack, raises, or does not return one value per image.
     """
-    from ..objective import Term, X0Regularization
-    from ..regularizers import score
-    from ..training.errors import UsageError
+    from ..objective import X0Regularization
+    from ..runtime.errors import UsageError
+    from ..term import Term, TermError, score
+    from ..training.terms import in_units
 
+    terms = (Term(regularizer, 1.0, name=name) for name, regularizer in regularizers.items())
+    terms = in_units(tuple(terms), bench.data, reg_units or "user")
     some = next(iter(models.values()))
     images = bench.reference[:2].to(device)
-    for name, regularizer in regularizers.items():
-        X0Regularization(some.scheduler, [Term(regularizer, 1.0, name=name)]).to(device)
-        needs = getattr(regularizer, "needs", ())
-        if missing := [need for need in needs if need not in bench.conditions]:
+    for name, term in zip(regularizers, terms, strict=True):
+        X0Regularization(some.scheduler, [term]).to(device)
+        if missing := [need for need in term.needs if need not in bench.conditions]:
             raise UsageError(
-                f"--regularizer {name} needs {', '.join(missing)}, which samples of --model {next(iter(models))} have"
-                " not"
+                f"--regularizer {name} needs {', '.join(missing)}, which samples of --model {next(iter(models))} lack"
             )
         try:
-            context = {need: bench.conditions[need][:2].to(device) for need in needs}
-            values = score(regularizer, images, **context)
+            score(term, images, {need: bench.conditions[need][:2].to(device) for need in term.needs})
+        except TermError as error:
+            raise UsageError(f"--regularizer {name}: {error}") from error
         except Exception as error:
-            told = UsageError(f"--regularizer {name} raised {type(error).__name__} on two images of the data: {error}")
-            told.show_cause = True
-            raise told from error
-        if tuple(values.shape) != (2,):
-            raise UsageError(
-                f"--regularizer {name} must return one value per image, (2,) for two, and returned"
-                f" {tuple(values.shape)}: average over all dimensions but the first"
-            )
-
-
-def read_settings(output: Path, name: str) -> dict | None:
-    """The settings that are kept in a file of this name, None if it is not there.
-
-    Raises:
-        UsageError: it cannot be read.
-    """
-    from ..training.errors import UsageError
-
-    path = output / name
-    if not path.is_file():
-        return None
-    try:
-        settings = json.loads(path.read_text(encoding="utf-8"))
-        if not isinstance(settings, dict):
-            raise ValueError("no object")
-    except (OSError, ValueError) as error:
-        raise UsageError(f"--output {output}: {name} cannot be read: name another folder") from error
-    return settings
-
-
-def write_settings(output: Path, name: str, settings: dict) -> None:
-    """Keeps them there.
-
-    Raises:
-        UsageError: the folder cannot be written.
-    """
-    from ..files import write_whole
-    from ..training.errors import UsageError
-
-    text = json.dumps(settings, indent=2) + "\n"
-    try:
-        write_whole(output / name, lambda part: part.write_text(text, encoding="utf-8"))
-    except OSError as error:
-        raise UsageError(f"--output {output} cannot be written: {error.strerror}") from error
-
-
-def samplers_of(args: argparse.Namespace, models: dict, names: dict, bench: Bench, folder: Path) -> dict:
-    """For each model the sampler, the store and what is missing in it.
-
-    Raises:
-        UsageError: settings that do not fit the model, or samples of other settings in the folder.
-    """
-    from ..generation import ArrayFile, Sampler, Settings, find_missing, fingerprint
-    from ..pipeline import RegDDPMPipeline
-    from ..samplers import fitting_samplers
-    from ..training.errors import UsageError
-
-    found = {}
-    labels, conditions = bench.conditions.get("class_labels"), bench.conditions.get("condition")
-    for title, pipeline in models.items():
-        channels = pipeline._channels
-        # The identity in place of the picture's or field's own units: samples come as L' takes them, not clipped.
-        as_it_is = {"offset": [0.0] * channels, "scale": [1.0] * channels}
-        plain = RegDDPMPipeline(pipeline.unet, pipeline.scheduler, as_it_is)
-        by_class = pipeline.unet.config.num_class_embeds is not None
-        settings = Settings(
-            model=names[title],
-            model_sha256=fingerprint(plain),
-            scheduler=args.scheduler or next(iter(fitting_samplers(pipeline))),
-            num_inference_steps=args.num_inference_steps,
-            seed=args.seed,
-            mixed_precision=args.mixed_precision,
-            class_labels=tuple(labels.tolist()) if by_class else (),
-            condition_sha256=hashlib.sha256(conditions.numpy()).hexdigest() if conditions is not None else "",
-        )
-        path = folder / f"{re.sub(r'[^A-Za-z0-9_.-]+', '_', title)}.npz"
-        try:
-            sampler = Sampler(plain, settings, conditions)
-        except ValueError as error:
-            raise UsageError(f"--{error}") from error
-        try:
-            store = ArrayFile(path, is_field=True)
-            found[title] = sampler, store, find_missing(store, settings, bench.number)
-        except ValueError as error:
-            raise UsageError(f"--output {error}") from error
-    return found
-
-
-def draw_samples_of(args: argparse.Namespace, samplers: dict, state) -> None:
-    """Draws what is missing, in all processes.
-
-    Raises:
-        UsageError: not enough memory, or a folder that cannot be written.
-    """
-    import torch
-
-    from ..generation import draw_missing
-    from ..training.errors import UsageError
-
-    for title, (sampler, store, missing) in samplers.items():
-        if not missing:
-            continue
-        if state.is_main_process:
-            print(f"sampling    {title}: {len(missing):,} images", flush=True)
-        try:
-            draw_missing(sampler, store, missing, args.batch_size, state)
-        except torch.OutOfMemoryError as error:
-            raise UsageError(f"--batch_size {args.batch_size}: too many for the memory of {state.device}") from error
-        except PermissionError as error:
-            raise UsageError(f"--output {store.path} cannot be written: {error.strerror}") from error
-
-
-def read_samples(bench: Bench, samplers: dict) -> dict:
-    """The first samples of each model, (N, C, H, W).
-
-    Raises:
-        UsageError: some were drawn on a machine that has another disk.
-    """
-    import numpy as np
-    import torch
-
-    from ..training.errors import UsageError
-
-    samples = {}
-    for title, (_, store, _) in samplers.items():
-        if lacking := set(range(bench.number)) - store.present():
-            raise UsageError(
-                f"--output {store.path}: {len(lacking):,} samples that other processes have drawn are not here: name a"
-                " place that all machines share"
-            )
-        store.finish(bench.number)
-        samples[title] = torch.from_numpy(np.load(store.path)["arr_0"][: bench.number])
-    return samples
+            raised = f"--regularizer {name} raised {type(error).__name__} on two images of the data: {error}"
+            usage_error = UsageError(raised)
+            usage_error.show_cause = True
+            raise usage_error from error
+    return dict(zip(regularizers, terms, strict=True))
 
 
 @dataclass
 class Judged:
-    """What was found.
+    """The result of `judge_models`.
 
     Attributes:
-        rows: of the table, the data first.
+        rows: the rows of the table by title, the data first.
         copies: near copies, by title.
-        features: what images were compared by.
+        features: the features that images were compared by.
     """
 
     rows: dict
@@ -311,12 +220,12 @@ def judge_models(
     *,
     with_denoising_loss: bool = False,
 ) -> Judged:
-    """Measures all; in the main process alone."""
+    """Measures the data and all models; call it in the main process only."""
     import dataclasses
 
-    from ..evaluation.comparison import denoising_loss
     from ..evaluation.distances import Estimate, nearest
     from ..evaluation.judgement import copies_of, find_copies, judge_samples
+    from ..evaluation.measuring import denoising_losses
 
     number = bench.number
     searched = _vectors(features, bench.images, bench.searched, device, "data")
@@ -344,7 +253,11 @@ def judge_models(
         if with_denoising_loss:
             some = {name: value[:_IMAGES_OF_LOSS] for name, value in conditions.items()}
             pipeline = models[title]
-            loss = denoising_loss(pipeline.unet, pipeline.scheduler, reference[:_IMAGES_OF_LOSS], args.seed, **some)
+            some["snr_gamma"] = args.snr_gamma
+            losses = denoising_losses(
+                pipeline.unet, pipeline.scheduler, reference[:_IMAGES_OF_LOSS], args.seed, **some
+            )
+            loss = losses.mean().item()
         rows[title] = judge_samples(
             drawn.to(device),
             reference,
@@ -365,7 +278,7 @@ def judge_models(
 
 
 def _vectors(features, images, number: int, device, title: str):
-    """The features of so many images, `images(places)` being some of them."""
+    """Computes the features of `number` images, read in batches by `images(places)`."""
     import torch
     from tqdm import tqdm
 

@@ -1,10 +1,10 @@
-"""The flags that `evaluate` and `sweep` share."""
+"""Flags that `evaluate` and `sweep` share."""
 
 from __future__ import annotations
 
 import argparse
 
-from ..training.flag_values import positive_int
+from ..settings.flag_values import positive_int
 from .sampling_flags import add_machine_flags, add_sampler_flags
 
 __all__ = ["DATA_FLAGS", "NUM_IMAGES", "add_judging_flags", "add_measuring_flags"]
@@ -20,46 +20,46 @@ def add_judging_flags(parser: argparse.ArgumentParser) -> None:
 
 
 def _add_data_flags(parser: argparse.ArgumentParser) -> None:
-    """Adds those about data."""
+    """Adds the flags about data."""
     add = parser.add_argument
     add(
         "--data",
         "--train_data_dir",
         "--dataset_name",
         metavar="FOLDER_FILE_OR_ID",
-        help="what samples are compared with: a folder of images, a file of fields (.npy, .npz) or a data set"
-        " (default: the embedded Fashion-MNIST images)",
+        help="data to compare the samples to: a folder of images, a file of fields (.npy, .npz) or a data set"
+        " (default: the training data that the models record)",
     )
-    add("--dataset_config_name", metavar="NAME", help="configuration of that data set, where it has several")
-    add("--image_column", metavar="NAME", help="column with the images (default: the first)")
-    add("--label_column", metavar="NAME", help="column with the class labels (default: 'label', if it is there)")
+    add("--dataset_config_name", metavar="NAME", help="configuration of the data set, if it has several")
+    add("--image_column", metavar="NAME", help="column of the images (default: the first image column)")
+    add("--label_column", metavar="NAME", help="column of the class labels (default: 'label', if it exists)")
     add(
         "--conditioning_image_column",
         metavar="NAME",
-        help="column with the images that an image-conditioned model is given",
+        help="column of the conditioning images, for an image-conditioned model",
     )
-    add("--cache_dir", metavar="FOLDER", help="where decoded images are kept (default: the Hugging Face cache)")
+    add("--cache_dir", metavar="FOLDER", help="folder for decoded images (default: the Hugging Face cache)")
 
 
 def add_measuring_flags(parser: argparse.ArgumentParser) -> None:
-    """Adds those about samples and features."""
+    """Adds the flags about samples and features."""
     add = parser.add_argument
     add(
         "--num_images",
         type=positive_int,
         metavar="N",
-        help=f"samples of each model, and as many images of the data, twice (default: {NUM_IMAGES}, or half of the"
-        " data)",
+        help="number of samples per model, and of images in each half of the data (default:"
+        f" {NUM_IMAGES}, at most half of the data)",
     )
     add(
         "--features",
         default="auto",
         metavar="NAME",
-        help="what images are compared by: a vision network of transformers (folder or Hub id); 'classifier', a small"
-        " one trained on the data's labels here; 'pixels' (default: facebook/dinov2-small if it can be had, else the"
-        " classifier if there are labels, else pixels)",
+        help="features to compare images by: a vision network of transformers (folder or Hub id); 'classifier', a"
+        " small network trained on the labels of the data; or 'pixels' (default: facebook/dinov2-small if available,"
+        " else the classifier if there are labels, else pixels)",
     )
-    add("--fid", action="store_true", help="the Inception FID, too; needs pip install 'reg_diffusers[fid]'")
+    add("--fid", action="store_true", help="also compute the Inception FID; needs pip install 'reg_diffusers[fid]'")
     add_sampler_flags(parser)
-    add("--batch_size", type=positive_int, default=64, metavar="N", help="drawn at once (default: %(default)s)")
+    add("--batch_size", type=positive_int, default=64, metavar="N", help="images per batch (default: %(default)s)")
     add_machine_flags(parser)

@@ -1,4 +1,4 @@
-"""The subcommand `sample`: images in large numbers, on any number of processes."""
+"""The subcommand `sample`: draws many images, on any number of processes."""
 
 from __future__ import annotations
 
@@ -8,17 +8,17 @@ import sys
 import time
 from pathlib import Path
 
-from ..training.flag_values import natural, positive_int
+from ..settings.flag_values import natural, positive_int
 from .model import add_model_flag, load_pipeline
-from .sampling_flags import add_machine_flags, add_sampler_flags
+from .sampling_flags import add_machine_flags, add_sampler_flags, add_units_flag
 
 __all__ = ["add_parser", "run"]
 
-# Through the network the same effect takes a larger scale.
+# With the gradient through the network, the same effect needs a larger scale.
 _GUIDANCE_SCALES = {"mpgd": 0.05, "dps": 2.0, "lgd": 2.0}
 _OF_THE_PICTURES = (
     *("model", "num_images", "num_inference_steps", "scheduler", "seed", "class_labels", "condition_dir", "guidance"),
-    *("guidance_scale", "guidance_method", "mixed_precision"),
+    *("regularizer_scale", "guidance_method", "reg_units", "mixed_precision"),
 )
 
 
@@ -27,26 +27,26 @@ def add_parser(subparsers) -> argparse.ArgumentParser:
     parser = subparsers.add_parser(
         "sample",
         help="draw many images, on all processes, into a folder, an array file or a data set on the Hub",
-        description="Draws image 0, 1, ... of a model, each from a seed of its own, so that neither --batch_size nor"
-        " the number of processes decides what is drawn. The same command again goes on where it was interrupted. On"
-        " several processes: accelerate launch -m reg_diffusers sample ...",
+        description="Draws images 0, 1, ... from a model. Each image has its own seed, so the images depend neither on"
+        " --batch_size nor on the number of processes. Run the same command again to continue after an interruption."
+        " On several processes: accelerate launch -m reg_diffusers sample ...",
         allow_abbrev=False,
     )
     add = parser.add_argument
     add_model_flag(parser)
-    add("--num_images", type=positive_int, default=64, metavar="N", help="how many (default: %(default)s)")
+    add("--num_images", type=positive_int, default=64, metavar="N", help="number of images (default: %(default)s)")
     add(
         "--batch_size",
         type=positive_int,
         default=64,
         metavar="N",
-        help="at once in each process (default: %(default)s)",
+        help="images per batch in each process (default: %(default)s)",
     )
     add(
         "--output",
         default="samples",
         metavar="PATH",
-        help="a folder, which gets 000000.png and so on, or a file that ends in .npz (default: %(default)s)",
+        help="a folder, for 000000.png and so on, or an .npz file (default: %(default)s)",
     )
     add_sampler_flags(parser)
     add(
@@ -54,12 +54,12 @@ def add_parser(subparsers) -> argparse.ArgumentParser:
         type=natural,
         nargs="+",
         metavar="LABEL",
-        help="numbers of classes, taken in turn, for a class-conditional model (default: all)",
+        help="class labels to cycle through, for a class-conditional model (default: all classes)",
     )
     add(
         "--condition_dir",
         metavar="FOLDER",
-        help="images, taken in turn in the order of their names, for a model that is conditioned by images",
+        help="folder of images to cycle through in the order of their names, for an image-conditioned model",
     )
     add(
         "--guidance",
@@ -69,40 +69,43 @@ def add_parser(subparsers) -> argparse.ArgumentParser:
         help="losses on x0_hat that steer the sampler: built-in names or my_module:MyReg",
     )
     scales = ", ".join(f"{scale:g} for {method}" for method, scale in _GUIDANCE_SCALES.items())
-    add("--guidance_scale", type=float, metavar="SCALE", help=f"how strongly they steer (default: {scales})")
+    add("--regularizer_scale", type=float, metavar="SCALE", help=f"strength of the guidance (default: {scales})")
+    add("--guidance_scale", help=argparse.SUPPRESS)
     add(
         "--guidance_method",
         choices=list(_GUIDANCE_SCALES),
-        help="how they steer: without a gradient through the network, with it, averaged (default: mpgd)",
+        help="gradient of the guidance: not through the network (mpgd), through it (dps), through it and averaged over"
+        " noise (lgd) (default: mpgd)",
     )
+    add_units_flag(parser)
     add_machine_flags(parser)
-    add("--push_to_hub", metavar="DATASET_ID", help="upload the folder as a data set when it is complete")
-    add("--hub_private_repo", action="store_true", help="make the data set as a private one")
-    add("--hub_token", metavar="TOKEN", help="for the upload (default: the one that `hf auth login` stored)")
+    add("--push_to_hub", metavar="DATASET_ID", help="upload the complete folder as a data set")
+    add("--hub_private_repo", action="store_true", help="create the data set as private")
+    add("--hub_token", metavar="TOKEN", help="token for the upload (default: the token stored by `hf auth login`)")
     parser.set_defaults(run=run)
     return parser
 
 
 def run(args: argparse.Namespace) -> None:
-    """Draws what is missing; called in every process of a launch.
+    """Draws the missing images; runs in every process of a launch.
 
     Raises:
-        UsageError: settings that do not fit the model, each other or what is there already.
-        SystemExit: with status 130, interrupted by Ctrl-C.
+        UsageError: if settings do not fit the model, each other or the images already there.
+        SystemExit: with status 130 on Ctrl-C.
     """
-    from ..training.hardware import set_threads
-    from ..training.processes import join_processes, leave_processes, on_main_process
+    from ..runtime.hardware import set_threads
+    from ..runtime.processes import join_processes, leave_processes, on_main_process
 
     _check(args)
     state = join_processes()
-    set_threads(args)
+    set_threads(args.num_threads)
     repo_id = on_main_process(state, lambda: _open_dataset(args)) if args.push_to_hub else None
     pipeline = load_pipeline(args.model, state.device, mixed_precision=args.mixed_precision)
     sampler = _sampler(args, pipeline)
     store = _store(args, sampler)
     missing = _missing(args, sampler, store)
     if state.is_main_process and 0 < len(missing) < args.num_images:
-        print(f"going on: {args.num_images - len(missing):,} of {args.num_images:,} are in {store.path}", flush=True)
+        print(f"continuing: {args.num_images - len(missing):,} of {args.num_images:,} are in {store.path}", flush=True)
     try:
         started = time.monotonic()
         if missing:
@@ -112,27 +115,35 @@ def run(args: argparse.Namespace) -> None:
         if not state.is_main_process:
             return
         _finish(args, store)
-        pace = f", {seconds / len(missing):.3g} s each" if missing else ", all of them were there"
+        pace = f", {seconds / len(missing):.3g} s each" if missing else ", all complete already"
         print(f"samples     {args.num_images:,} in {store.path}{pace}", flush=True)
         if repo_id is not None:
             _upload(args, sampler.settings, store, repo_id)
     except KeyboardInterrupt:
         if state.is_main_process:
             present = len(store.present() & set(range(args.num_images)))
-            print(f"\ninterrupted: {present:,} of {args.num_images:,} are in {store.path}; the same command goes on")
+            print(
+                f"\ninterrupted: {present:,} of {args.num_images:,} are in {store.path}; run the same command again to"
+                " continue"
+            )
         sys.exit(130)
 
 
 def _check(args: argparse.Namespace) -> None:
-    from ..training.errors import UsageError
+    from ..runtime.errors import UsageError
 
-    for flag in ("guidance_scale", "guidance_method"):
+    if args.guidance_scale is not None:
+        raise UsageError(
+            f"--guidance_scale {args.guidance_scale}: use --regularizer_scale {args.guidance_scale}; the old name is"
+            " reserved for classifier-free guidance"
+        )
+    for flag in ("regularizer_scale", "guidance_method"):
         if getattr(args, flag) is not None and not args.guidance:
-            raise UsageError(f"--{flag}: is about --guidance, which is not given")
-    if args.guidance_scale is not None and not 0 <= args.guidance_scale < float("inf"):
-        raise UsageError(f"--guidance_scale {args.guidance_scale:g}: must be finite and at least 0")
+            raise UsageError(f"--{flag} has no effect without --guidance")
+    if args.regularizer_scale is not None and not 0 <= args.regularizer_scale < float("inf"):
+        raise UsageError(f"--regularizer_scale {args.regularizer_scale:g}: must be finite and at least 0")
     if args.push_to_hub and _is_array_file(args):
-        raise UsageError("--push_to_hub uploads pictures: name a folder by --output")
+        raise UsageError("--push_to_hub uploads image files: name a folder by --output")
 
 
 def _is_array_file(args: argparse.Namespace) -> bool:
@@ -140,71 +151,73 @@ def _is_array_file(args: argparse.Namespace) -> bool:
 
 
 def _sampler(args: argparse.Namespace, pipeline):
-    from ..generation import Sampler, Settings, fingerprint
-    from ..samplers import fitting_samplers
-    from ..training.errors import UsageError
+    from ..runtime.errors import UsageError
+    from ..sampling.sampler import Sampler, model_sha256
+    from ..sampling.schedulers import fitting_samplers
+    from ..sampling.settings import SampleSettings
 
     conditions = _conditions(args, pipeline)
     method = args.guidance_method or "mpgd"
-    scale = _GUIDANCE_SCALES[method] if args.guidance_scale is None else args.guidance_scale
+    scale = _GUIDANCE_SCALES[method] if args.regularizer_scale is None else args.regularizer_scale
     labels = range(pipeline.unet.config.num_class_embeds or 0) if args.class_labels is None else args.class_labels
-    settings = Settings(
+    settings = SampleSettings(
         model=args.model,
-        model_sha256=fingerprint(pipeline),
+        model_sha256=model_sha256(pipeline),
         scheduler=args.scheduler or next(iter(fitting_samplers(pipeline))),
         num_inference_steps=args.num_inference_steps,
         seed=args.seed,
         class_labels=tuple(labels),
-        condition_sha256=conditions.fingerprint if conditions is not None else "",
+        condition_sha256=conditions.sha256 if conditions is not None else "",
         guidance=tuple(args.guidance),
-        guidance_scale=scale if args.guidance else 0.0,
+        regularizer_scale=scale if args.guidance else 0.0,
+        reg_units=(args.reg_units or "user") if args.guidance and pipeline.config.normalization else "model",
         guidance_method=method,
         mixed_precision=args.mixed_precision,
     )
     try:
         return Sampler(pipeline, settings, conditions)
-    except ValueError as error:  # its message begins with the name of a setting, which is that of the flag
+    except ValueError as error:  # its message begins with the name of a setting, which is also the name of the flag
         raise UsageError(f"--{error}") from error
 
 
 def _conditions(args: argparse.Namespace, pipeline):
-    from ..training.errors import UsageError
+    from ..runtime.errors import UsageError
     from .conditions import ConditionFolder
 
     channels, size = pipeline.unet.config.in_channels - pipeline._channels, pipeline.unet.config.sample_size
     if not channels and args.condition_dir:
-        raise UsageError("--condition_dir: the model is not conditioned by images; drop the flag")
+        raise UsageError("--condition_dir: the model is not conditioned on images; drop the flag")
     if not channels:
         return None
     if not args.condition_dir:
-        raise UsageError(f"--model {args.model} is conditioned by images: name a folder by --condition_dir")
+        raise UsageError(f"--model {args.model} is conditioned on images: name a folder by --condition_dir")
     height, width = (size, size) if isinstance(size, int) else size
     if channels not in (1, 3) or height != width:
         raise UsageError(
-            f"--condition_dir: pictures are square and of 1 or 3 channels, the condition of this model is {height} x"
-            f" {width} and of {channels}: use RegDDPMPipeline in Python"
+            f"--condition_dir supports square images of 1 or 3 channels, but the condition of this model is {channels}"
+            f" x {height} x {width}: use RegDDPMPipeline in Python"
         )
     return ConditionFolder(Path(args.condition_dir), height, channels)
 
 
 def _store(args: argparse.Namespace, sampler):
-    from ..generation import ArrayFile, PictureFolder
-    from ..training.errors import UsageError
+    from ..runtime.errors import UsageError
+    from ..sampling.store import ArrayFile, PictureFolder
 
     path = Path(args.output)
     try:
         if _is_array_file(args):
             return ArrayFile(path, sampler.is_field, sampler.settings.class_labels)
         if not sampler.is_picture:
-            raise ValueError(f"{path}: samples of this model are no pictures: name a file, such as {path}.npz")
+            raise ValueError(f"{path}: samples of this model are not images: name a file, such as {path}.npz")
         return PictureFolder(path)
     except ValueError as error:
         raise UsageError(f"--output {error}") from error
 
 
 def _missing(args: argparse.Namespace, sampler, store) -> list[int]:
-    from ..generation import find_missing
-    from ..training.errors import UsageError
+    from ..runtime.errors import UsageError
+    from ..sampling.drawing import find_missing
 
     try:
         return find_missing(store, sampler.settings, args.num_images)
@@ -215,54 +228,54 @@ def _missing(args: argparse.Namespace, sampler, store) -> list[int]:
 def _draw(args: argparse.Namespace, sampler, store, missing: list[int], state) -> None:
     import torch
 
-    from ..generation import draw_missing
+    from ..runtime.errors import UsageError
+    from ..sampling.drawing import draw_missing
     from ..term import TermError
-    from ..training.errors import UsageError
 
     try:
         draw_missing(sampler, store, missing, args.batch_size, state)
     except TermError as error:
         raise UsageError(f"--guidance: {error}") from error
     except torch.OutOfMemoryError as error:
-        raise UsageError(f"--batch_size {args.batch_size}: too many for the memory of {state.device}") from error
+        raise UsageError(f"--batch_size {args.batch_size}: too large for the memory of {state.device}") from error
     except PermissionError as error:
         raise UsageError(f"--output {args.output} cannot be written: {error.strerror}") from error
 
 
 def _finish(args: argparse.Namespace, store) -> None:
-    from ..training.errors import UsageError
+    from ..runtime.errors import UsageError
 
     if lacking := set(range(args.num_images)) - store.present():
         raise UsageError(
-            f"--output {store.path}: {len(lacking):,} images that other processes have drawn are not here: name a"
-            " place that all machines share"
+            f"--output {store.path}: {len(lacking):,} images drawn by other processes are missing: name a folder that"
+            " all machines share"
         )
     store.finish(args.num_images)
 
 
 def _open_dataset(args: argparse.Namespace) -> str:
-    from ..hub_samples import open_dataset
+    from ..sampling.hub_samples import open_dataset
 
     return open_dataset(args.push_to_hub, args.hub_token, args.hub_private_repo)
 
 
 def _upload(args: argparse.Namespace, settings, store, repo_id: str) -> None:
-    from ..hub_samples import upload_samples
-    from ..training.errors import UsageError
-    from ..upload import reason
+    from ..hub.background_upload import reason
+    from ..runtime.errors import UsageError
+    from ..sampling.hub_samples import upload_samples
 
     try:
         address = upload_samples(repo_id, store, settings, args.num_images, _command(args), args.hub_token)
-    except Exception as error:  # what it raises without a network depends on its HTTP library
+    except Exception as error:  # without a network, the type depends on its HTTP library
         raise UsageError(
-            f"--push_to_hub {repo_id}: failed ({reason(error)}); the images are in {store.path}, and the same command"
-            " uploads them"
+            f"--push_to_hub {repo_id}: failed ({reason(error)}); the images are in {store.path}: run the same command"
+            " again to upload them"
         ) from error
     print(f"uploaded    {address}")
 
 
 def _command(args: argparse.Namespace) -> str:
-    """The command line that draws the same pictures."""
+    """Returns the command line that draws the same images."""
     words = ["reg-diffusers", "sample"]
     for name in _OF_THE_PICTURES:
         value = getattr(args, name)

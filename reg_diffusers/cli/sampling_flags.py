@@ -1,40 +1,50 @@
-"""The flags of all commands that draw samples."""
+"""Flags that all commands with sampling share."""
 
 from __future__ import annotations
 
 import argparse
 
-from ..training.flag_values import natural, positive_int
+from ..settings.flag_values import positive_int, seed
 
-__all__ = ["add_machine_flags", "add_sampler_flags"]
+__all__ = ["add_machine_flags", "add_sampler_flags", "add_units_flag"]
 
 
 def add_sampler_flags(parser: argparse.ArgumentParser) -> None:
-    """Adds what decides the images: steps, scheduler, seed."""
+    """Adds the flags that determine the images: steps, scheduler, seed."""
     add = parser.add_argument
     add(
         "--num_inference_steps",
         type=positive_int,
         default=50,
         metavar="N",
-        help="calls of the network for each image (default: %(default)s)",
+        help="network calls per image (default: %(default)s)",
     )
     add("--scheduler", metavar="NAME", help="DDIM, DDPM, Euler, DPM-Solver++ or UniPC (default: DDIM; Euler for flow)")
-    add("--seed", type=natural, default=0, metavar="N", help="image i has the seed N + i (default: %(default)s)")
+    add("--seed", type=seed, default=0, metavar="N", help="image i has the seed N + i (default: %(default)s)")
+
+
+def add_units_flag(parser: argparse.ArgumentParser, default: str = "user") -> None:
+    """Adds the flag for the units of fields in the losses."""
+    parser.add_argument(
+        "--reg_units",
+        choices=["user", "model"],
+        help="units of fields in the losses: their own (user), or those of the network, about -1 to 1 (default:"
+        f" {default})",
+    )
 
 
 def add_machine_flags(parser: argparse.ArgumentParser) -> None:
-    """Adds what the machine is asked for: precision, threads."""
+    """Adds the flags about the machine: precision, threads."""
     add = parser.add_argument
     add(
         "--mixed_precision",
         choices=["no", "bf16"],
         default="no",
-        help="bf16: the network computes in bfloat16, on recent processors and GPUs faster (default: %(default)s)",
+        help="bf16: run the network in bfloat16, faster on recent CPUs and GPUs (default: %(default)s)",
     )
     add(
         "--num_threads",
         type=positive_int,
         metavar="N",
-        help="CPU threads per process (default: the cores, shared)",
+        help="CPU threads per process (default: all cores, divided among the processes)",
     )

@@ -1,4 +1,4 @@
-"""The subcommand `sweep`: which weight? One short training for each, measured by loss and distance."""
+"""The subcommand `sweep`: finds a weight by one short training per weight, measured by loss and distance."""
 
 from __future__ import annotations
 
@@ -8,20 +8,13 @@ import subprocess
 import sys
 from pathlib import Path
 
+from ..runtime.files import file_name
+from ..settings import Settings
 from .bench import load_models, open_bench
-from .judging import (
-    check_regularizers,
-    choose_features,
-    draw_samples_of,
-    judge_models,
-    read_samples,
-    read_settings,
-    regularizers_of,
-    samplers_of,
-    write_settings,
-)
+from .judging import check_regularizers, choose_features, judge_models, regularizers_of
 from .judging_flags import DATA_FLAGS, add_measuring_flags
-from .output import check_folder
+from .model_samples import draw_samples_of, read_samples, samplers_of
+from .output import check_folder, read_settings, write_settings
 
 __all__ = ["add_parser", "run"]
 
@@ -29,73 +22,80 @@ _SETTINGS_FILE = "sweep_settings.json"
 _OWN_FLAGS = ("output_dir", "reg_weight", "reg_weighting", "compare", "no-compare", "resume", "overwrite_output_dir")
 _OWN_FLAGS += ("resume_from_checkpoint", "push_to_hub", "reg_target")
 _DECIDED = "after --: the sweep decides it (--reg_weights, --reg_weightings, --output)"
-_NOT_OVERRIDDEN = ("reg_target", "push_to_hub", "overwrite_output_dir")  # by the flags that a run is given
+_NOT_OVERRIDDEN = ("reg_target", "push_to_hub", "overwrite_output_dir")  # by the flags of a run
 
 
 def add_parser(subparsers) -> argparse.ArgumentParser:
     """Adds the subcommand to those of `reg-diffusers`."""
     parser = subparsers.add_parser(
         "sweep",
-        help="which weight? The same short training for several weights and weightings, and the Pareto front",
-        description="Runs train_reg.py once for each weight and weighting (weight 0 once), measures the loss L' and"
-        " the distance to the data of each, and draws which of them no other beats in both. The same command again"
-        " goes on where it was interrupted; more weights can be added to it later.",
+        help="which weight? Runs the same short training for several weights and weightings, draws the Pareto front",
+        description="Runs train_reg.py once per weight and weighting (weight 0 once), measures the loss L' and the"
+        " distance to the data of each run, and draws the runs that no other run beats in both. Run the same command"
+        " again to continue after an interruption, or with more weights to add them.",
         usage="reg-diffusers sweep [flags] -- [flags of train_reg.py]",
         allow_abbrev=False,
     )
     add = parser.add_argument
-    add("--reg_weights", nargs="+", type=_weight, default=[0.0, 0.1, 1.0], metavar="W", help="default: 0 0.1 1")
+    add(
+        "--reg_weights",
+        nargs="+",
+        type=_weight,
+        default=[0.0, 0.1, 1.0],
+        metavar="W",
+        help="weights to try (default: 0 0.1 1)",
+    )
     add(
         "--reg_weightings",
         nargs="+",
         default=["matched", "constant"],
         metavar="NAME",
-        help="built-in names or my_module:my_weighting (default: matched constant)",
+        help="weightings to try: built-in names or my_module:my_weighting (default: matched constant)",
     )
-    add("--output", default="sweep", metavar="FOLDER", help="for trainings and results (default: %(default)s)")
+    add("--output", default="sweep", metavar="FOLDER", help="folder for runs and results (default: %(default)s)")
     add("--script", default="train_reg.py", metavar="FILE", help="the training script (default: ./train_reg.py)")
     add_measuring_flags(parser)
-    add("training", nargs="*", metavar="-- FLAG", help="flags of train_reg.py, the same for all runs")
+    add("training", nargs="*", metavar="-- FLAG", help="flags of train_reg.py, equal for all runs")
     parser.set_defaults(run=run)
     return parser
 
 
 def run(args: argparse.Namespace) -> None:
-    """Trains what is missing, then measures all.
+    """Trains the missing runs, then measures all.
 
     Raises:
-        UsageError: settings that cannot work, a training that failed, a folder of another sweep.
-        SystemExit: with status 130, interrupted by Ctrl-C.
+        UsageError: if settings cannot work, a training fails, or the folder holds another sweep.
+        SystemExit: with status 130 on Ctrl-C.
     """
     from accelerate import PartialState
 
-    from ..training.arguments import parse_args
-    from ..training.hardware import cpu_is_wanted, set_threads
+    from ..runtime.hardware import cpu_is_wanted, set_threads
+    from ..settings.arguments import parse_args
 
     output = Path(args.output)
     _check(args)
     training = parse_args(args.training)
     _check_training(training)
-    regularizers = regularizers_of(training.regularizer)
+    regularizers = regularizers_of(list(training.loss.regularizer))
     runs = _runs(args)
-    settings = _settings(args)
+    settings = _settings(args) | _units(training)
     _keep_settings(output, settings)
     for number, (title, weighting, weight) in enumerate(runs, 1):
         folder = output / "runs" / _name(title)
         if _is_finished(folder):
-            print(f"run {number} of {len(runs)}  {title}: was there", flush=True)
+            print(f"run {number} of {len(runs)}  {title}: complete already", flush=True)
             continue
         print(f"run {number} of {len(runs)}  {title}", flush=True)
         _train(args, folder, weighting, weight)
-    set_threads(args)
+    set_threads(args.num_threads)
     state = PartialState(cpu=cpu_is_wanted())
     names = {title: str(output / "runs" / _name(title)) for title, *_ in runs}
     models = load_models(list(names.values()), state.device, list(names), mixed_precision=args.mixed_precision)
-    args.data = training.dataset_name or training.train_data_dir
-    for name in DATA_FLAGS:
-        setattr(args, name, getattr(training, name))
+    args.data = training.data.source
+    for name in (*DATA_FLAGS, "snr_gamma"):
+        setattr(args, name, training.values()[name])
     bench = open_bench(args, models)
-    check_regularizers(regularizers, bench, models, state.device)
+    terms = check_regularizers(regularizers, bench, models, state.device, training.loss.reg_units)
     samplers = samplers_of(args, models, names, bench, output / "samples")
     features, why = choose_features(args, bench, state.device)
     if why:
@@ -103,9 +103,7 @@ def run(args: argparse.Namespace) -> None:
     try:
         draw_samples_of(args, samplers, state)
         samples = read_samples(bench, samplers)
-        judged = judge_models(
-            args, models, samples, bench, features, regularizers, state.device, with_denoising_loss=True
-        )
+        judged = judge_models(args, models, samples, bench, features, terms, state.device, with_denoising_loss=True)
         _write(output, judged.rows, runs, {**settings, "features": features.description, "num_images": bench.number})
     except KeyboardInterrupt:
         _stop(output)
@@ -122,8 +120,8 @@ def _weight(text: str) -> float:
 
 
 def _check(args: argparse.Namespace) -> None:
+    from ..runtime.errors import UsageError
     from ..specs import load_weighting
-    from ..training.errors import UsageError
 
     for word in args.training:
         name = word.partition("=")[0].removeprefix("--")
@@ -138,26 +136,26 @@ def _check(args: argparse.Namespace) -> None:
         raise UsageError(f"--reg_weightings: {error}") from error
 
 
-def _check_training(training: argparse.Namespace) -> None:
-    """About the settings as a training will have them, those of a YAML file among them."""
-    from ..training.errors import UsageError
+def _check_training(training: Settings) -> None:
+    """Checks the settings of the training, including those of a YAML file."""
+    from ..runtime.errors import UsageError
 
     for name in _NOT_OVERRIDDEN:
-        if getattr(training, name):
-            raise UsageError(f"--{name} {_DECIDED}; take it out of the YAML file")
-    if not training.regularizer:
-        raise UsageError("--regularizer none leaves nothing to weight: name the loss after --")
+        if training.values()[name]:
+            raise UsageError(f"--{name} {_DECIDED}; remove it from the YAML file")
+    if not training.loss.regularizer:
+        raise UsageError("--regularizer none leaves nothing to weight: name a loss after --")
 
 
 def _runs(args: argparse.Namespace) -> list[tuple[str, str, float]]:
-    """(title, weighting, weight) of each training; without weight the weighting says nothing."""
+    """Returns (title, weighting, weight) of each run; weight 0 runs once, because its weighting has no effect."""
     weightings, weights = list(dict.fromkeys(args.reg_weightings)), list(dict.fromkeys(args.reg_weights))
     plain = [("weight 0", weightings[0], 0.0)] if 0 in weights else []
     return plain + [(f"{name} {weight:g}", name, weight) for name in weightings for weight in weights if weight]
 
 
 def _name(title: str) -> str:
-    return title.replace(" ", "-").replace(":", ".")
+    return file_name(title.replace(" ", "-").replace(":", "."))
 
 
 def _settings(args: argparse.Namespace) -> dict:
@@ -170,28 +168,35 @@ def _settings(args: argparse.Namespace) -> dict:
     }
 
 
+def _units(training: Settings) -> dict:
+    """Returns the units of fields in L'; empty for images."""
+    from ..data.fields import field_file
+
+    return {"reg_units": training.loss.reg_units} if field_file(training.data.source) else {}
+
+
 def _keep_settings(output: Path, settings: dict) -> None:
-    """Refuses a folder of another sweep; weights may be added."""
-    from ..training.errors import UsageError
+    """Raises if the folder holds another sweep, where added weights do not count; else writes the settings."""
+    from ..runtime.errors import UsageError
 
     check_folder(output)
     if (before := read_settings(output, _SETTINGS_FILE)) is not None:
         if before != settings:
-            raise UsageError(f"--output {output} holds a sweep of other trainings or samples: name another folder")
+            raise UsageError(f"--output {output} holds a sweep with other settings: name another folder")
     elif output.is_dir() and any(output.iterdir()):
-        raise UsageError(f"--output {output} is there and holds no sweep: name another")
+        raise UsageError(f"--output {output} exists and holds no sweep: name another folder")
     write_settings(output, _SETTINGS_FILE, settings)
 
 
 def _is_finished(folder: Path) -> bool:
-    """The card is the last thing that a training writes."""
-    from ..card import CARD_FILE
+    """Whether the training finished: the card is the last file that it writes."""
+    from ..runs.run_folder import CARD_FILE
 
     return (folder / CARD_FILE).is_file() and (folder / "model_index.json").is_file()
 
 
 def _train(args: argparse.Namespace, folder: Path, weighting: str, weight: float) -> None:
-    from ..training.errors import UsageError
+    from ..runtime.errors import UsageError
 
     command = [sys.executable, args.script, *args.training, "--reg_weight", str(weight), "--reg_weighting", weighting]
     command += ["--no-compare", "--output_dir", str(folder), "--resume", "auto"]
@@ -199,24 +204,24 @@ def _train(args: argparse.Namespace, folder: Path, weighting: str, weight: float
     try:
         status = process.wait()
     except KeyboardInterrupt:
-        process.wait()  # it got the signal too, and saves a checkpoint
+        process.wait()  # it received the signal, too, and saves a checkpoint
         _stop(Path(args.output))
     if status:
-        raise UsageError(f"the training in {folder} failed with status {status}, as is said above")
+        raise UsageError(f"the training in {folder} failed with exit status {status}; see its message above")
     if not _is_finished(folder):
         _stop(Path(args.output))
 
 
 def _stop(output: Path) -> None:
-    print(f"\ninterrupted: the same command goes on with what is in {output}")
+    print(f"\ninterrupted: run the same command again to continue in {output}")
     sys.exit(130)
 
 
 def _write(output: Path, rows: dict, runs: list, settings: dict) -> None:
-    from ..evaluation.judgement import tell_not_finite, write_rows
+    from ..evaluation.judgement import describe_nonfinite, write_rows
     from ..evaluation.pareto import draw_pareto, pareto_front
     from ..evaluation.trade_off import Point
-    from ..files import write_whole
+    from ..runtime.files import write_whole
 
     some = rows["data"]
     distance = some.distance[0]
@@ -243,14 +248,15 @@ def _write(output: Path, rows: dict, runs: list, settings: dict) -> None:
     write_whole(output / "sweep.json", lambda path: write_rows(path, rows, pareto=titles_on_front, settings=settings))
     text = _table(rows, titles_on_front)
     write_whole(output / "sweep.txt", lambda path: path.write_text(f"{text}\n", encoding="utf-8"))
-    print("", text, "", *tell_not_finite(rows), sep="\n")
-    print("* no other run is better in both, loss and distance; ± is half of a 95 % confidence interval")
+    print("", text, "", *describe_nonfinite(rows), sep="\n")
+    print("* no other run is better in both loss and distance; ± is half of a 95 % confidence interval")
     print(f"written     {output / 'sweep.png'}, .svg, .json, .txt", flush=True)
 
 
 def _table(rows: dict, fronts: dict[str, list[str]]) -> str:
-    """A line for each run: L', distances that matter, denoising loss; marked where it is on the front of a loss."""
-    from ..evaluation.judgement import SLICED, table_cells
+    """Formats one line per run: L', the main distances, the denoising loss, and a * on the front of a loss."""
+    from ..evaluation.judgement import table_cells
+    from ..evaluation.measuring import SLICED
 
     some = rows["data"]
     shown = [*some.terms, some.distance[0], "recall", SLICED, "denoising loss"]

@@ -1,4 +1,4 @@
-"""The demonstration in a browser; needs the extra `demo`."""
+"""The browser demo; needs the optional dependencies `demo`."""
 
 from __future__ import annotations
 
@@ -15,15 +15,16 @@ __all__ = ["build_demo"]
 
 
 def build_demo(pipeline: RegDDPMPipeline, regularizers: Mapping[str, Regularizer]) -> gradio.Blocks:
-    """A page that samples from a pipeline with and without guidance, side by side; `.launch()` serves it.
+    """Builds a page that samples from a pipeline with and without guidance, side by side; `.launch()` serves it.
 
     Args:
-        pipeline: the model; its own scheduler is left alone.
-        regularizers: what it can be guided by, by the name to be shown; the first is chosen at the start.
+        pipeline: the model; its own scheduler is not changed.
+        regularizers: the losses to choose from, by display name; the first is the initial choice.
 
     Raises:
-        ImportError: gradio is not installed.
-        ValueError: there is no regularizer, one needs what a sample has not, or the model is conditioned by an image.
+        ImportError: if gradio is not installed.
+        ValueError: if there is no regularizer, if one needs a condition that samples lack, or if the model is
+            conditioned on images.
     """
     try:
         from .page import build_page

@@ -1,4 +1,4 @@
-"""The HTML that shows two runs: their pictures, L' as a number, L' over the steps."""
+"""Renders two runs as HTML: their images, L' as a number, L' over the steps."""
 
 from __future__ import annotations
 
@@ -28,20 +28,20 @@ _STYLE = """<style>
 .curve .plain { stroke-dasharray: 7 5; opacity: .65; }
 .curve .axis { stroke-width: 1; opacity: .4; }
 </style>"""
-_WIDTH, _HEIGHT = 640, 210  # of the curve, in units of its own
+_WIDTH, _HEIGHT = 640, 210  # size of the curve, in SVG units
 _LEFT, _RIGHT, _TOP, _BOTTOM = 52, 12, 26, 34  # its margins
 
 
 def show(name: str, description: str, plain: Run, guided: Run) -> str:
-    """Both runs as they are now.
+    """Renders the current state of both runs.
 
     Args:
-        name: of the regularizer.
-        description: of the regularizer, one line.
+        name: the name of the regularizer.
+        description: its description, one line.
         plain: the run without guidance.
-        guided: the run with it.
+        guided: the run with guidance.
     """
-    titles = "Without guidance", f"With guidance, scale {guided.guidance_scale:g}"
+    titles = "Without guidance", f"With guidance, scale {guided.regularizer_scale:g}"
     figures = "".join(
         _figure(key, title, run) for key, title, run in zip(("plain", "guided"), titles, (plain, guided), strict=True)
     )
@@ -63,7 +63,7 @@ def _figure(key: str, title: str, run: Run) -> str:
 
 
 def _data_url(run: Run) -> str:
-    """The picture inside of the page: it arrives together with its number, and leaves no file behind."""
+    """Embeds the image in the page: it arrives together with its number, and leaves no file behind."""
     file = io.BytesIO()
     grid(run.images).save(file, "png")
     return "data:image/png;base64," + base64.b64encode(file.getvalue()).decode()
@@ -72,22 +72,22 @@ def _data_url(run: Run) -> str:
 def _status(plain: Run, guided: Run) -> str:
     if plain.score is None or guided.score is None:
         step = min(len(plain.values), len(guided.values))
-        return f"Step {step} of {guided.settings.steps}: x̂₀, the images that the sampler is heading for."
+        return f"Step {step} of {guided.settings.steps}: x̂₀, the current estimate of the finished images."
     before, after = plain.score, guided.score
-    if guided.guidance_scale == 0:
-        return "Done. The scale is 0: no guidance, the same images twice."
-    if not before > 0:  # also where it is no number
-        return f"Done. Guidance took L' from {before:.4g} to {after:.4g}."
+    if guided.regularizer_scale == 0:
+        return "Done. The scale is 0: no guidance, so both runs are equal."
+    if not before > 0:  # also if it is nan
+        return f"Done. Guidance changed L' from {before:.4g} to {after:.4g}."
     change = f"by {abs(after / before - 1):.1%}"
     return (
         f"Done. Guidance lowered L' {change}."
         if after < before
-        else f"Done. L' rose {change}: a step down its slope was too long. Try a smaller scale."
+        else f"Done. L' rose {change}: a guidance step was too long. Try a smaller scale."
     )
 
 
 def _curve(plain: Run, guided: Run) -> str:
-    """L' of x0_hat over the steps as SVG: dashed without guidance, solid with it, so that it can be read in grey."""
+    """Draws L' of x0_hat over the steps as SVG: dashed without guidance, solid with it (readable in grayscale)."""
     steps = max(guided.settings.steps, len(plain.values), len(guided.values))
     top = _round_up(max(filter(math.isfinite, [*plain.values, *guided.values]), default=0))
 
@@ -120,7 +120,7 @@ def _curve(plain: Run, guided: Run) -> str:
 
 
 def _round_up(value: float) -> float:
-    """The next of 1, 2, 4, 6, 8, 10 times a power of ten."""
+    """Rounds up to 1, 2, 4, 6, 8 or 10 times a power of ten."""
     if not value > 0:
         return 1.0
     power = 10.0 ** math.floor(math.log10(value))

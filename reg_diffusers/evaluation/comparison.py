@@ -1,7 +1,7 @@
-"""What the extra losses did to a model, and what they cost.
+"""Compares a model trained with the auxiliary losses to one trained without them: effect and cost.
 
-Two models, trained on the same batches and noise with and without the extra losses, are asked for samples from the
-same noise in the same steps.
+Both models are trained on the same batches and noise, and both draw samples from the same initial noise in the same
+number of steps.
 """
 
 from __future__ import annotations
@@ -10,19 +10,15 @@ import math
 from collections.abc import Sequence
 from pathlib import Path
 
-import torch
 from torch import Tensor
 
-from ..conditioning import with_condition
-from ..measurement import Measurement
-from ..objective import RegularizedLoss
-from ..regularizers import score
+from ..runs.measurement import Measurement
 from ..term import Term
-from .metrics import sliced_wasserstein
+from .distances import NORMAL, Estimate, mean_of
+from .judgement import change
+from .measuring import distance_to_data, mean_loss
 
-__all__ = ["denoising_loss", "draw_comparison", "measure", "verdict"]
-
-_NOISE_LEVELS_PER_IMAGE = 4
+__all__ = ["describe_change", "difference", "draw_comparison", "measure"]
 
 
 def measure(
@@ -34,75 +30,53 @@ def measure(
 ) -> Measurement:
     """Measures samples (N, C, H, W) in [-1, 1] against reference images of the same number and shape.
 
-    Terms whose regularizer needs more than the image and its `conditions` (class_labels, condition) are left out.
+    Skips the terms that need more than the image and its `conditions`.
     """
-    means, errors = {}, {}
-    for term in terms:
-        needs = getattr(term.regularizer, "needs", ())
-        if any(need not in conditions for need in needs):
-            continue
-        values = score(term.regularizer, samples, **{need: conditions[need] for need in needs})
-        means[term.name] = values.mean().item()
-        errors[term.name] = values.std().item() / math.sqrt(len(values)) if len(values) > 1 else math.nan
-    return Measurement(len(samples), means, errors, sliced_wasserstein(samples, reference), denoising_loss)
+    known = [term for term in terms if all(need in conditions for need in term.needs)]
+    losses = {term.name: mean_loss(term, samples, conditions) for term in known}
+    means = {name: loss.value for name, loss in losses.items()}
+    errors = {name: loss.standard_error for name, loss in losses.items()}
+    distance = distance_to_data(samples, reference)
+    return Measurement(len(samples), means, errors, distance.value, denoising_loss, distance.half_width)
 
 
-@torch.no_grad()
-def denoising_loss(unet, noise_scheduler, original_samples: Tensor, seed: int, **conditions: Tensor) -> float:
-    """The plain denoising loss of a model on fixed images, noise and timesteps, the same for every model.
-
-    Timesteps are spread evenly over the schedule, so that a few hundred images suffice.
+def describe_change(titles: tuple[str, str], plain: Measurement, regularized: Measurement, cost: Estimate) -> str:
+    """Describes effect and cost in one sentence, in the words that `compare_rows` uses for `reg-diffusers evaluate`.
 
     Args:
-        unet: the network, in evaluation mode.
-        noise_scheduler: the scheduler it was trained with.
-        original_samples: (N, C, H, W) images in [-1, 1].
-        seed: of the noise.
-        **conditions: what the network is conditioned on: class_labels (N,), condition (N, K, H, W).
+        titles: the names of the two models, without and with the loss.
+        plain: the measurement of the model without the loss.
+        regularized: the measurement of the model with it.
+        cost: the mean paired difference of their denoising losses.
     """
-    loss_fn = RegularizedLoss(noise_scheduler)
-    generator = torch.Generator().manual_seed(seed)
-    total = 0.0
-    number = len(original_samples)
-    for repetition in range(_NOISE_LEVELS_PER_IMAGE):
-        levels = (torch.randperm(number, generator=generator) + (repetition + 0.5) / _NOISE_LEVELS_PER_IMAGE) / number
-        timesteps = (levels * noise_scheduler.config.num_train_timesteps).long()
-        noise = torch.randn(original_samples.shape, generator=generator)
-        for batch in torch.arange(number).split(64):
-            given = {name: tensor[batch] for name, tensor in conditions.items()}
-            output = loss_fn(
-                with_condition(unet, given.pop("condition", None)),
-                original_samples[batch],
-                noise=noise[batch].to(original_samples.device),
-                timesteps=timesteps[batch],
-                model_kwargs=given,
-            )
-            total += len(batch) * output.loss.item()
-    return total / (number * _NOISE_LEVELS_PER_IMAGE)
+    parts = [change(name, _estimate(regularized, name), _estimate(plain, name)) for name in plain.terms]
+    distances = (Estimate(row.distance, math.nan, row.distance_half_width) for row in (regularized, plain))
+    parts.append(change("sliced Wasserstein", *distances))
+    losses = (Estimate(row.denoising_loss, math.nan, math.nan) for row in (regularized, plain))
+    parts.append(change("denoising loss", *losses, cost))
+    return f"{titles[1]} against {titles[0]}: {'; '.join(parts)}."
 
 
-def verdict(plain: Measurement, regularized: Measurement) -> str:
-    """One sentence per term on effect and cost, in numbers."""
-    cost = regularized.denoising_loss / plain.denoising_loss - 1
-    away = regularized.distance / plain.distance - 1
-    effects = ", ".join(
-        f"{name} {regularized.terms[name] / plain.terms[name] - 1:+.1%}" for name in plain.terms if plain.terms[name]
-    )
-    if not effects:
-        effects = "cannot be said, because the losses need more than a sample"
-    return (
-        f"With the loss, samples change by: {effects}. Its cost: denoising loss {cost:+.1%}, distance to the data"
-        f" {away:+.1%}."
-    )
+def difference(one: Tensor, other: Tensor) -> Estimate:
+    """Returns the mean paired difference of two models' values on the same images, (N,) each.
+
+    The uncertainty is nan for a single image.
+    """
+    return mean_of(one - other) if len(one) > 1 else Estimate(float(one - other), math.nan, math.nan)
+
+
+def _estimate(row: Measurement, name: str) -> Estimate:
+    error = row.standard_errors[name]
+    return Estimate(row.terms[name], error, NORMAL * error)
 
 
 def draw_comparison(path: Path, pictures: dict[str, object], rows: dict[str, Measurement]) -> None:
-    """One picture: the grids of all rows side by side, each with its numbers under it.
+    """Draws the image grids of all rows side by side, each with its measurements below.
 
     Args:
-        path: a PNG file.
-        pictures: a PIL image for each row.
-        rows: what was measured, with the keys of `pictures`.
+        path: the PNG file to write.
+        pictures: one PIL image per row.
+        rows: one measurement per row, with the keys of `pictures`.
     """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure

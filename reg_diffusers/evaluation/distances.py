@@ -1,4 +1,4 @@
-"""Distances between sets of feature vectors, each with its standard error."""
+"""Distances between two sets of feature vectors, with standard errors."""
 
 from __future__ import annotations
 
@@ -9,22 +9,33 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-__all__ = ["GROUPS", "Estimate", "frechet", "jackknife", "kernel", "manifolds", "mean_of", "nearest", "share_of"]
+__all__ = [
+    "GROUPS",
+    "NORMAL",
+    "Estimate",
+    "frechet",
+    "jackknife",
+    "kernel",
+    "manifolds",
+    "mean_of",
+    "nearest",
+    "share_of",
+]
 
 GROUPS = 10
-_NORMAL = 1.960  # half the width of a 95 % interval, in standard errors
-_STUDENT = 2.262  # the same where the standard error itself comes from GROUPS values: 9 degrees of freedom
-_ELEMENTS_AT_A_TIME = 2**24  # of a matrix of distances: 64 MB
+NORMAL = 1.960  # half-width of a 95 % interval, in standard errors
+_STUDENT = 2.262  # the same for a standard error that is estimated from GROUPS values (9 degrees of freedom)
+_ELEMENTS_AT_A_TIME = 2**24  # of a distance matrix: 64 MB
 
 
 @dataclass(frozen=True)
 class Estimate:
-    """A number with its uncertainty.
+    """An estimated number with its uncertainty.
 
     Attributes:
         value: the estimate.
-        standard_error: of it.
-        half_width: the 95 % confidence interval is value ± half_width.
+        standard_error: the standard error of `value`.
+        half_width: half the width of the 95 % confidence interval, which is value ± half_width.
     """
 
     value: float
@@ -33,14 +44,14 @@ class Estimate:
 
 
 def mean_of(values: Tensor) -> Estimate:
-    """The mean of independent values (N,), N at least 2."""
+    """Returns the mean of independent values (N,), with N at least 2."""
     values = _in_64_bits(values)
     error = values.std().item() / math.sqrt(len(values))
-    return Estimate(values.mean().item(), error, _NORMAL * error)
+    return Estimate(values.mean().item(), error, NORMAL * error)
 
 
 def _in_64_bits(values: Tensor) -> Tensor:
-    """On the same device, but for MPS, which has no such numbers."""
+    """Converts to float64: on the same device, except that MPS lacks float64 and its values move to the CPU."""
     return values.cpu().double() if values.device.type == "mps" else values.double()
 
 
@@ -49,36 +60,36 @@ def _finite(samples: Tensor, reference: Tensor) -> bool:
 
 
 def share_of(which: Tensor) -> Estimate:
-    """The share of independent cases (N,) bool that are true.
+    """Returns the share of true values among independent cases (N,) bool.
 
-    Its error is that of two more cases of each kind (Agresti & Coull 1998), because 0 of 100 does not mean never.
+    The standard error counts two more cases of each kind (Agresti & Coull 1998), because 0 of 100 does not mean never.
     """
     number, true = len(which), which.sum().item()
     guarded = (true + 2) / (number + 4)
     error = math.sqrt(guarded * (1 - guarded) / (number + 4))
-    return Estimate(true / number, error, _NORMAL * error)
+    return Estimate(true / number, error, NORMAL * error)
 
 
 def jackknife(statistic: Callable[..., float | dict], *sets: Tensor) -> Estimate | dict[str, Estimate]:
-    """A statistic of sets of samples, with the standard error of the delete-a-group jackknife.
+    """Computes a statistic of sets of samples, with the standard error of the delete-a-group jackknife.
 
-    The samples are dealt out to GROUPS groups, sample i to group i modulo GROUPS, and each group is left out in turn:
-    from all sets at once, where several are given. SE^2 = (g - 1)/g sum_j (s_j - mean s)^2 over the statistics s_j of
-    what is left. A bias that a statistic has for all sets of its size, as the Frechet distance has, is in the value
-    and not in the error.
+    Sample i belongs to group i modulo g = GROUPS. Each group is left out in turn, from all sets at once if there are
+    several, which gives the statistics s_j of the remaining samples: SE^2 = (g - 1)/g sum_j (s_j - mean s)^2.
+    The finite-sample bias of a statistic, such as that of the Frechet distance, stays in the value; the standard error
+    does not include it.
 
     Source: Shao & Tu, The Jackknife and Bootstrap, 1995, section 2.3.
 
     Args:
-        statistic: of the sets; a number, or several by name.
-        *sets: (N, ...) each, N at least 2 GROUPS.
+        statistic: a function of the sets that returns one number, or several by name.
+        *sets: (N, ...) each, with N at least 2 GROUPS.
 
     Raises:
-        ValueError: fewer samples.
+        ValueError: if there are fewer samples.
     """
     number = len(sets[0])
     if number < 2 * GROUPS:
-        raise ValueError(f"{number} samples are too few for a standard error: take {2 * GROUPS} or more")
+        raise ValueError(f"{number} samples are too few for a standard error: use {2 * GROUPS} or more")
     group = torch.arange(number) % GROUPS
     whole = statistic(*sets)
     parts = [statistic(*(one[(group != left_out).to(one.device)] for one in sets)) for left_out in range(GROUPS)]
@@ -88,16 +99,16 @@ def jackknife(statistic: Callable[..., float | dict], *sets: Tensor) -> Estimate
 
 
 def _jackknifed(value: float, parts: list[float]) -> Estimate:
-    spread = torch.tensor(parts, dtype=torch.float64).var(correction=0).item()
-    error = math.sqrt((GROUPS - 1) * spread)
+    variance = torch.tensor(parts, dtype=torch.float64).var(correction=0).item()
+    error = math.sqrt((GROUPS - 1) * variance)
     return Estimate(float(value), error, _STUDENT * error)
 
 
 def frechet(samples: Tensor, reference: Tensor) -> float:
-    """Frechet distance of the Gaussians with the means and covariances of two sets of features.
+    """Computes the Frechet distance between Gaussians fitted to two sets of features.
 
-    That is |m1 - m2|^2 + tr(S1 + S2 - 2 (S1^1/2 S2 S1^1/2)^1/2), in squared units of the features. It is too large for
-    finite sets, the more so the smaller they are: compare only values of sets of one size.
+    With means m and covariances S it is |m1 - m2|^2 + tr(S1 + S2 - 2 (S1^1/2 S2 S1^1/2)^1/2), in squared units of the
+    features. It is biased upwards for finite sets, and more so for smaller ones: compare only sets of the same size.
 
     Source: Dowson & Landau 1982; on features of a network, Heusel et al. 2017 (arXiv:1706.08500).
 
@@ -106,7 +117,7 @@ def frechet(samples: Tensor, reference: Tensor) -> float:
         reference: (M, D).
 
     Returns:
-        The distance, nan where a feature is not finite.
+        The distance; nan if a feature is non-finite.
     """
     if not _finite(samples, reference):
         return math.nan
@@ -120,16 +131,17 @@ def frechet(samples: Tensor, reference: Tensor) -> float:
 
 
 def kernel(samples: Tensor, reference: Tensor) -> float:
-    """Squared maximum mean discrepancy with the kernel (x.y / D + 1)^3; unbiased, 0 on average where nothing differs.
+    """Computes the squared maximum mean discrepancy with the kernel (x.y / D + 1)^3.
 
-    The kernel distance (KID) of Binkowski et al. 2018 (arXiv:1801.01401), over all pairs instead of random subsets.
+    This is the kernel distance (KID) of Binkowski et al. 2018 (arXiv:1801.01401), over all pairs instead of random
+    subsets. The estimate is unbiased: 0 on average for equal distributions.
 
     Args:
-        samples: (N, D), N at least 2.
-        reference: (M, D), M at least 2.
+        samples: (N, D), with N at least 2.
+        reference: (M, D), with M at least 2.
 
     Returns:
-        The distance, nan where a feature is not finite.
+        The distance; nan if a feature is non-finite.
     """
     samples, reference = _in_64_bits(samples), _in_64_bits(reference)
     within = [_mean_of_pairs(features, features, len(features)) for features in (samples, reference)]
@@ -137,7 +149,7 @@ def kernel(samples: Tensor, reference: Tensor) -> float:
 
 
 def _mean_of_pairs(one: Tensor, other: Tensor, left_out: int) -> Tensor:
-    """The mean of the kernel over all pairs; for a set with itself without the pairs (x, x), `left_out` in number."""
+    """The mean of the kernel over all pairs; within one set, the `left_out` pairs (x, x) do not count."""
     total = sum(((rows @ other.T / one.shape[1] + 1) ** 3).sum() for rows in _chunks(one, len(other)))
     if left_out:
         total = total - ((one.square().sum(1) / one.shape[1] + 1) ** 3).sum()
@@ -145,26 +157,29 @@ def _mean_of_pairs(one: Tensor, other: Tensor, left_out: int) -> Tensor:
 
 
 def manifolds(samples: Tensor, reference: Tensor, neighbours: int = 5) -> dict[str, float]:
-    """Precision, recall, density and coverage, from balls around each point up to its k-th nearest neighbour.
+    """Computes precision, recall, density and coverage from k-nearest-neighbour balls.
 
-    precision: share of samples in a ball of the reference; recall: share of the reference in a ball of the samples;
-    density: how many balls of the reference hold a sample, over k (not bounded by 1); coverage: share of the
-    reference's balls that hold a sample. For equal distributions density is 1 on average, coverage 1 - 2^-k.
+    The ball of a point reaches to its k-th nearest neighbour in its own set.
+    precision: share of samples that lie in a ball of the reference.
+    recall: share of the reference that lies in a ball of the samples.
+    density: mean number of reference balls around a sample, divided by k (not bounded by 1).
+    coverage: share of the reference balls that contain a sample.
+    For equal distributions the density is 1 on average and the coverage 1 - 2^-k.
 
     Source: Kynkaanniemi et al. 2019 (arXiv:1904.06991); Naeem et al. 2020 (arXiv:2002.09797).
 
     Args:
-        samples: (N, D), N above `neighbours`.
-        reference: (M, D), M above `neighbours`.
+        samples: (N, D), with N above `neighbours`.
+        reference: (M, D), with M above `neighbours`.
         neighbours: k.
 
     Returns:
-        The four by name, all nan where a feature is not finite.
+        The four values by name; all nan if a feature is non-finite.
     """
     if not _finite(samples, reference):
         return dict.fromkeys(("precision", "recall", "density", "coverage"), math.nan)
     radii, radii_of_samples = (_radii(features, neighbours) for features in (reference, samples))
-    inside = torch.zeros(len(samples), device=samples.device)  # in how many balls of the reference each sample is
+    inside = torch.zeros(len(samples), device=samples.device)  # number of reference balls around each sample
     recalled, nearest_sample = [], []
     for rows, radius in zip(
         _chunks(reference, len(samples)), radii.split(_rows(len(samples), len(reference))), strict=True
@@ -182,18 +197,18 @@ def manifolds(samples: Tensor, reference: Tensor, neighbours: int = 5) -> dict[s
 
 
 def _radii(features: Tensor, neighbours: int) -> Tensor:
-    """The distance of each point (N, D) to its k-th nearest other, (N,)."""
+    """The distance of each point (N, D) to its k-th nearest neighbour, (N,)."""
     rows = _chunks(features, len(features))
     return torch.cat([torch.cdist(part, features).kthvalue(neighbours + 1, dim=1).values for part in rows])
 
 
 def nearest(features: Tensor, searched: Tensor, *, same: bool = False) -> tuple[Tensor, Tensor]:
-    """Distances (N,) to the nearest of the points searched, and their numbers (N,).
+    """Finds the nearest neighbour of each point: distances (N,) and indices into `searched` (N,).
 
     Args:
         features: (N, D).
         searched: (M, D).
-        same: the two are the same set, and no point is its own neighbour.
+        same: the two sets are the same, and no point is its own neighbour.
     """
     found, start = [], 0
     for rows in _chunks(features, len(searched)):
@@ -204,7 +219,7 @@ def nearest(features: Tensor, searched: Tensor, *, same: bool = False) -> tuple[
         found.append(distances.argmin(1))
         start += len(rows)
     indices = torch.cat(found)
-    return (features - searched[indices]).norm(dim=1), indices  # of a copy exactly 0, which `cdist` rounds
+    return (features - searched[indices]).norm(dim=1), indices  # exactly 0 for a copy, where `cdist` rounds
 
 
 def _rows(columns: int, rows: int) -> int:
@@ -212,5 +227,5 @@ def _rows(columns: int, rows: int) -> int:
 
 
 def _chunks(features: Tensor, columns: int) -> Iterator[Tensor]:
-    """Rows, as many at a time as a matrix with so many columns may have."""
+    """Yields slices of rows, sized so that a matrix with this number of columns stays within the memory limit."""
     return iter(features.split(_rows(columns, len(features))))

@@ -1,4 +1,4 @@
-"""What images are compared by: features of a named network, of a classifier of these data, or their pixels."""
+"""Features to compare images by: of a pretrained network, of a classifier trained on the data, or the pixels."""
 
 from __future__ import annotations
 
@@ -22,27 +22,27 @@ __all__ = [
 
 DEFAULT_NETWORK = "facebook/dinov2-small"
 _PICTURE_CHANNELS = (1, 3)
-_LARGEST_SIDE = 32  # that the classifier sees
+_LARGEST_SIDE = 32  # of the classifier's input
 _STEPS = 500
 _BATCH_SIZE = 64
 _LEARNING_RATE = 2e-3
-_HELD_OUT = 10  # one image of so many is not trained on
+_HELD_OUT = 10  # one image in this many is held out
 _SECONDS_TO_ASK_THE_HUB = 10
 
 
 class FeaturesError(ValueError):
-    """A network that cannot be had; the message is the reason, in one line."""
+    """Raised for a feature network that is unavailable; the message gives the reason in one line."""
 
 
 @dataclass(frozen=True)
 class Features:
-    """A map from images (B, C, H, W) in [-1, 1] to vectors (B, D), frozen.
+    """A frozen feature extractor: images (B, C, H, W) in [-1, 1] to vectors (B, D).
 
     Attributes:
-        extract: the map.
-        description: what it is, in words.
-        frechet: what the Frechet distance of these features is called; "" where it would say nothing.
-        kernel: what their kernel distance is called.
+        extract: the function.
+        description: a description for tables and logs.
+        frechet: the name of the Frechet distance in these features; "" where that distance is meaningless.
+        kernel: the name of the kernel distance in these features.
     """
 
     extract: Callable[[Tensor], Tensor]
@@ -52,21 +52,21 @@ class Features:
 
 
 def pixels() -> Features:
-    """The pixel values themselves. For nearest images only: Gaussians in pixel space are no pictures."""
+    """Returns the pixel values as features, for nearest neighbours only: Gaussians in pixel space model no images."""
     return Features(lambda images: images.flatten(1).float(), "pixels")
 
 
 def named_features(name: str, device: torch.device | str = "cpu") -> Features:
-    """Features of a vision network of transformers: of its pooled output, for DINOv2 the class token.
+    """Loads a vision network of transformers; the features are its pooled output (for DINOv2 the class token).
 
-    Images are brought to its size, bicubic and antialiased, and normalized as its image processor says.
+    Images are resized (bicubic, antialiased) and normalized according to its image processor.
 
     Args:
-        name: folder or Hub id, with weights as safetensors and a preprocessor_config.json. No code from it is run.
-        device: of the network.
+        name: a folder or Hub id, with safetensors weights and a preprocessor_config.json. No code from it is run.
+        device: the device of the network.
 
     Raises:
-        FeaturesError: it cannot be downloaded or is no such network.
+        FeaturesError: if it cannot be downloaded or is not a vision network.
     """
     from transformers import AutoImageProcessor, AutoModel
 
@@ -82,7 +82,7 @@ def named_features(name: str, device: torch.device | str = "cpu") -> Features:
         extract = _Network(model, processor, pooled)
         with torch.no_grad():
             extract(torch.zeros(1, 3, 8, 8, device=device))
-    except Exception as error:  # what it raises depends on the network and on the library that reads it
+    except Exception as error:  # the type depends on the network and on the library that reads it
         raise FeaturesError(f"{name}: {(str(error).strip().splitlines() or [type(error).__name__])[0]}") from error
     kind = {"dinov2": "DINOv2", "clip_vision_model": "CLIP", "vit": "ViT"}.get(model.config.model_type)
     kind = kind or model.config.model_type
@@ -90,7 +90,7 @@ def named_features(name: str, device: torch.device | str = "cpu") -> Features:
 
 
 def _ask_the_hub(name: str) -> None:
-    """Asks once for a network that is not in the cache, because transformers would ask again and again."""
+    """Asks the Hub once for a network that is not in the cache; transformers would retry many times."""
     from huggingface_hub import model_info, try_to_load_from_cache
 
     if not isinstance(try_to_load_from_cache(name, "config.json"), str):
@@ -110,7 +110,7 @@ class _Network:
 
     def __call__(self, images: Tensor) -> Tensor:
         if images.shape[1] not in _PICTURE_CHANNELS:
-            raise FeaturesError(f"pictures have 1 or 3 channels, not {images.shape[1]}")
+            raise FeaturesError(f"needs images of 1 or 3 channels, not {images.shape[1]}")
         images = (images.clamp(-1, 1).float() + 1) / 2
         scale = self._resized / min(images.shape[2:])
         size = [max(round(side * scale), self.size) for side in images.shape[2:]]
@@ -123,7 +123,7 @@ class _Network:
 
 
 def _side(size) -> int:
-    """The side of the square that an image processor's size means."""
+    """The side length of the square that an image processor's size stands for."""
     return (size.get("shortest_edge") or size["height"]) if isinstance(size, dict) else _of_size(size)
 
 
@@ -138,26 +138,26 @@ def train_classifier(
     seed: int = 0,
     progress: Callable = iter,
 ) -> Features:
-    """Trains a small convolutional network on the labels of the data, in seconds; its last layer but one is taken.
+    """Trains a small convolutional classifier on the labels, in seconds; the features are its penultimate layer.
 
-    An honest yardstick for these data and this seed, and for nothing else: its distances compare with no other's. It
-    has seen both halves of the data, so that neither is favoured.
+    Its distances are valid for these data and this seed only: do not compare them with those of another network. It
+    is trained on both halves of the data, so it favours neither.
 
     Args:
-        images: (N, C, H, W) in [-1, 1]; larger ones than 32 x 32 are made that small.
+        images: (N, C, H, W) in [-1, 1]; images above 32 x 32 are downsampled to it.
         labels: (N,) from 0 to classes - 1.
-        classes: their number, at least 2.
-        seed: of weights and order.
+        classes: the number of classes, at least 2.
+        seed: the seed of initialization and batch order.
         progress: wraps the range of steps, such as tqdm.
 
     Returns:
-        The features; the description tells the share of held-out images that it recognises.
+        The features; the description states the accuracy on held-out images.
 
     Raises:
-        FeaturesError: fewer than two classes, or 20 images.
+        FeaturesError: if there are fewer than 2 classes or 20 images.
     """
     if classes < 2 or len(images) < 2 * _HELD_OUT:
-        raise FeaturesError(f"a classifier needs 2 classes and {2 * _HELD_OUT} images")
+        raise FeaturesError(f"a classifier needs at least 2 classes and {2 * _HELD_OUT} images")
     images, labels = classifier_input(images), labels.to(images.device)
     devices = [images.device] if images.device.type == "cuda" else []
     with torch.random.fork_rng(devices), torch.enable_grad():
@@ -186,7 +186,7 @@ def train_classifier(
 
 
 def classifier_input(images: Tensor) -> Tensor:
-    """At most 32 x 32: averaged."""
+    """Downsamples images to at most 32 x 32 by averaging."""
     images = images.float()
     if max(images.shape[2:]) <= _LARGEST_SIDE:
         return images

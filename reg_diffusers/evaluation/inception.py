@@ -1,4 +1,4 @@
-"""The Frechet inception distance of the literature, by torch-fidelity, which is an optional extra."""
+"""The standard Frechet inception distance (FID), computed by torch-fidelity, an optional dependency."""
 
 from __future__ import annotations
 
@@ -9,33 +9,34 @@ __all__ = ["check_inception", "inception_distance"]
 
 
 def check_inception() -> None:
-    """Whether it can be computed here.
+    """Checks that the Frechet inception distance can be computed on this machine.
 
     Raises:
-        ImportError: torch-fidelity, or what it needs, is not installed; the message is one line.
+        ImportError: if torch-fidelity or one of its dependencies is not installed; the message is one line.
     """
     try:
         import torch_fidelity  # noqa: F401
     except ImportError as error:
         raise ImportError(
-            f"the Frechet inception distance needs torch-fidelity ({error}): pip install 'reg_diffusers[fid]', with"
-            " the torchvision that fits your torch"
+            f"the Frechet inception distance needs torch-fidelity ({error}): pip install 'reg_diffusers[fid]' and"
+            " the torchvision that matches your torch"
         ) from error
 
 
 def inception_distance(samples: Tensor, reference: Tensor) -> float:
-    """FID with the weights of the original TensorFlow network, which torch-fidelity downloads on first use.
+    """Computes the FID with the weights of the original TensorFlow network.
 
-    Made for thousands of photographs: on small or grey pictures the number is defined, and says little.
+    torch-fidelity downloads the weights on first use. The FID is meant for thousands of photographs; on small or
+    grayscale images it means little.
 
     Source: Heusel et al. 2017 (arXiv:1706.08500); Obukhov et al. 2020, torch-fidelity.
 
     Args:
-        samples: (N, C, H, W) in [-1, 1], grey or colour.
+        samples: (N, C, H, W) in [-1, 1], grayscale or RGB.
         reference: (M, C, H, W).
 
     Raises:
-        ImportError: torch-fidelity is not installed.
+        ImportError: if torch-fidelity is not installed.
     """
     check_inception()
     import torch_fidelity
@@ -52,7 +53,7 @@ def inception_distance(samples: Tensor, reference: Tensor) -> float:
 
 
 class _Pictures(torch.utils.data.Dataset):
-    """Images in the form that torch-fidelity takes, (3, H, W) uint8."""
+    """Images in the format that torch-fidelity expects: (3, H, W) uint8."""
 
     def __init__(self, images: Tensor):
         self._images = images

@@ -1,6 +1,6 @@
-"""Models judged by pairs: L' on samples, and the distance of the samples to the data, each with its uncertainty.
+"""Judges models by two numbers together: L' on their samples and the distance of the samples to the data.
 
-The data themselves are a row, too: one half of them against the other half, in the same number.
+Each number has its uncertainty. The data have a row of their own: one half against the other, equally large half.
 """
 
 from __future__ import annotations
@@ -14,38 +14,38 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from ..regularizers import Regularizer, score
-from .distances import Estimate, frechet, jackknife, kernel, manifolds, mean_of, nearest, share_of
+from ..regularizers import Regularizer
+from ..term import Term
+from .distances import Estimate, frechet, jackknife, kernel, manifolds, nearest, share_of
 from .features import Features
-from .metrics import sliced_wasserstein
+from .measuring import SLICED, distance_to_data, mean_loss
 
 __all__ = [
     "SLICED",
     "Copies",
     "Row",
+    "change",
     "compare_rows",
     "copies_of",
+    "describe_nonfinite",
     "describe_rows",
     "find_copies",
     "judge_samples",
     "table_cells",
-    "tell_not_finite",
     "write_rows",
 ]
 
-SLICED = "sliced Wasserstein"
 _NEAR = 0.05
-_SCORED_AT_A_TIME = 256
 
 
 @dataclass(frozen=True)
 class Copies:
-    """How near samples are to single images of the data.
+    """How close samples are to individual images of the data.
 
     Attributes:
-        distances: (N,) from each sample to its nearest image, in the features' units.
-        indices: (N,) the numbers of those images among the searched.
-        limit: so near, or nearer, is 1 of 20 images of the data to its nearest other; 0 where many are there twice.
+        distances: (N,) the distance of each sample to its nearest image, in units of the features.
+        indices: (N,) the indices of those images among the images searched.
+        limit: the 5 % quantile of the data's own nearest-neighbour distances; 0 if many images are duplicates.
     """
 
     distances: Tensor
@@ -54,26 +54,26 @@ class Copies:
 
     @property
     def near(self) -> Tensor:
-        """Which samples are within the limit, (N,) bool."""
+        """Whether each sample is within the limit, (N,) bool."""
         return self.distances <= self.limit
 
     @property
     def share(self) -> Estimate:
-        """Of samples that are; about 0.05 for the data themselves."""
+        """The share of samples within the limit; about 0.05 for the data."""
         return share_of(self.near)
 
 
 @dataclass(frozen=True)
 class Row:
-    """One set of images.
+    """The measurements of one set of images.
 
     Attributes:
-        images: their number.
-        terms: L' of each regularizer, mean over the images.
-        distances: to the data, by name; the first is the one to look at.
-        near_copies: see `Copies.share`; None where it was not asked.
-        denoising_loss: on fixed images, noise and timesteps; None where it was not asked.
-        not_finite: how many of the images hold a value that is not finite; their L' and distances are no numbers.
+        images: the number of images.
+        terms: the mean of L' over the images, for each regularizer.
+        distances: the distances to the data by name; the first is the main one.
+        near_copies: see `Copies.share`; None if not measured.
+        denoising_loss: the loss on fixed images, noise and timesteps; None if not measured.
+        not_finite: the number of images with a non-finite value. Any of them makes L' and the distances nan.
     """
 
     images: int
@@ -92,7 +92,7 @@ class Row:
 def judge_samples(
     samples: Tensor,
     reference: Tensor,
-    regularizers: Mapping[str, Regularizer],
+    regularizers: Mapping[str, Regularizer | Term],
     *,
     features: Features | None = None,
     vectors: tuple[Tensor, Tensor] | None = None,
@@ -105,102 +105,119 @@ def judge_samples(
     Args:
         samples: (N, C, H, W) in [-1, 1].
         reference: (N, C, H, W).
-        regularizers: by name.
-        features: that the distances are named after, if there are distances of features.
+        regularizers: the regularizers by name; a `Term` sees the samples through its view.
+        features: the features that name the distances; None for the sliced Wasserstein distance only.
         vectors: the features of samples and reference, (N, D) each.
-        copies: what `find_copies` found.
-        denoising_loss: to be kept beside.
-        **context: what regularizers may need of each sample, (N, ...).
+        copies: the result of `find_copies`.
+        denoising_loss: a value to store in the row.
+        **context: what the regularizers may need for each sample, (N, ...).
 
     Raises:
-        ValueError: too few samples, see `jackknife`.
+        ValueError: if there are too few samples, see `jackknife`.
     """
-    terms = {name: mean_of(_scores(regularizer, samples, context)) for name, regularizer in regularizers.items()}
+    terms = {
+        name: mean_loss(regularizer if isinstance(regularizer, Term) else Term(regularizer, 1.0), samples, context)
+        for name, regularizer in regularizers.items()
+    }
     distances = {}
     if features is not None and features.frechet:
         of_samples, of_reference = vectors
         distances[features.frechet] = jackknife(lambda part: frechet(part, of_reference), of_samples)
         distances[features.kernel] = jackknife(lambda part: kernel(part, of_reference), of_samples)
         distances |= jackknife(lambda part: manifolds(part, of_reference), of_samples)
-    # Of two sets of one size only: both lose a group.
-    distances[SLICED] = jackknife(sliced_wasserstein, samples, reference)
+    # It needs two sets of the same size, so both lose a group.
+    distances[SLICED] = distance_to_data(samples, reference)
     not_finite = len(samples) - int(samples.flatten(1).isfinite().all(1).sum())
     return Row(len(samples), terms, distances, copies and copies.share, denoising_loss, not_finite)
 
 
-def _scores(regularizer: Regularizer, samples: Tensor, context: dict[str, Tensor]) -> Tensor:
-    needs = {need: context[need] for need in getattr(regularizer, "needs", ())}
-    return torch.cat(
-        [
-            score(
-                regularizer, samples[part], **{name: value[part.to(value.device)] for name, value in needs.items()}
-            ).cpu()
-            for part in torch.arange(len(samples)).split(_SCORED_AT_A_TIME)
-        ]
-    )
-
-
 def find_copies(vectors: Tensor, searched: Tensor, own: Tensor) -> Copies:
-    """The nearest image of the data to each sample, and how many samples are as near as few data are to each other.
+    """Finds the nearest image of the data for each sample, and the limit below which a sample is a near copy.
 
     Args:
-        vectors: features of the samples, (N, D).
-        searched: features of images of the data, (M, D).
-        own: what `nearest(searched, searched, same=True)` found as distances, (M,).
+        vectors: the features of the samples, (N, D).
+        searched: the features of images of the data, (M, D).
+        own: the distances of `nearest(searched, searched, same=True)`, (M,).
     """
     distances, indices = nearest(vectors, searched)
     return copies_of(distances, indices, own)
 
 
 def copies_of(distances: Tensor, indices: Tensor, own: Tensor) -> Copies:
-    """The same where the nearest images are known."""
+    """Like `find_copies`, for distances and indices that are known already."""
     limit = torch.quantile(own.cpu().double(), _NEAR).item()
     return Copies(distances.cpu(), indices.cpu(), limit)
 
 
 def compare_rows(rows: Mapping[str, Row]) -> list[str]:
-    """Sentences: each model against the data, and against the first model, with what the numbers can tell."""
+    """Compares each model to the data and to the first model, in sentences that claim only what the numbers show."""
     (_, of_data), *models = rows.items()
     first, of_first = models[0]
-    said = tell_not_finite(rows)
+    sentences = [*describe_nonfinite(rows), *_describe_missing_recall(rows)]
     for title, row in models:
         for name in row.terms:
-            said.append(_against_data(title, name, row, of_data))
+            sentences.append(_against_data(title, name, row, of_data))
     for title, row in models[1:]:
-        parts = [_change(name, row.terms[name], of_first.terms[name]) for name in row.terms]
+        parts = [change(name, row.terms[name], of_first.terms[name]) for name in row.terms]
         name, distance = row.distance
-        parts.append(_change(name, distance, of_first.distances[name]))
-        said.append(f"{title} against {first}: {'; '.join(parts)}.")
-    return said
+        parts.append(change(name, distance, of_first.distances[name]))
+        sentences.append(f"{title} against {first}: {'; '.join(parts)}.")
+    return sentences
 
 
-def tell_not_finite(rows: Mapping[str, Row]) -> list[str]:
-    """A sentence for each set of images that are not all finite."""
+def describe_nonfinite(rows: Mapping[str, Row]) -> list[str]:
+    """Returns one sentence for each set with non-finite images."""
     return [
-        f"{title}: {row.not_finite:,} of {row.images:,} images are not finite, so their mean L' and distances are"
-        " no numbers."
+        f"{title}: {row.not_finite:,} of {row.images:,} images are non-finite, so mean L' and distances are nan."
         for title, row in rows.items()
         if row.not_finite
     ]
+
+
+def _describe_missing_recall(rows: Mapping[str, Row]) -> list[str]:
+    """Returns one sentence for each model with a meaningless precision: hardly any data lie among its samples."""
+    return [
+        f"{title}: precision {row.distances['precision'].value:.2g} means nothing at recall"
+        f" {row.distances['recall'].value:.2g}: pure noise, or a single repeated image, can reach it."
+        for title, row in rows.items()
+        if _is_without_recall(row)
+    ]
+
+
+def _is_without_recall(row: Row) -> bool:
+    """Whether samples lie among the data, but almost no data among the samples."""
+    precision, recall = (row.distances.get(name) for name in ("precision", "recall"))
+    return precision is not None and precision.value > _NEAR >= recall.value
 
 
 def _differ(one: Estimate, other: Estimate) -> bool:
     return abs(one.value - other.value) > math.hypot(one.half_width, other.half_width)
 
 
-def _change(name: str, now: Estimate, before: Estimate) -> str:
-    by = math.hypot(now.half_width, before.half_width)
-    if not math.isfinite(now.value - before.value):
+def change(name: str, now: Estimate, before: Estimate, difference: Estimate | None = None) -> str:
+    """Describes the difference of two measurements: lower or higher, by how much, or no difference shown.
+
+    Args:
+        name: the name of the number.
+        now: the measurement that is described.
+        before: the measurement that it is compared to.
+        difference: the paired difference; None if the two measurements are independent.
+    """
+    by = math.hypot(now.half_width, before.half_width) if difference is None else difference.half_width
+    moved = now.value - before.value
+    if not math.isfinite(moved):
         return f"{name} cannot be compared ({now.value:.3g} and {before.value:.3g})"
-    if not _differ(now, before):
-        return f"{name} no difference shown ({now.value - before.value:+.3g} ± {by:.2g})"
-    word = "lower" if now.value < before.value else "higher"
-    relative = f", {now.value / before.value - 1:+.0%}" if before.value > 0 else ""
-    return f"{name} {word} by {abs(now.value - before.value):.3g} ± {by:.2g}{relative}"
+    if not math.isfinite(by):
+        return f"{name} {moved:+.3g}, too few images for a confidence interval"
+    if not abs(moved) > by:
+        return f"{name} no difference shown ({moved:+.3g} ± {by:.2g})"
+    word = "lower" if moved < 0 else "higher"
+    relative = f", {moved / before.value:+.1%}" if before.value > 0 else ""  # a share of a signed value is meaningless
+    return f"{name} {word} by {abs(moved):.3g} ± {by:.2g}{relative}"
 
 
 def _against_data(title: str, name: str, row: Row, of_data: Row) -> str:
-    """L' against that of the data, never without the distance, beside the distance of the data to themselves."""
+    """Compares L' to that of the data; always adds the distance to the data and that between their halves."""
     model, data = row.terms[name], of_data.terms[name]
     what, distance = row.distance
     own = of_data.distances[what]
@@ -211,11 +228,11 @@ def _against_data(title: str, name: str, row: Row, of_data: Row) -> str:
         return f"{title}: {name} like the data's {pair}"
     if model.value > data.value:
         return f"{title}: {name} above the data's {pair}"
-    return f"{title}: {name} below the data's {pair} Below is no merit by itself: real images are not so."
+    return f"{title}: {name} below the data's {pair} Lower than the data is not better: real images are not like that."
 
 
 def describe_rows(rows: Mapping[str, Row]) -> str:
-    """The table as text: a line for each number, a column for each set of images, ± half of a 95 % interval."""
+    """Formats the table as text: one line per number, one column per set of images, ± half of a 95 % interval."""
     cells = table_cells(rows)
     widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
     return "\n".join(
@@ -224,13 +241,15 @@ def describe_rows(rows: Mapping[str, Row]) -> str:
 
 
 def table_cells(rows: Mapping[str, Row]) -> list[list[str]]:
-    """The cells of the table, line by line; the first line holds the titles."""
+    """Returns the cells of the table, line by line; the first line holds the titles."""
     some = next(iter(rows.values()))
     lines = [["", *rows]]
     for name in some.terms:
         lines.append([name, *(_cell(row.terms[name]) for row in rows.values())])
     for name in some.distances:
-        lines.append([name, *(_cell(row.distances[name]) for row in rows.values())])
+        marks = ["!" if name == "precision" and _is_without_recall(row) else "" for row in rows.values()]
+        cells = [_cell(row.distances[name]) for row in rows.values()]
+        lines.append([name, *(f"{cell}{mark}" for cell, mark in zip(cells, marks, strict=True))])
     if any(row.near_copies for row in rows.values()):
         shares = [row.near_copies for row in rows.values()]
         lines.append(["near copies", *("" if share is None else _percent(share) for share in shares)])
@@ -241,7 +260,7 @@ def table_cells(rows: Mapping[str, Row]) -> list[list[str]]:
 
 
 def _cell(estimate: Estimate) -> str:
-    """Rounded where the uncertainty says so: two digits of it."""
+    """Rounds a value to two digits of its uncertainty."""
     if not (math.isfinite(estimate.value) and estimate.half_width > 0):
         return f"{estimate.value:.4g}"
     places = max(1 - math.floor(math.log10(estimate.half_width)), 0)
@@ -255,9 +274,9 @@ def _percent(share: Estimate) -> str:
 
 
 def write_rows(path: Path, rows: Mapping[str, Row], **settings) -> None:
-    """Writes the rows, and the settings under which they were measured, as JSON.
+    """Writes the rows and the settings of the measurement as JSON.
 
-    A confidence interval is [low, high]; what is not a finite number is null.
+    A confidence interval is [low, high]; a non-finite number is null.
     """
     stored = {"rows": {title: _plain(asdict(row)) for title, row in rows.items()}, **settings}
     path.write_text(json.dumps(stored, indent=2) + "\n", encoding="utf-8")

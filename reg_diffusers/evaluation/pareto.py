@@ -1,4 +1,4 @@
-"""Which of several weights are worth having: those that no other beats in both L' and distance."""
+"""The Pareto front of several weights: the ones that no other weight beats in both L' and distance."""
 
 from __future__ import annotations
 
@@ -9,14 +9,15 @@ from .trade_off import COLORS, MARKERS, Point, draw_point, draw_trade_off
 
 __all__ = ["draw_pareto", "pareto_front"]
 
-# Told apart by shape first, by colour second, filled where on the front.
+# The shape tells the weightings apart first, the colour second; points on the front are filled.
 _PLAIN_MARKER, _DATA_MARKER = "X", "*"
 
 
 def pareto_front(points: Sequence[tuple[float, float]]) -> list[int]:
-    """The numbers of the points that no other beats: at most as large in both values and smaller in one.
+    """Returns the indices of the points that no other point beats, in order of the first value.
 
-    They are in order of the first value; points with a value that is not finite never belong to them.
+    One point beats another if it is at most as large in both values and smaller in one. Non-finite points are never
+    part of the front.
     """
     found, best = [], float("inf")
     for x, y, index in sorted((x, y, index) for index, (x, y) in enumerate(points) if x - x == 0 and y - y == 0):
@@ -34,15 +35,15 @@ def draw_pareto(
     xlabel: str,
     ylabel: str,
 ) -> None:
-    """One panel per term: each run by its weight, with its weighting as marker, the front as a line.
+    """Draws one panel per term: a point per run with its weight, a marker per weighting, the front as a line.
 
     Args:
-        paths: PNG or SVG files.
-        panels: for each term its points, the data first, whose titles are the weights.
-        fronts: for each term those of its points that no other beats, in order of x.
+        paths: the PNG or SVG files to write.
+        panels: the points of each term, the data first; the titles of the others are their weights.
+        fronts: the points of each term that are on the front, in order of x.
         groups: the weighting of each point; "" for the data and for the run without the loss.
-        xlabel: of the distance.
-        ylabel: of L'.
+        xlabel: the label of the distance.
+        ylabel: the label of L'.
     """
     names = [name for name in dict.fromkeys(groups) if name]
 

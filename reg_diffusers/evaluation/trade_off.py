@@ -1,4 +1,4 @@
-"""Draws what an extra loss gained against what it cost: L' over the distance to the data, a point for each model."""
+"""Draws the effect of an auxiliary loss against its cost: L' over the distance to the data, one point per model."""
 
 from __future__ import annotations
 
@@ -8,16 +8,16 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from ..measurement import Measurement
+from ..runs.measurement import Measurement
 
 __all__ = ["COLORS", "MARKERS", "Point", "draw_evaluation", "draw_point", "draw_trade_off"]
 
 _COLUMNS = 3
 MARKERS = "osD^vP"
-# Okabe & Ito's colours, whose greys differ too.
+# Okabe & Ito's colours: they differ in grayscale, too.
 COLORS = ("#000000", "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00")
 _LABEL_WIDTH = 24
-# Where a label may be: offset from its point in typographic points, horizontal and vertical alignment.
+# Possible places of a label: offset from its point in typographic points, horizontal and vertical alignment.
 _PLACES = [
     *((9, 0, "left", "center"), (-9, 0, "right", "center"), (0, 10, "center", "bottom"), (0, -10, "center", "top")),
     *((8, 8, "left", "bottom"), (-8, 8, "right", "bottom"), (8, -8, "left", "top"), (-8, -8, "right", "top")),
@@ -28,14 +28,14 @@ _PLACES = [
 
 @dataclass(frozen=True)
 class Point:
-    """What is drawn of one set of images; errors of 0 or nan are not drawn.
+    """The point of one set of images; errors of 0 or nan are not drawn.
 
     Attributes:
-        title: written beside it.
-        x: distance to the data.
+        title: its label.
+        x: the distance to the data.
         y: L'.
-        x_error: half of the horizontal bar.
-        y_error: half of the vertical bar.
+        x_error: half the length of the horizontal error bar.
+        y_error: half the length of the vertical error bar.
     """
 
     title: str
@@ -46,11 +46,11 @@ class Point:
 
 
 def draw_evaluation(path: Path, rows: Mapping[str, Measurement]) -> None:
-    """One panel per term: L' of each row, with its standard error, over the row's distance to the data.
+    """Draws one panel per term: L' of each row with its standard error, over its distance to the data.
 
     Args:
-        path: a PNG file.
-        rows: what was measured, the data first, with at least one term.
+        path: the PNG file to write.
+        rows: the measurements, the data first, with at least one term.
     """
     first = next(iter(rows.values()))
     panels = {
@@ -74,14 +74,14 @@ def draw_trade_off(
     ylabel: str,
     draw_panel: Callable | None = None,
 ) -> None:
-    """One panel per term, with a point for each set of images, the data first.
+    """Draws one panel per term, with one point per set of images.
 
     Args:
-        paths: PNG or SVG files, all of the same figure.
+        paths: the PNG or SVG files to write.
         panels: the points of each term, the data first.
-        xlabel: of the distance.
-        ylabel: of L'.
-        draw_panel: draws the points of one panel, given its name; returns those that are labelled, with their colours.
+        xlabel: the label of the distance.
+        ylabel: the label of L'.
+        draw_panel: draws the points of one panel, given its name; returns the points to label with their colours.
     """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
@@ -102,7 +102,7 @@ def draw_trade_off(
         axes.set_title("\n".join([name, *missing]))
         axes.set_xlabel(xlabel)
         axes.set_ylabel(ylabel)
-    figure.draw_without_rendering()  # only now are the places on the canvas known
+    figure.draw_without_rendering()  # fixes the positions on the canvas
     for axes, labelled in drawn:
         _label(axes, labelled)
     for path in paths:
@@ -110,7 +110,7 @@ def draw_trade_off(
 
 
 def _draw_points(axes, name: str, points: Sequence[Point], finite: Sequence[Point]) -> list[tuple[Point, str]]:
-    """Each in a colour and with a marker of its own."""
+    """Draws each point in its own colour and with its own marker."""
     labelled = []
     for index, point in enumerate(points):
         color, marker = COLORS[index % len(COLORS)], MARKERS[index % len(MARKERS)]
@@ -121,14 +121,14 @@ def _draw_points(axes, name: str, points: Sequence[Point], finite: Sequence[Poin
 
 
 def draw_point(axes, point: Point, color: str, marker: str, **style) -> None:
-    """One point with its error bars."""
+    """Draws one point with its error bars."""
     x_error, y_error = ((error if math.isfinite(error) else 0.0) or None for error in (point.x_error, point.y_error))
     style = {"color": color, "markersize": 8, "capsize": 4, "zorder": 3, **style}
     axes.errorbar(point.x, point.y, y_error, x_error, fmt=marker, **style)
 
 
 def _frame(axes, reference: Point, points: Sequence[Point]) -> None:
-    """Limits that leave room for names, and a line at the data's L'."""
+    """Sets limits that leave room for labels, and draws a line at the L' of the data."""
     if math.isfinite(reference.y):
         axes.axhline(reference.y, color="0.75", linewidth=1, linestyle="--", zorder=1)
     ends = [point.y + sign * error for point in points for error in [_finite(point.y_error)] for sign in (-1, 1)]
@@ -146,7 +146,7 @@ def _finite(error: float) -> float:
 
 
 def _label(axes, points: Sequence[tuple[Point, str]]) -> None:
-    """Writes each point's name beside it, where it hides no other point, error bar or name and stays in the panel."""
+    """Labels each point where the label stays in the panel and hides no other point, error bar or label."""
     from matplotlib.text import Text
 
     renderer = axes.figure.canvas.get_renderer()
@@ -180,7 +180,7 @@ def _label(axes, points: Sequence[tuple[Point, str]]) -> None:
 
 
 def _extent(axes, point: Point, space: float = 8):
-    """The rectangle of a point with its error bars, in pixels."""
+    """Returns the rectangle of a point with its error bars, in pixels."""
     from matplotlib.transforms import Bbox
 
     x_error, y_error = _finite(point.x_error), _finite(point.y_error)
@@ -190,14 +190,14 @@ def _extent(axes, point: Point, space: float = 8):
 
 
 def _bars(axes, point: Point) -> list:
-    """The rectangles of a point's two error bars, which its own name must not hide either."""
+    """Returns the rectangles of a point's error bars, which its own label must not hide either."""
     x_error, y_error = _finite(point.x_error), _finite(point.y_error)
     across, along = replace(point, y_error=0.0), replace(point, x_error=0.0)
     return [_extent(axes, bar, 3) for bar, error in ((across, x_error), (along, y_error)) if error]
 
 
 def _overlap(one, other) -> float:
-    """The area that two rectangles share."""
+    """Returns the area that two rectangles share."""
     from matplotlib.transforms import Bbox
 
     shared = Bbox.intersection(one, other)

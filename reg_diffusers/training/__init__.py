@@ -1,1 +1,1 @@
-"""The parts that train_reg.py puts together around its loop."""
+"""The parts of a training that train_reg.py combines: terms, weights, monitors, previews and reports."""

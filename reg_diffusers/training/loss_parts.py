@@ -1,7 +1,7 @@
-"""What each part of the loss does while a model learns, in all and by noise level.
+"""Measures each part of the loss during a training, in total and by noise level.
 
-Sums over images are kept on the device, for each decade of the signal-to-noise ratio, and read only when they are
-logged; all numbers are quotients of such sums, so that they do not depend on how images are divided.
+Sums over images stay on the device, one per decade of the signal-to-noise ratio, and are read only for logging. Each
+logged number is a quotient of such sums, so it does not depend on how the images are divided into batches.
 """
 
 from __future__ import annotations
@@ -23,12 +23,12 @@ _OF_TERM = ("active", "value", "weighted", "squared_gradient", "squared_weighted
 
 
 class LossParts:
-    """Means over the images since the last reading, over all processes.
+    """Computes means over the images of all processes since the last `compute`.
 
     Args:
-        accelerator: of the training.
-        names: of the terms.
-        means_on_data: of L' by the names of the terms.
+        accelerator: accelerator of the training.
+        names: names of the terms.
+        means_on_data: mean of L' on the data, by the names of the terms.
     """
 
     def __init__(self, accelerator: Accelerator, names: list[str], means_on_data: dict[str, float]):
@@ -36,30 +36,35 @@ class LossParts:
         self._names = names
         self._means_on_data = dict(means_on_data)
         self._columns = [("", what) for what in _OF_DENOISING] + [(name, what) for name in names for what in _OF_TERM]
+        self._separate: tuple[str, ...] = ()  # terms without a gradient at the network's output alone
         self._sums = self._nothing()
 
-    def add(self, output: BalancedLoss) -> None:
-        """Adds a batch; one whose loss is not finite does not count. No step waits if its timesteps are on the CPU."""
+    def update(self, output: BalancedLoss) -> None:
+        """Adds a batch, unless its loss is non-finite. Does not wait for the device with timesteps on the CPU."""
         denoising = output.per_image["denoising"]
+        self._separate = output.separate
         products, places = output.products, {name: place for place, name in enumerate(output.gradients)}
         columns = [torch.ones_like(denoising), denoising, products[:, 0, 0]]
+        nothing = torch.zeros_like(denoising)
         for name in self._names:
-            place, weight, values = places[name], output.weights[name], output.per_image[name]
+            weight, values = output.weights[name], output.per_image[name]
             lambdas = output.weightings[name].to(values, non_blocking=True)
-            active, squared = ~values.isnan(), products[:, place, place]
+            active, squared, product = ~values.isnan(), nothing, nothing
+            if name not in self._separate:
+                squared, product = products[:, places[name], places[name]], products[:, 0, places[name]]
             columns += [active, torch.where(active, values, 0), torch.where(active, weight * lambdas * values, 0)]
-            columns += [squared, weight**2 * squared, products[:, 0, place]]
+            columns += [squared, weight**2 * squared, product]
         columns = torch.stack([column.to(self._sums) for column in columns], dim=1)
         columns = torch.where(output.loss.detach().isfinite(), columns, 0)
         edges = torch.tensor(SNR_EDGES, dtype=output.snr.dtype, device=output.snr.device)
         bins = torch.bucketize(output.snr, edges)
         members = torch.nn.functional.one_hot(bins, len(SNR_EDGES) + 1).to(columns, non_blocking=True)
-        self._sums += members.T @ columns  # not index_add, whose order of summation differs from run to run
+        self._sums += members.T @ columns  # not index_add: its order of summation differs from run to run
 
-    def read(self) -> dict[str, float]:
-        """The numbers by name, such as "raw/total_variation" and "raw/total_variation/snr_1_to_10"; starts anew.
+    def compute(self) -> dict[str, float]:
+        """Returns means by name, such as "raw/total_variation" and "raw/total_variation/snr_1_to_10"; resets the sums.
 
-        What has no image to speak of is left out. To be called by all processes.
+        A mean over no images is omitted. All processes must call it.
         """
         sums = self._accelerator.reduce(self._sums, "sum").cpu().double()
         self._sums = self._nothing()
@@ -85,7 +90,7 @@ class LossParts:
             found |= {"raw": value / active, "weighted": weighted / images}
             if name in self._means_on_data:
                 found["gap"] = value / active - self._means_on_data[name]
-        if of_denoising and active:
+        if of_denoising and active and name not in self._separate:
             found["gradient_ratio"] = math.sqrt(squared_weighted / of_denoising)
             if squared:
                 found["gradient_cosine"] = product / math.sqrt(squared * of_denoising)
@@ -98,9 +103,10 @@ class LossParts:
         return {"columns": self._columns, "sums": self._sums.tolist(), "means_on_data": self._means_on_data}
 
     def load_state_dict(self, state: dict) -> None:
-        """Goes on from a state; one of other terms is left out.
+        """Continues from a state; a state of other terms is ignored.
 
-        The means on the data stay those of the start, which measured as many images as time allowed.
+        The means on the data remain those of the first start, because each start measures as many images as time
+        allows.
         """
         if [tuple(column) for column in state["columns"]] == self._columns:
             self._sums = torch.tensor(state["sums"], device=self._accelerator.device)

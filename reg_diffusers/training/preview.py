@@ -1,9 +1,9 @@
-"""Pictures of samples while a model learns."""
+"""Grids of samples, drawn during a training."""
 
 from __future__ import annotations
 
-import argparse
 import math
+from functools import partial
 from pathlib import Path
 
 import PIL.Image
@@ -13,24 +13,29 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor
 
-from ..files import write_whole
+from ..data.training_data import TrainingData
+from ..networks.conditions import Conditions
 from ..pipeline import RegDDPMPipeline, fast_scheduler
-from ..regularizers import score
-from ..term import Term
-from .checks import random_numbers_as_before
-from .data import TrainingData
+from ..runtime.errors import warn
+from ..runtime.files import write_whole
+from ..runtime.interruption import Interruption
+from ..sampling.inference_steps import available_steps
+from ..term import Term, score
+from ..trial.checks import random_numbers_as_before
+from .ending import Ending
 
-__all__ = ["captioned_grid", "conditions_of", "draw_samples", "grid", "preview_conditions", "sampling_pipeline"]
-__all__ += ["save_preview"]
+__all__ = ["Previews", "captioned_grid", "draw_samples", "grid", "inference_steps"]
+__all__ += ["sampling_pipeline"]
 
-_SMALLEST_SIDE = 64  # pixels at which a sample is shown at least
-_SMALLEST_CAPTIONED_SIDE = 112  # with a number under it
+_SMALLEST_SIDE = 64  # pixels: smaller samples are enlarged
+_SMALLEST_CAPTIONED_SIDE = 112  # the same for samples with captions
 _GAP = 12  # between captioned samples, and around them
+_FIX = "the training continues; --eval_batch_size sets the size of a preview, --preview_steps the interval"
 _INK, _GREY = (32, 32, 32), (110, 110, 110)
 
 
 def sampling_pipeline(unet, noise_scheduler, data: TrainingData) -> RegDDPMPipeline:
-    """The pipeline that is saved: the network with its training scheduler and, for fields, their normalization."""
+    """Builds the pipeline to save: the network, its training scheduler and, for fields, their normalization."""
     normalization = None
     if not data.is_picture:
         normalization = {"offset": list(data.normalization.offset), "scale": list(data.normalization.scale)}
@@ -39,85 +44,102 @@ def sampling_pipeline(unet, noise_scheduler, data: TrainingData) -> RegDDPMPipel
     return pipeline
 
 
+def inference_steps(asked: int, noise_scheduler) -> int:
+    """Returns --ddpm_num_inference_steps; fewer, with a warning, if the schedule has fewer noise levels."""
+    return available_steps(noise_scheduler, asked, warn, "--ddpm_num_inference_steps")
+
+
 def draw_samples(
     pipeline: RegDDPMPipeline, number: int, steps: int, seed: int, batch_size: int = 64, **conditions: Tensor
 ) -> Tensor:
-    """Samples (N, C, H, W) of `fast_scheduler`, unclipped, from the same noise for the same seed.
+    """Draws samples (N, C, H, W) with `fast_scheduler`, without clipping; equal seeds give equal noise.
 
     Args:
-        pipeline: of the network.
-        number: of samples, N.
-        steps: calls of the network for each.
-        seed: of the noise.
-        batch_size: samples drawn at a time.
-        **conditions: class_labels (N,) and condition (N, K, H, W) where the network wants them.
+        pipeline: pipeline of the network.
+        number: number of samples, N.
+        steps: network calls per sample.
+        seed: seed of the noise.
+        batch_size: number of samples drawn at a time.
+        **conditions: conditions of the samples.
     """
-    # The identity in place of the picture's or field's own units: samples come as they are, not clipped.
-    channels = pipeline.unet.config.out_channels
-    as_it_is = {"offset": [0.0] * channels, "scale": [1.0] * channels}
-    sampler = RegDDPMPipeline(pipeline.unet, fast_scheduler(pipeline.scheduler), as_it_is)
+    sampler = RegDDPMPipeline(pipeline.unet, fast_scheduler(pipeline.scheduler))
     sampler.set_progress_bar_config(disable=True)
     generator = torch.Generator().manual_seed(seed)
     drawn = []
     for start in range(0, number, batch_size):
         size = min(batch_size, number - start)
-        given = {name: tensor[start : start + size] for name, tensor in conditions.items()}
-        drawn.append(sampler(size, generator, steps, output_type="pt", **given).images.float())
+        given = Conditions(conditions).of_images(slice(start, start + size))
+        drawn.append(sampler(size, generator, steps, output_type="latent", **given).images.float())
     return torch.cat(drawn)
 
 
-def preview_conditions(data: TrainingData, number: int) -> dict[str, Tensor]:
-    """What to condition `number` samples on: all classes in turn, or the first images of the data."""
-    if data.condition_channels:
-        batch = data.examples.__getitems__([index % len(data.examples) for index in range(number)])
-        return conditions_of(data, batch)
-    return {"class_labels": torch.arange(number) % len(data.classes)} if data.classes is not None else {}
+class Previews:
+    """Draws grids of samples during a training, on the main process and from the same noise at every step.
 
+    Below each sample is L' of the terms that need only a sample and its conditions. `ending` records a failure, and a
+    signal stops the drawing, so that a picture cannot cost a trained model.
 
-def conditions_of(data: TrainingData, batch: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The part of a batch of data that a network is conditioned on, images in [-1, 1]."""
-    conditions = {name: batch[name] for name in ("class_labels", "condition") if name in batch}
-    if "condition" in conditions:
-        conditions["condition"] = data.normalization.normalize(conditions["condition"])
-    return conditions
-
-
-def save_preview(
-    accelerator: Accelerator,
-    pipeline: RegDDPMPipeline,
-    conditions: dict[str, Tensor],
-    path: Path,
-    args: argparse.Namespace,
-    step: int,
-    terms: tuple[Term, ...] = (),
-    means_on_data: dict[str, float] | None = None,
-) -> None:
-    """One grid of samples, from the same noise at every call; drawn by the main process.
-
-    Under each is L' of the terms, but of those that need more than a sample and what it is conditioned on.
+    Args:
+        accelerator: accelerator of the training.
+        pipeline: pipeline of the network, with the weights to sample from.
+        number: number of samples in a grid.
+        num_inference_steps: network calls per sample.
+        seed: seed of the noise.
+        data: data of the training, for classes and conditions.
+        output_dir: folder of the run; pictures are saved in its folder "samples".
+        terms: terms of the loss.
+        means_on_data: mean of L' on the data by the names of the terms, for the heading.
+        interruption: interruption of the run.
+        ending: ending of the run.
     """
-    if not accelerator.is_main_process:
-        return
-    samples = draw_samples(pipeline, args.eval_batch_size, args.ddpm_num_inference_steps, args.seed, **conditions)
-    values = _values(samples.to(accelerator.device), terms, conditions)
-    picture = captioned_grid(samples, values, f"step {step:,}", means_on_data or {}) if values else grid(samples)
-    write_whole(path, picture.save)
+
+    def __init__(
+        self,
+        accelerator: Accelerator,
+        pipeline: RegDDPMPipeline,
+        number: int,
+        num_inference_steps: int,
+        seed: int,
+        data: TrainingData,
+        output_dir: Path,
+        terms: tuple[Term, ...],
+        means_on_data: dict[str, float],
+        interruption: Interruption,
+        ending: Ending,
+    ):
+        self._accelerator, self._pipeline = accelerator, pipeline
+        self._number, self._num_inference_steps, self._seed = number, num_inference_steps, seed
+        self._folder = output_dir / "samples"
+        self._terms, self._means_on_data = terms, means_on_data
+        self._interruption, self._ending = interruption, ending
+        self._conditions = Conditions.for_previews(data, number)
+
+    def draw(self, step: int) -> None:
+        """Saves the grid of a step as samples/step-STEP.png."""
+        if self._accelerator.is_main_process:
+            what, work = f"the preview of step {step}", partial(self._draw, step)
+            self._interruption.cut_short(lambda: self._ending.attempt(what, _FIX, work))
+
+    def _draw(self, step: int) -> None:
+        samples = draw_samples(self._pipeline, self._number, self._num_inference_steps, self._seed, **self._conditions)
+        values = _values(samples.to(self._accelerator.device), self._terms, self._conditions)
+        picture = captioned_grid(samples, values, f"step {step:,}", self._means_on_data) if values else grid(samples)
+        write_whole(self._folder / f"step-{step:06d}.png", picture.save)
 
 
-def _values(samples: Tensor, terms: tuple[Term, ...], conditions: dict[str, Tensor]) -> dict[str, list[float]]:
-    """L' of each sample by the terms' names; what a regularizer draws at random changes nothing for the training."""
+def _values(samples: Tensor, terms: tuple[Term, ...], conditions: Conditions) -> dict[str, list[float]]:
+    """Returns L' of each sample, by term; random numbers of a regularizer do not change those of the training."""
     values = {}
     with random_numbers_as_before(samples.device):
         for term in terms:
-            needs = getattr(term.regularizer, "needs", ())
-            if all(need in conditions for need in needs):
-                given = {need: conditions[need].to(samples.device) for need in needs}
-                values[term.name] = score(term.regularizer, samples, **given).tolist()
+            if all(need in conditions for need in term.needs):
+                given = {need: conditions[need].to(samples.device) for need in term.needs}
+                values[term.name] = score(term, samples, given).tolist()
     return values
 
 
 def grid(samples: Tensor, gap: int = 1) -> PIL.Image.Image:
-    """Samples (N, C, H, W) in [-1, 1] as one nearly square picture; of other than 3 channels the first is shown."""
+    """Arranges samples (N, C, H, W) in [-1, 1] in a nearly square picture: 3 channels in color, else the first."""
     number, channels, height, width = samples.shape
     samples = samples if channels == 3 else samples[:, :1].expand(-1, 3, -1, -1)
     columns = math.ceil(math.sqrt(number))
@@ -136,13 +158,13 @@ def grid(samples: Tensor, gap: int = 1) -> PIL.Image.Image:
 def captioned_grid(
     samples: Tensor, values: dict[str, list[float]], title: str, means_on_data: dict[str, float]
 ) -> PIL.Image.Image:
-    """Samples as `grid` shows them, each with its values under it, and what they are above all.
+    """Arranges samples as `grid` does, with the values of each below it and a heading above.
 
     Args:
-        samples: (N, C, H, W) in [-1, 1].
-        values: by the name of a loss, one number for each sample.
-        title: first words of the heading.
-        means_on_data: by the same names, the mean over the data, where it is known.
+        samples: samples in [-1, 1], (N, C, H, W).
+        values: one number per sample, by the name of a loss.
+        title: beginning of the heading.
+        means_on_data: mean over the data, by the same names, where it is known.
     """
     size, small = PIL.ImageFont.load_default(15), PIL.ImageFont.load_default(13)
     zoom = max(math.ceil(_SMALLEST_CAPTIONED_SIDE / max(samples.shape[2:])), 1)
@@ -153,12 +175,12 @@ def captioned_grid(
     order = ", in this order" if len(values) > 1 else ""
     heading = [
         f"{title}, L' under each picture{order}",
-        *(_said(name, numbers, means_on_data.get(name)) for name, numbers in values.items()),
+        *(_summary(name, numbers, means_on_data.get(name)) for name, numbers in values.items()),
     ]
     top = 2 * _GAP + (line + 2) * len(heading)
     cell_height = height + line * len(values) + _GAP
-    wanted = max(small.getlength(text) for text in heading) + 2 * _GAP
-    canvas_width = max(columns * (width + _GAP) + _GAP, math.ceil(wanted))
+    heading_width = max(small.getlength(text) for text in heading) + 2 * _GAP
+    canvas_width = max(columns * (width + _GAP) + _GAP, math.ceil(heading_width))
     canvas = PIL.Image.new("RGB", (canvas_width, top + rows * cell_height + _GAP // 2), "white")
     draw = PIL.ImageDraw.Draw(canvas)
     for number, text in enumerate(heading):
@@ -175,6 +197,6 @@ def captioned_grid(
     return canvas
 
 
-def _said(name: str, numbers: list[float], mean_on_data: float | None) -> str:
+def _summary(name: str, numbers: list[float], mean_on_data: float | None) -> str:
     data = "" if mean_on_data is None else f", data {mean_on_data:.3g}"
     return f"{name}: mean {sum(numbers) / len(numbers):.3g}{data}"

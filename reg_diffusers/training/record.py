@@ -1,8 +1,7 @@
-"""What a run optimises, on which data and by which command, as plain data: reg_config.json."""
+"""Writes reg_config.json: what a run optimizes, on which data and by which command."""
 
 from __future__ import annotations
 
-import argparse
 import json
 import platform
 import subprocess
@@ -13,78 +12,115 @@ import torch
 from accelerate import PartialState
 
 from .. import __version__
-from ..card import CONFIG_FILE
-from ..files import write_whole
-from ..measurement import COMPARISON_FILE
+from ..data.training_data import TrainingData
 from ..prediction import noise_level, prediction_type
+from ..runs.run_folder import CONFIG_FILE, files_left
+from ..runtime.files import write_whole
+from ..runtime.launch import launch_command
+from ..settings.data import DataSettings
+from ..settings.loss import LossSettings
+from ..settings.machine import MachineSettings
 from ..term import Term, checked_weights
-from .data import TrainingData
-from .launch import launch_command
 from .terms import weight_rules
 
-__all__ = ["record_weights", "write_record"]
+__all__ = ["record_of_data", "record_of_objective", "record_weights", "recorded_command", "write_record"]
 
-_MEASUREMENTS = (COMPARISON_FILE, "comparison.png", "evaluation.png")
 _PACKAGES = ("torch", "diffusers", "accelerate", "datasets", "transformers", "huggingface_hub")
 
 
 def write_record(
-    args: argparse.Namespace,
-    argv: list[str] | None,
-    state: PartialState,
-    data: TrainingData,
-    noise_scheduler,
-    terms: tuple[Term, ...],
-    mixed_precision: str,
     folder: Path,
+    state: PartialState,
+    *,
+    command: str,
+    seed: int,
+    mixed_precision: str,
+    base_model: str | None,
+    data: dict,
+    objective: dict,
 ) -> None:
-    """Writes reg_config.json, from which the model card is made; it holds no token.
+    """Writes reg_config.json, the source of the model card; it contains no token.
 
-    Deletes measurements that an earlier start left: they are of the model as it was then.
+    Deletes measurements of an earlier start, because they belong to an earlier state of the model.
+
+    Args:
+        folder: output folder.
+        state: processes of the launch.
+        command: command that starts the run on any machine.
+        seed: seed of the training.
+        mixed_precision: precision of the training.
+        base_model: folder or Hub id of the fine-tuned model; None for a new one.
+        data: see `record_of_data`.
+        objective: see `record_of_objective`.
     """
-    for name in _MEASUREMENTS:
-        (folder / name).unlink(missing_ok=True)
-    source = args.dataset_name or args.train_data_dir
-    rules = weight_rules(args, terms)
-    given = zip(terms, args.regularizer, args.reg_weighting, strict=True)
+    for path in files_left(folder, lambda left: left.stale == "all"):
+        path.unlink()
     record = {
-        "command": launch_command(argv, state),
-        "seed": args.seed,
+        "command": command,
+        "seed": seed,
         "processes": state.num_processes,
         "device": state.device.type,
         "mixed_precision": mixed_precision,
-        "base_model": _hub_id(args.pretrained_model_name_or_path),
-        "fine_tuned": args.pretrained_model_name_or_path is not None,
-        "data": {
-            "name": Path(source).name if source and Path(source).exists() else source or "Fashion-MNIST (a part)",
-            "hub_id": _hub_id(args.dataset_name),
-            "images": data.number,
-            "shape": list(data.shape),
-            "classes": data.classes,
-        },
-        "objective": {
-            "prediction_type": prediction_type(noise_scheduler),
-            "snr_gamma": args.snr_gamma,
-            "terms": [
-                {
-                    "name": term.name,
-                    "regularizer": regularizer,
-                    "weight": term.weight,
-                    **({} if isinstance(rules[term.name], float) else {"weight_rule": str(rules[term.name])}),
-                    "weighting": weighting,
-                    "gate": _gate(term, noise_scheduler),
-                }
-                for term, regularizer, weighting in given
-            ],
-        },
+        "base_model": _hub_id(base_model),
+        "fine_tuned": base_model is not None,
+        "data": data,
+        "objective": objective,
         "versions": {"reg_diffusers": __version__, **_versions(), "Python": platform.python_version()},
         "commit": _commit(),
     }
     write_whole(folder / CONFIG_FILE, lambda path: path.write_text(json.dumps(record, indent=2) + "\n"))
 
 
+def recorded_command(argv: list[str], state: PartialState, machine: MachineSettings, decided: dict[str, str]) -> str:
+    """Returns the command with the choices made for this machine, because another machine may choose otherwise.
+
+    Args:
+        argv: flags as typed.
+        state: processes of the launch.
+        machine: settings of the machine.
+        decided: value chosen for each setting that is None.
+    """
+    undeclared = {f"--{name}": value for name, value in decided.items() if getattr(machine, name) is None}
+    return launch_command(argv, state, undeclared)
+
+
+def record_of_data(settings: DataSettings, data: TrainingData) -> dict:
+    """Describes the data and their source."""
+    source = settings.source
+    return {
+        "name": Path(source).name if source and Path(source).exists() else source or "Fashion-MNIST (a part)",
+        "hub_id": _hub_id(settings.dataset_name),
+        "images": data.number,
+        "shape": list(data.shape),
+        "classes": data.classes,
+    }
+
+
+def record_of_objective(loss: LossSettings, terms: tuple[Term, ...], noise_scheduler, *, is_picture: bool) -> dict:
+    """Describes the objective: the denoising loss, and each term with its weight and weighting."""
+    rules = weight_rules(loss, terms)
+    given = zip(terms, loss.regularizer, loss.reg_weighting, loss.estimators, strict=True)
+    return {
+        "prediction_type": prediction_type(noise_scheduler),
+        "snr_gamma": loss.snr_gamma,
+        "units": "model" if is_picture else loss.reg_units,
+        "terms": [
+            {
+                "name": term.name,
+                "regularizer": regularizer,
+                "weight": term.weight,
+                **({"weight_rule": rules[term.name].spec(term.name)} if rules[term.name].is_measured else {}),
+                "weighting": weighting,
+                **({} if estimator == "one_step" else {"estimator": estimator}),
+                "gate": _gate(term, noise_scheduler),
+            }
+            for term, regularizer, weighting, estimator in given
+        ],
+    }
+
+
 def record_weights(terms: tuple[Term, ...], folder: Path) -> None:
-    """Writes the weights that rules have come to into reg_config.json, which holds 0 until then."""
+    """Writes the weights that the rules determined to reg_config.json, which holds 0 until then."""
     path = folder / CONFIG_FILE
     record = json.loads(path.read_text())
     for entry, term in zip(record["objective"]["terms"], terms, strict=True):
@@ -93,7 +129,7 @@ def record_weights(terms: tuple[Term, ...], folder: Path) -> None:
 
 
 def _gate(term: Term, noise_scheduler) -> str:
-    """The noise levels at which the weighting is not 0, in words."""
+    """Describes the noise levels with non-zero weighting."""
     steps = noise_scheduler.config.num_train_timesteps
     timesteps = torch.arange(1, steps + 1) if "shift" in noise_scheduler.config else torch.arange(steps)
     level = noise_level(noise_scheduler, timesteps)
@@ -117,7 +153,7 @@ def _versions() -> dict[str, str]:
 
 
 def _commit() -> str | None:
-    """The commit of the source tree that runs, marked where files differ from it; None outside of one."""
+    """Returns the commit of the source tree, marked if files differ from it; None outside a source tree."""
     git = ["git", "-C", str(Path(__file__).parents[2])]
     try:
         tracked = subprocess.run([*git, "ls-files", "--error-unmatch", __file__], capture_output=True, timeout=10)

@@ -1,30 +1,35 @@
-"""What a run says at its beginning and at its end."""
+"""Reports of a run: its settings at the start, its measurements and files at the end."""
 
 from __future__ import annotations
 
-import argparse
+from functools import partial
 from pathlib import Path
 
 import torch
 from accelerate import PartialState
 from torch import Tensor
 
-from ..evaluation.comparison import denoising_loss, draw_comparison, measure, verdict
+from ..data.training_data import TrainingData
+from ..evaluation.comparison import describe_change, difference, draw_comparison, measure
+from ..evaluation.measuring import denoising_losses
 from ..evaluation.trade_off import draw_evaluation
-from ..files import write_whole
-from ..measurement import COMPARISON_FILE, table, write_comparison
+from ..networks.computation import Computation
+from ..networks.conditions import Conditions
 from ..pipeline import RegDDPMPipeline
 from ..prediction import prediction_type
+from ..runs.measurement import COMPARISON_FILE, table, write_comparison
+from ..runs.run_folder import shown_files
+from ..runtime.files import write_whole
+from ..runtime.hardware import precision_reason, threads_reason
+from ..runtime.interruption import Interruption
+from ..settings.loss import LossSettings
+from ..settings.machine import MachineSettings
+from ..settings.weights import NamedTarget
 from ..term import Term
-from .checks import OnData
-from .data import TrainingData
-from .hardware import precision_reason, threads_reason
-from .interruption import Interruption
-from .output import SETTINGS_FILE
-from .preview import conditions_of, draw_samples, grid
-from .profiling import PROFILE_FOLDER
-from .terms import weight_rules
-from .weight_rules import AutoWeight, Target
+from ..trial.checks import OnData
+from .ending import Ending
+from .preview import draw_samples, grid
+from .terms import units_note, weight_rules
 
 __all__ = ["compare", "describe", "describe_machine", "describe_result"]
 
@@ -33,135 +38,151 @@ _IMAGES_SHOWN = 36
 
 
 def describe(
-    args: argparse.Namespace,
     data: TrainingData,
+    source: str | None,
     unet,
     noise_scheduler,
+    loss: LossSettings,
     terms: tuple[Term, ...],
     on_data: dict[str, OnData],
     machine: list[str],
+    output_dir: str,
 ) -> str:
-    """The run in a few lines: data, model, objective, machine."""
+    """Describes the run in a few lines: data, model, objective and machine."""
     channels, height, width = data.shape
-    source = args.dataset_name or args.train_data_dir or "embedded Fashion-MNIST"
+    source = source or "embedded Fashion-MNIST"
     kind = "images" if data.is_picture else "fields"
     number = f"a stream of {kind}" if data.number is None else f"{data.number:,} {kind}"
     parameters = sum(parameter.numel() for parameter in unet.parameters()) / 1e6
-    weighted = zip(weight_rules(args, terms).items(), args.reg_weighting, strict=True)
-    extra = [_term(name, rule, weighting) for (name, rule), weighting in weighted]
-    targets = [rule for rule in weight_rules(args, terms).values() if isinstance(rule, Target)]
+    weighted = zip(weight_rules(loss, terms).items(), loss.reg_weighting, loss.estimators, strict=True)
+    extra = [
+        f"{rule.formula} * {weighting} * {name}{_of(estimator)}" for (name, rule), weighting, estimator in weighted
+    ]
+    targets = loss.reg_target or ()
     classes = ", ".join(f"{number} {name}" for number, name in enumerate(data.classes or ()))
     return "\n".join(
         [
             f"data       {number} of {channels} x {height} x {width} from {source}",
+            *([f"data       {data.note}"] if data.note else []),
             *(f"data       {name} {values}" for name, values in on_data.items()),
             *([f"classes    {classes}"] if classes else []),
             *([f"condition  images of {data.condition_channels} channels"] if data.condition_channels else []),
             f"model      UNet2DModel, {parameters:.2f}M parameters, {type(noise_scheduler).__name__},"
             f" {prediction_type(noise_scheduler)}",
             f"objective  {' + '.join(['denoising loss', *extra])}",
+            *([f"units      {note}"] if extra and (note := units_note(data, loss.reg_units)) else []),
             *(f"target     {_target(target, on_data[target.name].mean)}" for target in targets),
             *(f"machine    {line}" for line in machine),
-            f"output     {args.output_dir}",
+            f"output     {output_dir}",
         ]
     )
 
 
 def describe_machine(
-    args: argparse.Namespace,
-    state: PartialState,
-    threads: int,
-    keeps_memory: bool,
-    mixed_precision: str,
-    attention: str,
-    attention_reason: str,
+    settings: MachineSettings, state: PartialState, chosen: Computation, attention: tuple[str, str]
 ) -> list[str]:
-    """What was chosen for the speed of the training, each with its reason, in two lines."""
-    reason = threads_reason(args, state.num_processes)
-    memory = "freed memory kept" if keeps_memory else "freed memory left to the system"
-    precision = f"mixed precision {mixed_precision} ({precision_reason(args, mixed_precision)})"
+    """Describes in two lines what was chosen for the speed of the training, and why."""
+    reason = threads_reason(settings.num_threads, state.num_processes)
+    memory = "freed memory kept" if chosen.keeps_memory else "freed memory left to the system"
+    why = precision_reason(settings.mixed_precision, chosen.mixed_precision)
+    precision = f"mixed precision {chosen.mixed_precision} ({why})"
     why_not = "no gain was measured on a CPU" if state.device.type == "cpu" else "--compile takes minutes at the start"
-    compiled = "compiled, minutes before the first step" if args.compile else f"not compiled ({why_not})"
-    checkpointing = ", gradient checkpointing" if args.gradient_checkpointing else ""
+    compiled = "compiled (takes minutes before the first step)" if settings.compile else f"not compiled ({why_not})"
+    checkpointing = ", gradient checkpointing" if settings.gradient_checkpointing else ""
     return [
-        f"{state.num_processes} x {state.device}, {threads} threads each ({reason}), {memory}, {precision}",
-        f"{attention} attention ({attention_reason}), {compiled}{checkpointing}",
+        f"{state.num_processes} x {state.device}, {chosen.threads} threads each ({reason}), {memory}, {precision}",
+        f"{attention[0]} attention ({attention[1]}), {compiled}{checkpointing}",
     ]
 
 
-def _term(name: str, rule, weighting: str) -> str:
-    weight = "multiplier" if isinstance(rule, Target) else rule if isinstance(rule, AutoWeight) else f"{rule:g}"
-    return f"{weight} * {weighting} * {name}"
+def _of(estimator: str) -> str:
+    return "" if estimator == "one_step" else f" of {estimator}"
 
 
-def _target(target: Target, mean_on_data: float) -> str:
-    said = f", {target.value:g} x the data" if target.is_relative else ""
-    return f"{target.name} of x0_hat at most {target.bound(mean_on_data):.4g} in the mean{said}"
+def _target(named: NamedTarget, mean_on_data: float) -> str:
+    target = named.target
+    origin = f", {target.value:g} x the data" if target.relative else ""
+    return f"mean {named.name} of x0_hat at most {target.bound(mean_on_data):.4g}{origin}"
 
 
-@torch.no_grad()
 def compare(
-    args: argparse.Namespace,
     data: TrainingData,
+    loss: LossSettings,
     terms: tuple[Term, ...],
     plain: RegDDPMPipeline | None,
     trained: RegDDPMPipeline,
     output_dir: Path,
+    interruption: Interruption,
+    ending: Ending,
+    *,
+    seed: int,
+    steps: int,
 ) -> None:
-    """Measures the trained model, and a plain one if there is one, against the data.
+    """Calls `_compare`; a signal stops it, and `ending` records a failure. The models are saved before."""
+    models = f"--model {output_dir}" + (f" --model {output_dir / 'plain'}" if plain is not None else "")
+    fix = f"the training is saved: measure again with --resume auto, or with reg-diffusers evaluate {models}"
+    work = partial(_compare, data, loss, terms, plain, trained, output_dir, seed, steps)
+    interruption.cut_short(lambda: ending.attempt("the comparison", fix, work))
 
-    Prints the table, writes comparison.json, comparison.png and, if there is a loss, evaluation.png. Samples are
-    conditioned as the images they are compared with.
+
+@torch.no_grad()
+def _compare(
+    data: TrainingData,
+    loss: LossSettings,
+    terms: tuple[Term, ...],
+    plain: RegDDPMPipeline | None,
+    trained: RegDDPMPipeline,
+    output_dir: Path,
+    seed: int,
+    steps: int,
+) -> None:
+    """Compares the trained model and, if there is one, the plain model with the data.
+
+    Prints a table, and writes comparison.json, comparison.png and, if there are terms, evaluation.png. Samples have
+    the conditions of the images that they are compared with.
     """
     number = min(_IMAGES_MEASURED, len(data.examples) // 2) or len(data.examples)
-    order = torch.randperm(len(data.examples), generator=torch.Generator().manual_seed(args.seed)).tolist()
+    order = torch.randperm(len(data.examples), generator=torch.Generator().manual_seed(seed)).tolist()
     reference, conditions = _images(data, order[:number], trained.device)
     other_half, _ = _images(data, order[-number:], trained.device)
     name = "with " + " + ".join(term.name for term in terms) if terms else "samples"
     rows = {"data": measure(reference, other_half, terms, **conditions)}
-    pictures = {"data": grid(reference[:_IMAGES_SHOWN])}
+    pictures, losses = {"data": grid(reference[:_IMAGES_SHOWN])}, {}
     for title, pipeline in {"without": plain, name: trained}.items():
         if pipeline is None:
             continue
-        samples = draw_samples(pipeline, number, args.ddpm_num_inference_steps, args.seed, **conditions)
+        samples = draw_samples(pipeline, number, steps, seed, **conditions)
         samples = samples.to(reference.device)
-        loss = denoising_loss(pipeline.unet, pipeline.scheduler, reference, args.seed, **conditions)
-        rows[title] = measure(samples, reference, terms, loss, **conditions)
+        trained_with = {"snr_gamma": loss.snr_gamma, **conditions}
+        losses[title] = denoising_losses(pipeline.unet, pipeline.scheduler, reference, seed, **trained_with)
+        rows[title] = measure(samples, reference, terms, losses[title].mean().item(), **conditions)
         pictures[title] = grid(samples[:_IMAGES_SHOWN])
-    settings = {
-        "seed": args.seed,
-        "num_inference_steps": args.ddpm_num_inference_steps,
+    recorded = {
+        "seed": seed,
+        "num_inference_steps": steps,
         "terms": {
             term.name: {"weight": term.weight, "weighting": weighting}
-            for term, weighting in zip(terms, args.reg_weighting, strict=True)
+            for term, weighting in zip(terms, loss.reg_weighting, strict=True)
         },
     }
-    write_whole(output_dir / COMPARISON_FILE, lambda path: write_comparison(path, rows, **settings))
+    write_whole(output_dir / COMPARISON_FILE, lambda path: write_comparison(path, rows, **recorded))
     write_whole(output_dir / "comparison.png", lambda path: draw_comparison(path, pictures, rows))
     if rows["data"].terms:
         write_whole(output_dir / "evaluation.png", lambda path: draw_evaluation(path, rows))
-    said = [f"L' and distances over {number} images each, ± standard error; same noise and steps:", table(rows)]
+    lines = [f"L' and distances over {number} images each, ± standard error; same noise and steps:", table(rows)]
     if plain is not None:
-        said.append(verdict(rows["without"], rows[name]))
-    print("", *said, "", sep="\n")
+        cost = difference(losses[name], losses["without"])
+        lines.append(describe_change(("without", name), rows["without"], rows[name], cost))
+        lines.append("± is half of a 95 % confidence interval there; reg-diffusers evaluate measures on more images.")
+    print("", *lines, "", sep="\n")
 
 
-def describe_result(args: argparse.Namespace, output_dir: Path, interruption: Interruption, resume: str) -> str:
-    """Where everything is, and the line of Python that loads it; after an interruption, how to go on."""
+def describe_result(output_dir: Path, interruption: Interruption, resume: str) -> str:
+    """Lists the files of a run, how to load it in Python and, after an interruption, the command that continues."""
     lines = []
     if interruption:
-        lines.append(f"stopped by {interruption.name}; go on with: {resume}")
-    shown = {
-        "pipeline": output_dir / "model_index.json",
-        "samples": output_dir / "samples",
-        "comparison": output_dir / "comparison.png",
-        "evaluation": output_dir / "evaluation.png",
-        "plain model": output_dir / "plain",
-        "metrics": output_dir / "metrics.jsonl",
-        "profile": output_dir / PROFILE_FOLDER,
-        "settings": output_dir / SETTINGS_FILE,
-    }
-    lines += [f"{name:<12}{path}" for name, path in shown.items() if path.exists()]
+        lines.append(f"stopped by {interruption.name}; continue with: {resume}")
+    lines += [f"{name:<12}{path}" for name, path in shown_files(output_dir).items() if path.exists()]
     lines.append(
         f"load it     from reg_diffusers import RegDDPMPipeline; "
         f'pipeline = RegDDPMPipeline.from_pretrained("{output_dir}")'
@@ -169,7 +190,7 @@ def describe_result(args: argparse.Namespace, output_dir: Path, interruption: In
     return "\n".join(lines)
 
 
-def _images(data: TrainingData, indices: list[int], device: torch.device) -> tuple[Tensor, dict]:
-    """Samples (N, C, H, W) in [-1, 1] and what they are conditioned on."""
+def _images(data: TrainingData, indices: list[int], device: torch.device) -> tuple[Tensor, Conditions]:
+    """Returns images (N, C, H, W) in [-1, 1] and their conditions."""
     batch = {name: tensor.to(device) for name, tensor in data.examples.__getitems__(indices).items()}
-    return data.normalization.normalize(batch["values"]), conditions_of(data, batch)
+    return data.normalization.normalize(batch["values"]), Conditions.of_batch(data, batch)

@@ -1,63 +1,76 @@
-"""What the mathematics of a run depends on: with the same settings, a run that is resumed ends where it would have."""
+"""The settings that decide the result of a run: a resumed run must have the same."""
 
 from __future__ import annotations
 
-import argparse
 import json
 from pathlib import Path
 
 from accelerate import PartialState
 
-from .checkpoint import changed_settings, named_checkpoint
-from .data import TrainingData
-from .errors import UsageError
+from ..data.training_data import TrainingData
+from ..runs.lineage import changed_settings, find_checkpoint, resume_flag
+from ..runs.manifest import read_manifest
+from ..runtime.errors import UsageError, warn
+from ..settings import Settings
+from ..settings.output import OutputSettings
 
 __all__ = ["check_settings", "mathematical_settings"]
 
-# All flags count but those that say where things are, what is told, and when a run pauses.
-_NO_MATHEMATICS = {
-    *("config", "cache_dir", "output_dir", "overwrite_output_dir", "logger", "logging_dir", "compare"),
-    *("eval_batch_size", "save_images_epochs", "preview_steps", "ddpm_num_inference_steps", "save_model_epochs"),
-    *("checkpointing_steps", "checkpoints_total_limit", "resume_from_checkpoint", "allow_changed_settings"),
-    *("max_train_time", "max_bad_steps", "push_to_hub", "hub_strategy", "hub_token", "hub_model_id"),
-    *("hub_private_repo", "hub_license", "num_threads", "dataloader_num_workers", "local_rank", "center_crop"),
-    *("enable_xformers_memory_efficient_attention", "gradient_checkpointing", "profile"),
-}
 _PATHS = ("dataset_name", "train_data_dir", "pretrained_model_name_or_path", "model_config_name_or_path")
 _LENGTHS = ("num_epochs", "max_train_steps")
+_OF_FIELDS = ("field_scale", "reg_units")
 
 
 def mathematical_settings(
-    args: argparse.Namespace, data: TrainingData, state: PartialState, mixed_precision: str, attention: str
+    settings: Settings, data: TrainingData, state: PartialState, mixed_precision: str, attention: str
 ) -> dict:
-    """The settings by flag, as JSON, with what they mean here: number of images, processes, precision,
-    how attention is computed.
+    """Returns the settings that decide the result, by flag, as JSON.
 
-    A folder counts by its last name, because clusters lay the same files under another path at each start.
+    They include the number of images and processes, the precision and the attention chosen for this machine. A folder
+    counts by its last name, because clusters may mount the same files under another path at each start.
     """
-    found = {name: value for name, value in vars(args).items() if name not in _NO_MATHEMATICS}
+    found = settings.mathematics()
     for name in _PATHS:
         if found.get(name) and Path(found[name]).exists():
             found[name] = Path(found[name]).resolve().name
-    if args.lr_scheduler.startswith("constant"):  # then a longer run begins as a shorter one does
+    if settings.optimization.lr_scheduler.startswith("constant"):  # then a longer run begins like a shorter one
         found = {name: value for name, value in found.items() if name not in _LENGTHS}
+    for name in _OF_FIELDS if data.is_picture else [] if settings.loss.regularizer else ["reg_units"]:
+        del found[name]
     found |= {"mixed_precision": mixed_precision, "attention": attention}
     flags = {f"--{name}": value for name, value in found.items()}
     given = {**flags, "images": data.number, "shape": list(data.shape), "processes": state.num_processes}
-    return json.loads(json.dumps(given, default=str))  # rules of weights as they are said
+    return json.loads(json.dumps(given, default=str))  # weight rules as text
 
 
-def check_settings(args: argparse.Namespace, output_dir: Path, settings: dict) -> None:
-    """Refuses to go on with other mathematics than before, unless --allow_changed_settings.
+def check_settings(output: OutputSettings, lr_scheduler: str, mathematics: dict) -> None:
+    """Refuses to continue with other settings than before, unless --allow_changed_settings.
+
+    Another length is allowed, with a warning where the learning rate decays over it.
 
     Raises:
-        UsageError: with the list of differences.
+        UsageError: settings differ; the message lists them. Or the number of processes differs, which is never
+            allowed, because the checkpoint has a state for each process.
     """
-    folder = named_checkpoint(args, output_dir)
-    if folder is None or args.allow_changed_settings:
+    folder = find_checkpoint(output, Path(output.output_dir))
+    if folder is None:
         return
-    if changed := changed_settings(folder, settings):
+    before, now = read_manifest(folder)["settings"].get("processes"), mathematics["processes"]
+    if output.allow_changed_settings and before not in (None, now):
         raise UsageError(
-            f"--resume: {folder} was trained with other settings: {', '.join(changed)}. Use those, start anew in"
-            " another --output_dir, or pass --allow_changed_settings"
+            f"--allow_changed_settings: {folder} was saved by {before} processes, so {now} cannot continue it:"
+            f" launch {before}"
+        )
+    if output.allow_changed_settings:
+        return
+    changed = changed_settings(folder, mathematics)
+    if any(difference.split()[0].removeprefix("--") not in _LENGTHS for difference in changed):
+        raise UsageError(
+            f"{resume_flag(output)}: {folder} was trained with other settings: {', '.join(changed)}. Use those, start"
+            " anew in another --output_dir, or pass --allow_changed_settings"
+        )
+    if changed:
+        warn(
+            f"{', '.join(changed)}: from here on the learning rate follows --lr_scheduler {lr_scheduler} over the"
+            " new length, so the result differs from a run with this length from the start; constant avoids this"
         )

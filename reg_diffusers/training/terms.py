@@ -1,85 +1,141 @@
-"""From the regularization flags to the terms of the loss."""
+"""Builds the terms of the loss from the settings."""
 
 from __future__ import annotations
 
-import argparse
-from collections import Counter
+import itertools
+from collections.abc import Callable
 from dataclasses import replace
 
+from ..data.training_data import TrainingData
+from ..estimators import calls_model
+from ..networks.conditions import KINDS
 from ..regularizers import regularizer_name
-from ..specs import load_regularizer, load_weighting
-from ..term import Term
-from .checks import OnData
-from .errors import UsageError
-from .weight_rules import AutoWeight, Target
+from ..runtime.errors import UsageError
+from ..settings.data import DataSettings
+from ..settings.loss import LossSettings
+from ..specs import load_estimator, load_regularizer, load_weighting
+from ..term import Term, needs_of, seen_through
+from ..trial.checks import OnData
+from ..weight_rules import WeightRule, rule_of
+from .metrics import LOG_NAMES
 
-__all__ = ["build_terms", "check_rules", "weight_rules", "with_weights"]
+__all__ = ["build_terms", "check_rules", "in_units", "units_note", "weight_rules", "with_weights"]
 
 
-def build_terms(args: argparse.Namespace) -> tuple[Term, ...]:
-    """One term for each --regularizer; a name that occurs twice is numbered. Where a rule sets the weight, it is 0.
+def build_terms(loss: LossSettings, data: DataSettings) -> tuple[Term, ...]:
+    """Builds a term for each --regularizer; repeated names are numbered. A weight set by a rule starts at 0.
 
     Raises:
-        UsageError: a regularizer or weighting that cannot be found, or one that needs what this script does not have;
-            a target for another name.
+        UsageError: a regularizer, weighting or estimator cannot be found; a regularizer needs what this script does
+            not pass; or a target has the name of no term.
     """
     terms = []
-    targets = [target.name for target in args.reg_target or ()]
-    used = Counter()
-    for spec, weight, weighting in zip(args.regularizer, args.reg_weight, args.reg_weighting, strict=True):
+    targets = [target.name for target in loss.reg_target or ()]
+    used = set()
+    settings = zip(loss.regularizer, loss.reg_weight, loss.reg_weighting, loss.estimators, strict=True)
+    for spec, weight, weighting, estimator in settings:
         regularizer = _load(load_regularizer, spec, "--regularizer")
-        name = regularizer_name(regularizer)
-        used[name] += 1
-        name = f"{name}_{used[name]}" if used[name] > 1 else name
-        is_ruled = isinstance(weight, AutoWeight) or name in targets
+        name = _unused(_log_name(spec, regularizer), used)
+        used.add(name)
+        start = 0.0 if name in targets else rule_of(weight).start
         weighting = _load(load_weighting, weighting, "--reg_weighting")
-        terms.append(Term(regularizer, 0.0 if is_ruled else weight, weighting, name))
-        available = _context(args)
-        if missing := [need for need in getattr(regularizer, "needs", ()) if need not in available]:
-            raise UsageError(
-                f"--regularizer {spec} needs {', '.join(missing)}; this script has {', '.join(available)}. Use"
-                " reg_diffusers.RegularizedLoss in a loop of your own"
-            )
-    _check_targets(args, [term.name for term in terms])
+        is_measured = name in targets or rule_of(weight).is_measured
+        terms.append(Term(regularizer, start, weighting, name, _estimator(estimator, is_measured, loss.reg_balance)))
+        available = _context(data)
+        if missing := [need for need in needs_of(regularizer) if need not in available]:
+            raise UsageError(f"--regularizer {spec} needs {', '.join(missing)}: {_fix(missing, available)}")
+    _check_targets(loss, [term.name for term in terms])
     return tuple(terms)
 
 
-def weight_rules(args: argparse.Namespace, terms: tuple[Term, ...]) -> dict[str, float | AutoWeight | Target]:
-    """What sets the weight of each term: its --reg_target, or else its --reg_weight."""
-    weights = dict(zip([term.name for term in terms], args.reg_weight, strict=False))  # no terms: a plain training
-    targets = {target.name: target for target in args.reg_target or ()}
-    return {term.name: targets.get(term.name, weights[term.name]) for term in terms}
+def _estimator(spec: str, is_measured: bool, reg_balance: str | None) -> Callable:
+    """Loads an estimator. The gradient of one that calls the network again does not pass through a single output."""
+    estimator = _load(load_estimator, spec, "--reg_estimator")
+    if calls_model(estimator) and is_measured:
+        raise UsageError(
+            f"--reg_estimator {spec} calls the network again, so the weight cannot be measured at its output: give"
+            " --reg_weight as a number, and no --reg_target for this term"
+        )
+    if calls_model(estimator) and reg_balance:
+        raise UsageError(
+            f"--reg_estimator {spec} calls the network again, which --reg_balance {reg_balance} cannot combine: leave"
+            " one of the two out"
+        )
+    return estimator
+
+
+def in_units(terms: tuple[Term, ...], data: TrainingData, reg_units: str) -> tuple[Term, ...]:
+    """Returns the terms with L' of fields in the user's units for --reg_units user; pictures remain in [-1, 1]."""
+    if data.is_picture or reg_units == "model":
+        return terms
+    return tuple(seen_through(term, data.normalization.units) for term in terms)
+
+
+def units_note(data: TrainingData, reg_units: str) -> str:
+    """Returns a line about the units in which L' sees fields; an empty string for pictures."""
+    if data.is_picture:
+        return ""
+    if reg_units == "model":
+        return "L' sees the network's units, about -1 to 1"
+    return "L' sees the fields' own units, and its weight refers to them; --reg_units model: about -1 to 1"
+
+
+def _unused(name: str, used: set[str]) -> str:
+    """Returns the name, or the first unused one of name_2, name_3, ..."""
+    numbered = (f"{name}_{number}" for number in itertools.count(2))
+    return name if name not in used else next(other for other in numbered if other not in used)
+
+
+def _log_name(spec: str, regularizer) -> str:
+    """Returns the regularizer's own name, with the module name as a prefix if the log uses it for another number."""
+    name = regularizer_name(regularizer)
+    return f"{spec.partition(':')[0]}.{name}" if name in LOG_NAMES else name
+
+
+def weight_rules(loss: LossSettings, terms: tuple[Term, ...]) -> dict[str, WeightRule]:
+    """Returns the rule that sets the weight of each term: its --reg_target, or else its --reg_weight."""
+    weights = dict(zip([term.name for term in terms], loss.reg_weight, strict=False))  # no terms: a plain training
+    targets = {named.name: named.target for named in loss.reg_target or ()}
+    return {term.name: rule_of(targets.get(term.name, weights[term.name])) for term in terms}
 
 
 def with_weights(terms: tuple[Term, ...], weights: dict[str, float]) -> tuple[Term, ...]:
-    """The terms with the weights that their rules have come to."""
+    """Returns the terms with these weights, which their rules determined."""
     return tuple(replace(term, weight=weights[term.name]) for term in terms)
 
 
-def check_rules(rules: dict[str, float | AutoWeight | Target], on_data: dict[str, OnData]) -> None:
-    """Raises `UsageError` for a target relative to data whose L' is not above 0."""
+def check_rules(rules: dict[str, WeightRule], on_data: dict[str, OnData]) -> None:
+    """Raises `UsageError` if a target is relative to the data and L' of the data is not above 0."""
     for name, rule in rules.items():
-        if isinstance(rule, Target) and rule.bound(on_data[name].mean) <= 0:
+        bound = rule.bound(on_data[name].mean)
+        if bound is not None and bound <= 0:
             raise UsageError(
-                f"--reg_target {rule}: {name} of the data is {on_data[name].mean:.3g}, which gives no scale: name the"
-                f" value itself, such as {name}=0.05"
+                f"--reg_target {rule.spec(name)}: {name} of the data is {on_data[name].mean:.3g}, which gives no"
+                f" scale: give the value itself, such as {name}=0.05"
             )
 
 
-def _check_targets(args: argparse.Namespace, names: list[str]) -> None:
+def _check_targets(loss: LossSettings, names: list[str]) -> None:
     seen = set()
-    for target in args.reg_target or ():
+    for target in loss.reg_target or ():
         if target.name not in names:
-            raise UsageError(f"--reg_target {target}: no regularizer of this name; there is {', '.join(names)}")
+            raise UsageError(f"--reg_target {target}: no regularizer has this name; available: {', '.join(names)}")
         if target.name in seen:
-            raise UsageError(f"--reg_target {target}: {target.name} has another target already")
+            raise UsageError(f"--reg_target {target}: {target.name} already has another target")
         seen.add(target.name)
 
 
-def _context(args: argparse.Namespace) -> list[str]:
-    """What train_reg.py hands to regularizers that ask for it by `needs`."""
-    optional = {"class_labels": args.class_conditional, "condition": args.conditioning_image_column}
-    return ["original_samples", *(name for name, given in optional.items() if given)]
+def _fix(missing: list[str], available: list[str]) -> str:
+    """Returns how regularizers get what they lack: by a flag, or in a loop of the user's own."""
+    flags = {kind.name: kind.flag for kind in KINDS}
+    if all(need in flags for need in missing):
+        return f"add {', '.join(flags[need] for need in missing)}"
+    return f"this script passes {', '.join(available)}; use reg_diffusers.RegularizedLoss in a loop of your own"
+
+
+def _context(data: DataSettings) -> list[str]:
+    """Returns the names that train_reg.py passes to regularizers which list them in `needs`."""
+    return ["original_samples", "noise", "timesteps", *(kind.name for kind in KINDS if kind.is_wanted(data))]
 
 
 def _load(load, spec: str, flag: str):

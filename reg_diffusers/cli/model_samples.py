@@ -1,0 +1,100 @@
+"""Draws the samples that `evaluate` and `sweep` measure into a folder, and reads them from there."""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+from pathlib import Path
+
+from ..runtime.files import file_name
+from .bench import Bench
+
+__all__ = ["draw_samples_of", "read_samples", "samplers_of"]
+
+
+def samplers_of(args: argparse.Namespace, models: dict, names: dict, bench: Bench, folder: Path) -> dict:
+    """Returns the sampler, the store and the missing indices of each model.
+
+    Raises:
+        UsageError: if settings do not fit the model, or if the folder holds samples of other settings.
+    """
+    from ..runtime.errors import UsageError
+    from ..sampling.drawing import find_missing
+    from ..sampling.sampler import Sampler, model_sha256
+    from ..sampling.schedulers import fitting_samplers
+    from ..sampling.settings import SampleSettings
+    from ..sampling.store import ArrayFile
+
+    found = {}
+    labels, conditions = bench.conditions.get("class_labels"), bench.conditions.get("condition")
+    for title, pipeline in models.items():
+        by_class = pipeline.unet.config.num_class_embeds is not None
+        settings = SampleSettings(
+            model=names[title],
+            model_sha256=model_sha256(pipeline),
+            scheduler=args.scheduler or next(iter(fitting_samplers(pipeline))),
+            num_inference_steps=args.num_inference_steps,
+            seed=args.seed,
+            mixed_precision=args.mixed_precision,
+            class_labels=tuple(labels.tolist()) if by_class else (),
+            condition_sha256=hashlib.sha256(conditions.numpy()).hexdigest() if conditions is not None else "",
+            output_type="latent",
+        )
+        path = folder / f"{file_name(title)}.npz"
+        try:
+            sampler = Sampler(pipeline, settings, conditions)
+        except ValueError as error:
+            raise UsageError(f"--{error}") from error
+        try:
+            store = ArrayFile(path, is_field=True)
+            found[title] = sampler, store, find_missing(store, sampler.settings, bench.number)
+        except ValueError as error:
+            raise UsageError(f"--output {error}") from error
+    return found
+
+
+def draw_samples_of(args: argparse.Namespace, samplers: dict, state) -> None:
+    """Draws the missing samples in all processes.
+
+    Raises:
+        UsageError: if memory is insufficient, or if the folder cannot be written.
+    """
+    import torch
+
+    from ..runtime.errors import UsageError
+    from ..sampling.drawing import draw_missing
+
+    for title, (sampler, store, missing) in samplers.items():
+        if not missing:
+            continue
+        if state.is_main_process:
+            print(f"sampling    {title}: {len(missing):,} images", flush=True)
+        try:
+            draw_missing(sampler, store, missing, args.batch_size, state)
+        except torch.OutOfMemoryError as error:
+            raise UsageError(f"--batch_size {args.batch_size}: too large for the memory of {state.device}") from error
+        except PermissionError as error:
+            raise UsageError(f"--output {store.path} cannot be written: {error.strerror}") from error
+
+
+def read_samples(bench: Bench, samplers: dict) -> dict:
+    """Reads the first N samples of each model, (N, C, H, W).
+
+    Raises:
+        UsageError: if samples are missing because another machine wrote them to its own disk.
+    """
+    import numpy as np
+    import torch
+
+    from ..runtime.errors import UsageError
+
+    samples = {}
+    for title, (_, store, _) in samplers.items():
+        if lacking := set(range(bench.number)) - store.present():
+            raise UsageError(
+                f"--output {store.path}: {len(lacking):,} samples drawn by other processes are missing: name a folder"
+                " that all machines share"
+            )
+        store.finish(bench.number)
+        samples[title] = torch.from_numpy(np.load(store.path)["arr_0"][: bench.number])
+    return samples

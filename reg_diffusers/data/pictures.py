@@ -1,0 +1,281 @@
+"""Decodes untrusted image files to small uint8 arrays."""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import io
+import os
+import warnings
+import zipfile
+from collections.abc import Callable, Iterable
+from pathlib import Path
+
+import numpy as np
+import PIL.features
+import PIL.Image
+import PIL.ImageOps
+
+from .. import __version__
+from ..runtime.errors import DataError, UsageError, warn
+from .depth import WHITE_16, Depth, eight_bits, look_at_depth
+from .source import Source
+
+__all__ = ["BadImage", "decode", "decode_stored", "decode_table", "depth_of", "depth_of_table", "extensions"]
+__all__ += ["has_colour", "is_grey"]
+
+# Formats that Pillow decodes itself. Others start programs, such as EPS, or are rarely used and poorly maintained.
+_KINDS = "AVIF BMP DIB GIF ICO JPEG JPEG2000 PCX PNG PPM QOI SGI TGA TIFF WEBP XBM".split()
+_OPTIONAL = {"AVIF": "avif", "JPEG2000": "jpg_2000", "WEBP": "webp"}  # Pillow may be built without them
+_GREY_MODES = ("1", "L", "LA", "La", "I", "I;16", "I;16B", "I;16L", "I;16N")
+_IMAGES_LOOKED_AT = 1000
+_IMAGES_PER_PROCESS = 5000
+
+
+def decode(image: PIL.Image.Image, resolution: int, channels: int, white: int = WHITE_16) -> np.ndarray:
+    """Converts an image to (C, H, W) uint8: upright, shorter side resized (bilinear, antialiased), center-cropped.
+
+    Transparency is composited on white; 16-bit images keep their upper 8 bits.
+
+    Args:
+        image: a PIL image of any mode.
+        resolution: side of the square.
+        channels: 1 for grayscale, 3 for RGB.
+        white: the value of a 32-bit integer image that becomes 255, see `Depth`.
+
+    Raises:
+        ValueError: for floating-point pixels, which have no known range, and for integers outside 0 to white.
+    """
+    if image.mode == "F":
+        raise ValueError("floating-point pixels: store such images as an .npy array (N, C, H, W) instead")
+    kind = image.format  # a rotated image lacks it
+    image = PIL.ImageOps.exif_transpose(image)
+    if image.mode.startswith("I"):
+        image = eight_bits(image, kind, white)
+    if image.has_transparency_data:
+        image = image.convert("RGBA")
+        image = PIL.Image.alpha_composite(PIL.Image.new("RGBA", image.size, "white"), image)
+    image = image.convert("L" if channels == 1 else "RGB")
+    image = PIL.ImageOps.fit(image, (resolution, resolution), PIL.Image.Resampling.BILINEAR)
+    pixels = np.asarray(image)
+    return pixels[None] if channels == 1 else pixels.transpose(2, 0, 1)
+
+
+class BadImage(DataError):
+    """Raised for an image that cannot be decoded; a run may continue without it.
+
+    Attributes:
+        problem: the image and the reason, without the fix; "" if a DataLoader worker passed the error on.
+    """
+
+    def __init__(self, message: str, problem: str = ""):
+        super().__init__(message)
+        self.problem = problem
+
+
+def decode_stored(
+    stored: dict | None, row: str, resolution: int, channels: int, white: int, source: Source
+) -> np.ndarray:
+    """Decodes a stored image, {"bytes", "path"}, to (C, H, W) uint8; see `decode`.
+
+    Args:
+        stored: the content of the file, or its path.
+        row: the name of the row, for the message.
+        resolution: side of the square.
+        channels: 1 or 3.
+        white: the white value of integers, see `Depth`.
+        source: the source that files must lie in.
+
+    Raises:
+        BadImage: if it cannot be decoded; the message names it.
+        UsageError: if it lies outside the source.
+    """
+    path = (stored or {}).get("path")
+    try:
+        with _open(stored, source) as image:
+            return decode(image, resolution, channels, white)
+    except UsageError:
+        raise
+    except Exception as error:  # Pillow raises many types on damaged files
+        name = f"{path} ({row})" if path else row
+        problem = f"image {name} cannot be decoded: {_reason(error)}"
+        raise BadImage(f"{problem}. Remove it, or pass --skip_bad_images", problem) from error
+
+
+def decode_table(
+    table,
+    column: str,
+    into: str,
+    resolution: int,
+    channels: int,
+    white: int,
+    source: Source,
+    cache_dir: Path,
+    *,
+    skip_bad_images: bool,
+):
+    """Replaces the image column of a table by a memory-mapped column of flattened (C, H, W) uint8.
+
+    Args:
+        table: a `datasets.Dataset` with an undecoded image column ({"bytes", "path"}).
+        column: the image column.
+        into: the name of the new column.
+        resolution: side of the square.
+        channels: 1 or 3.
+        white: the white value of integers, see `Depth`.
+        source: the source that image files must lie in.
+        cache_dir: the folder that keeps the result for the next run; never the folder of the data.
+        skip_bad_images: whether to skip images that cannot be decoded and print their number, instead of raising.
+
+    Raises:
+        UsageError: if an image cannot be decoded (the message names it), if none can, or if one lies outside the
+            source.
+    """
+    from datasets import Features, List, Value
+
+    features = {name: feature for name, feature in table.features.items() if name != column}
+    features[into] = List(Value("uint8"), length=channels * resolution * resolution)
+    features["readable"] = Value("bool")
+    # The fingerprint identifies the rows, the other settings their processing. It comes with the data and must not
+    # become a file name.
+    settings = (table._fingerprint, column, into, resolution, channels, white, skip_bad_images, source.roots)
+    settings += (__version__,)
+    cache_name = hashlib.sha256(repr(settings).encode()).hexdigest()
+    cache_dir.mkdir(parents=True, exist_ok=True)
+    processes = min(os.cpu_count() or 1, len(table) // _IMAGES_PER_PROCESS)
+    decoded = table.map(
+        _decode_row,
+        with_indices=True,
+        fn_kwargs={
+            "column": column,
+            "into": into,
+            "resolution": resolution,
+            "channels": channels,
+            "white": white,
+            "source": source,
+            "skip_bad_images": skip_bad_images,
+        },
+        remove_columns=[column],
+        features=Features(features),
+        cache_file_name=str(cache_dir / f"{cache_name}.arrow"),
+        num_proc=processes if processes > 1 else None,
+        desc="decoding images, once",
+    )
+    if not skip_bad_images:
+        return decoded
+    readable = np.asarray(decoded.with_format("numpy")["readable"][:])
+    if not readable.any():
+        raise UsageError(f"none of the {len(readable)} images can be decoded")
+    if not readable.all():
+        print(f"--skip_bad_images: skipped {(~readable).sum()} of {len(readable)} images that cannot be decoded")
+    return decoded.select(np.flatnonzero(readable))
+
+
+def is_grey(table, column: str, source: Source) -> bool:
+    """Whether a thousand evenly spaced images of the table are all grayscale, by their headers.
+
+    Unreadable images do not count.
+    """
+    colours = {has_colour(table[row][column], source) for row in _looked_at(table)} - {None}
+    return colours == {False}
+
+
+def depth_of_table(table, column: str, source: Source) -> Depth:
+    """Returns the depth of a thousand evenly spaced images, see `look_at_depth`; warns if upper bits are empty."""
+    return _depth([lambda row=row: _open(table[row][column], source) for row in _looked_at(table)], source)
+
+
+def depth_of(stored: Iterable[dict | None], source: Source) -> Depth:
+    """Returns the depth of stored images, see `look_at_depth`; warns if upper bits are empty."""
+    return _depth([functools.partial(_open, one, source) for one in stored], source)
+
+
+def has_colour(stored: dict | None, source: Source) -> bool | None:
+    """Whether an image has colour, by its header; None if it cannot be read (decoding will report that)."""
+    try:
+        with _open(stored, source) as image:
+            return image.mode not in _GREY_MODES
+    except Exception:
+        return None
+
+
+def _depth(openers: list[Callable[[], PIL.Image.Image]], source: Source) -> Depth:
+    depth = look_at_depth(openers)
+    if depth.warning:
+        warn(f"{source.flag}: {depth.warning}")
+    return depth
+
+
+def _looked_at(table) -> list[int]:
+    return np.linspace(0, len(table) - 1, min(len(table), _IMAGES_LOOKED_AT)).astype(int).tolist()
+
+
+def _decode_row(
+    row: dict,
+    index: int,
+    column: str,
+    into: str,
+    resolution: int,
+    channels: int,
+    white: int,
+    source: Source,
+    skip_bad_images: bool,
+) -> dict:
+    try:
+        pixels = decode_stored(row[column], f"row {index}", resolution, channels, white, source)
+    except BadImage:
+        if not skip_bad_images:
+            raise
+        return {into: np.zeros(channels * resolution * resolution, np.uint8), "readable": False}
+    return {into: pixels.reshape(-1), "readable": True}
+
+
+def _open(stored: dict | None, source: Source) -> PIL.Image.Image:
+    if stored is None:
+        raise ValueError("no image in this row")
+    file = io.BytesIO(stored["bytes"]) if stored["bytes"] is not None else _file(stored["path"], source)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", PIL.Image.DecompressionBombWarning)
+        return PIL.Image.open(file, formats=_kinds())
+
+
+def _file(path: str, source: Source) -> Path | io.BytesIO:
+    source.check(path)
+    if path.startswith("zip://") and "://" not in path.split("::")[-1]:
+        member, archive = path.removeprefix("zip://").rsplit("::", 1)
+        return io.BytesIO(_archive(archive, os.getpid()).read(member))
+    if "://" in path:
+        from datasets.utils.file_utils import xopen
+
+        with xopen(path, "rb") as file:
+            return io.BytesIO(file.read())
+    if not os.path.isfile(path):
+        raise FileNotFoundError("no such file")  # reading a pipe or a device would block
+    return Path(path)
+
+
+@functools.lru_cache(maxsize=8)
+def _archive(path: str, process: int) -> zipfile.ZipFile:
+    """Opens a .zip file once per process, because processes must not share the position in a file."""
+    return zipfile.ZipFile(path)
+
+
+def extensions() -> frozenset[str]:
+    """Returns the extensions of the supported images, such as ".png", for this version of Pillow."""
+    kinds = _kinds()
+    return frozenset(extension for extension, kind in PIL.Image.EXTENSION.items() if kind in kinds)
+
+
+@functools.cache
+def _kinds() -> list[str]:
+    PIL.Image.init()
+    missing = [kind for kind, feature in _OPTIONAL.items() if not PIL.features.check(feature)]
+    return [kind for kind in _KINDS if kind in PIL.Image.OPEN and kind not in missing]
+
+
+def _reason(error: Exception) -> str:
+    if isinstance(error, PIL.Image.DecompressionBombError | PIL.Image.DecompressionBombWarning):
+        return f"it has more than {PIL.Image.MAX_IMAGE_PIXELS:,} pixels, the limit of an image"
+    if isinstance(error, PIL.UnidentifiedImageError):
+        return f"it is damaged, or its format is not one of {', '.join(_kinds())}"
+    return str(error).splitlines()[0] if str(error) else type(error).__name__

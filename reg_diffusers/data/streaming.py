@@ -1,0 +1,192 @@
+"""Streams images: decodes them on demand, and never holds all of them in memory or on the disk."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ..runtime.errors import DataError, UsageError, warn
+from .normalization import PICTURES
+from .pictures import BadImage, decode_stored, depth_of, has_colour
+from .source import Source
+
+__all__ = ["ROWS_OF_A_PIECE", "RowDecoder", "StreamedPictures", "bytes_of", "unreadable"]
+
+ROWS_OF_A_PIECE = 10**9  # upper limit: the id of an image is its piece times this plus its row in the piece
+_EXAMPLES = 512
+_EXAMPLE_BYTES = 2**26
+_BAD_IMAGES_NAMED = 10
+
+
+class StreamedPictures:
+    """Images of a `datasets.IterableDataset`; `stream_dataloader` draws batches from it.
+
+    Args:
+        rows: the stream, with the columns below and images as {"bytes", "path"}.
+        columns: for "pixels" and "condition", the name of the column and its channels (None: detect them from the
+            first images).
+        label: the column of the class labels, integers.
+        classes: the names of the classes.
+        resolution: side of the images.
+        number: the number of rows, if known.
+        source: the source that image files must lie in.
+        skip_bad_images: whether to skip images that cannot be decoded.
+
+    Attributes:
+        rows, source, number, classes: see the arguments.
+        shape: (C, H, W).
+        normalization: from 0..255 to [-1, 1], also for the conditioning images.
+        condition_channels: channels K of the conditioning images, 0 without.
+        note: a line to print at the start, next to the number and shape of the data.
+        decoder: decodes batches of rows.
+        examples: the first images, for repeated use of the same images.
+
+    Raises:
+        UsageError: if there are no rows, or if they cannot be read.
+    """
+
+    normalization = PICTURES
+    is_picture = True
+
+    def __init__(
+        self,
+        rows,
+        columns: dict[str, tuple[str, int | None]],
+        label: str | None,
+        classes: list[str] | None,
+        resolution: int,
+        number: int | None,
+        source: Source,
+        *,
+        skip_bad_images: bool,
+    ):
+        self.rows, self.source, self.number, self.classes = rows, source, number, classes
+        first = _first_rows(rows, source)
+        channels = {
+            into: wanted or (3 if any(has_colour(row[name], source) for _, row in first) else 1)
+            for into, (name, wanted) in columns.items()
+        }
+        self.shape = (channels["pixels"], resolution, resolution)
+        self.condition_channels = channels.get("condition", 0)
+        depths = {into: depth_of([row[name] for _, row in first], source) for into, (name, _) in columns.items()}
+        self.note = depths["pixels"].note
+        images = {into: (name, channels[into], depths[into].white) for into, (name, _) in columns.items()}
+        self.decoder = RowDecoder(images, label, resolution, source, skip_bad_images=skip_bad_images)
+        self.examples = _Examples(first, self.decoder)
+
+
+class RowDecoder(torch.utils.data.Dataset):
+    """Decodes batches of rows (id, {column: value}); a `DataLoader` passes the rows as indices.
+
+    Args:
+        images: for "pixels" and "condition", the name of the column, its channels, and the white value of integers,
+            see `Depth`.
+        label: the column of the class labels.
+        resolution: side of the images.
+        source: the source that image files must lie in.
+        skip_bad_images: whether to skip images that cannot be decoded.
+    """
+
+    def __init__(
+        self,
+        images: dict[str, tuple[str, int, int]],
+        label: str | None,
+        resolution: int,
+        source: Source,
+        *,
+        skip_bad_images: bool,
+    ):
+        self._images, self._label, self._resolution, self._source = images, label, resolution, source
+        self._skip = skip_bad_images
+        self._bad = 0
+
+    def __getitems__(self, rows: list[tuple[int, dict]]) -> dict[str, Tensor]:
+        """Decodes a batch.
+
+        {"values": (B, C, H, W) uint8, "ids": (B,), "condition": (B, K, H, W) uint8, "class_labels": (B,)}.
+        If bad images are skipped, other images of the batch appear twice, so that B is constant.
+
+        Raises:
+            UsageError: if an image (or with skip_bad_images: a whole batch) cannot be decoded, or if a row has no
+                label.
+        """
+        decoded = [found for row in rows if (found := self.decode(*row)) is not None]
+        if not decoded:
+            raise DataError(f"{self._source.flag}: none of {len(rows)} images can be decoded")
+        return _stack([decoded[place % len(decoded)] for place in range(len(rows))])
+
+    def decode(self, id: int, row: dict) -> dict[str, np.ndarray] | None:
+        """Decodes one row; None for a bad image that is skipped."""
+        where = f"row {id % ROWS_OF_A_PIECE} of piece {id // ROWS_OF_A_PIECE}"
+        try:
+            found = {
+                {"pixels": "values"}.get(into, into): decode_stored(
+                    row[name], where, self._resolution, channels, white, self._source
+                )
+                for into, (name, channels, white) in self._images.items()
+            }
+        except BadImage as error:
+            if not self._skip:
+                raise
+            self._bad += 1
+            if self._bad <= _BAD_IMAGES_NAMED:
+                rest = "; further images are not listed" if self._bad == _BAD_IMAGES_NAMED else ""
+                warn(f"--skip_bad_images: skipped {error.problem}{rest}")
+            return None
+        found["ids"] = np.int64(id)
+        if self._label is not None:
+            if row[self._label] is None or row[self._label] < 0:
+                raise DataError(f"--label_column {self._label}: {where} has no label")
+            found["class_labels"] = np.int64(row[self._label])
+        return found
+
+
+class _Examples:
+    """The first rows of a stream, decoded on demand."""
+
+    normalization = PICTURES
+
+    def __init__(self, rows: list[tuple[int, dict]], decoder: RowDecoder):
+        self._rows, self._decoder = rows, decoder
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    def __getitems__(self, indices: list[int]) -> dict[str, Tensor]:
+        return _stack([self._readable(index) for index in indices])
+
+    def _readable(self, index: int) -> dict[str, np.ndarray]:
+        """Decodes the row; if bad images are skipped, the next row that can be decoded."""
+        for place in range(index, index + len(self)):
+            if (found := self._decoder.decode(*self._rows[place % len(self)])) is not None:
+                return found
+        raise UsageError(f"none of the first {len(self)} images can be decoded")
+
+
+def _stack(rows: list[dict[str, np.ndarray]]) -> dict[str, Tensor]:
+    return {name: torch.from_numpy(np.stack([row[name] for row in rows])) for name in rows[0]}
+
+
+def _first_rows(rows, source: Source) -> list[tuple[int, dict]]:
+    first, size = [], 0
+    try:
+        for row in rows:
+            first.append((len(first), row))
+            size += bytes_of(row)
+            if len(first) >= _EXAMPLES or size >= _EXAMPLE_BYTES:
+                break
+    except Exception as error:
+        raise unreadable(source, error) from error
+    if not first:
+        raise UsageError(f"{source.flag}: holds no images")
+    return first
+
+
+def bytes_of(row: dict) -> int:
+    return sum(len(value.get("bytes") or b"") for value in row.values() if isinstance(value, dict))
+
+
+def unreadable(source: Source, error: Exception) -> DataError:
+    reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+    return DataError(f"{source.flag}: cannot be read: {reason}")

@@ -1,0 +1,317 @@
+"""Loads training data and draws batches of (B, C, H, W) from it.
+
+Images are decoded, resized and cropped once, to uint8 in a cache that `datasets` memory-maps; the embedded data set is
+loaded in the same way. A stream of images is decoded while it is read. Arrays of fields are memory-mapped. An affine
+`Normalization` converts a whole batch on its device to samples in [-1, 1].
+"""
+
+from __future__ import annotations
+
+import tempfile
+from pathlib import Path
+
+import numpy as np
+import torch
+from accelerate import Accelerator
+from torch import Tensor
+
+from ..runs.checkpoint import Progress
+from ..runtime.errors import UsageError, warn
+from ..settings.data import DataSettings
+from ..settings.optimization import OptimizationSettings
+from .fields import check_order, field_file, read_fields
+from .normalization import PICTURES, Normalization, field_normalization
+from .pictures import decode_table, depth_of_table, is_grey
+from .source import FLAGS_OF_TRAINING, Naming, Source, source_of
+from .stream_batches import stream_dataloader
+from .streaming import StreamedPictures
+from .tables import EMBEDDED, LabelsError, image_column, label_column, number_of_rows, read_rows, with_class_labels
+
+__all__ = [
+    "FieldData",
+    "LabelsError",
+    "Naming",
+    "Normalization",
+    "PictureData",
+    "TrainingData",
+    "load_training_data",
+    "make_dataloader",
+]
+
+
+class PictureData(torch.utils.data.Dataset):
+    """Images as uint8, with class labels and conditioning images if requested.
+
+    Attributes:
+        shape: (C, H, W).
+        normalization: from 0..255 to [-1, 1], also for the conditioning images.
+        classes: names of the classes, or None.
+        condition_channels: channels K of the conditioning images, 0 without.
+        note: a line to print at the start, next to the number and shape of the data.
+        number: number of images.
+        examples: images for repeated use: all of them.
+    """
+
+    normalization = PICTURES
+    is_picture = True
+
+    def __init__(
+        self,
+        table,
+        shape: tuple[int, int, int],
+        classes: list[str] | None,
+        condition_channels: int = 0,
+        note: str = "",
+    ):
+        self._table = table.with_format("arrow")
+        self.shape = shape
+        self.classes = classes
+        self.condition_channels = condition_channels
+        self.note = note
+
+    def __len__(self) -> int:
+        return len(self._table)
+
+    @property
+    def number(self) -> int:
+        return len(self)
+
+    @property
+    def examples(self) -> PictureData:
+        return self
+
+    def __getitems__(self, indices: list[int]) -> dict[str, Tensor]:
+        """Reads the batch of these indices at once.
+
+        {"values": (B, C, H, W) uint8, "ids": (B,), "condition": (B, K, H, W) uint8, "class_labels": (B,)}
+        """
+        rows = self._table[indices]
+        batch = {"values": _pixels(rows["pixels"], self.shape), "ids": torch.tensor(indices)}
+        if self.condition_channels:
+            batch["condition"] = _pixels(rows["condition"], (self.condition_channels, *self.shape[1:]))
+        if self.classes is not None:
+            batch["class_labels"] = torch.from_numpy(rows["class_label"].to_numpy().copy())
+        return batch
+
+
+def _pixels(column, shape: tuple[int, int, int]) -> Tensor:
+    """Converts a column of flattened images to a tensor (B, *shape)."""
+    return torch.from_numpy(column.combine_chunks().flatten().to_numpy().copy()).reshape(-1, *shape)
+
+
+class FieldData(torch.utils.data.Dataset):
+    """Arrays of physical fields, such as temperatures or velocities, in their original size.
+
+    Attributes:
+        shape: (C, H, W).
+        normalization: the given one, else from the range of each channel over the data set to [-1, 1]; see
+            `field_normalization`.
+        note: a line to print at the start, next to the number and shape of the data.
+        classes: None.
+        number: number of fields.
+        examples: fields for repeated use: all of them.
+    """
+
+    is_picture = False
+    classes = None
+    condition_channels = 0
+
+    def __init__(self, array: np.ndarray, normalization: Normalization | None = None, field_scale: str = "channel"):
+        self._array = array
+        self.shape = tuple(array.shape[1:])
+        self.normalization = field_normalization(array, normalization, field_scale)
+        self.note = f"offset {_shown(self.normalization.offset)} + scale {_shown(self.normalization.scale)} * sample"
+
+    def __len__(self) -> int:
+        return len(self._array)
+
+    @property
+    def number(self) -> int:
+        return len(self)
+
+    @property
+    def examples(self) -> FieldData:
+        return self
+
+    def __getitems__(self, indices: list[int]) -> dict[str, Tensor]:
+        """Reads the batch of these indices: {"values": (B, C, H, W) as stored, "ids": (B,)}.
+
+        Values are float64 if float32 would round them, except on MPS, which lacks float64.
+        """
+        fits = np.can_cast(self._array.dtype, np.float32) or torch.backends.mps.is_available()
+        values = np.asarray(self._array[indices], dtype=np.float32 if fits else np.float64)
+        return {"values": torch.from_numpy(values), "ids": torch.tensor(indices)}
+
+
+TrainingData = PictureData | FieldData | StreamedPictures
+
+
+def load_training_data(
+    settings: DataSettings,
+    channels: int | None = None,
+    resolution: int | None = None,
+    normalization: Normalization | None = None,
+    condition_channels: int | None = None,
+    naming: Naming = FLAGS_OF_TRAINING,
+) -> TrainingData:
+    """Loads the data set that the flags name, for a DataLoader with a `collate_fn` that returns batches unchanged.
+
+    Args:
+        settings: the data settings.
+        channels: the channels of a given model; by default, 1 for grayscale images, else 3.
+        resolution: side of the images if --resolution is not set.
+        normalization: the field normalization of a given model; by default, from the data.
+        condition_channels: the condition channels of a given model; the default is as for `channels`.
+        naming: the names of the data and of that model in messages.
+
+    Raises:
+        UsageError: if there is nothing to read, a column is missing, images are bad, or fields have a wrong shape.
+        LabelsError: if class labels are requested, but the data lack usable ones.
+    """
+    fields = field_file(settings.dataset_name or settings.train_data_dir)
+    if fields is not None:
+        source_of(settings, EMBEDDED, naming).check(str(fields))
+        array = read_fields(fields)
+        check_order(fields, array.shape, channels)
+        if normalization is not None and settings.field_scale != "channel":
+            raise UsageError(
+                f"--field_scale {settings.field_scale}: {naming.model} keeps its own scales; drop the flag"
+            )
+        data = FieldData(array, normalization, settings.field_scale)
+        if settings.streaming:
+            raise UsageError("--streaming: fields are always read from the disk on demand; drop the flag")
+        if settings.class_conditional:
+            raise LabelsError(".npy/.npz fields have no class labels")
+        if settings.conditioning_image_column:
+            raise UsageError("--conditioning_image_column names a column of images, which fields lack")
+        if settings.resolution not in (None, *data.shape[1:]):
+            raise UsageError(
+                f"--resolution {settings.resolution}: fields keep their size, here {data.shape[1:]}; drop it"
+            )
+    else:
+        if settings.field_scale != "channel":
+            raise UsageError(f"--field_scale {settings.field_scale} applies to .npy/.npz fields only; drop the flag")
+        data = _load_pictures(settings, channels, settings.resolution or resolution or 64, condition_channels, naming)
+    if channels is not None and data.shape[0] != channels:
+        raise UsageError(f"the data have {data.shape[0]} channels, but {naming.model} has {channels}")
+    if condition_channels is not None and data.condition_channels != condition_channels:
+        fix = "name the images by --conditioning_image_column" if condition_channels else "drop the flag"
+        raise UsageError(
+            f"{naming.model} is conditioned on {condition_channels or 'no'} image channels, but the data have"
+            f" {data.condition_channels or 'none'}: {fix}"
+        )
+    return data
+
+
+def make_dataloader(
+    data: TrainingData,
+    settings: OptimizationSettings,
+    workers: int,
+    accelerator: Accelerator,
+    progress: Progress,
+):
+    """Builds a loader of shuffled batches; it drops a last, shorter batch if there is a full one. A stream never ends.
+
+    Args:
+        data: the training data.
+        settings: the settings with the batch size and the seed of the order.
+        workers: number of processes that load data; 0 loads in this process.
+        accelerator: the accelerator, which must still prepare the loader.
+        progress: the progress of the training, from which a stream continues.
+    """
+    if isinstance(data, StreamedPictures):
+        return stream_dataloader(data, settings.train_batch_size, settings.seed, workers, accelerator, progress)
+    return torch.utils.data.DataLoader(
+        data,
+        batch_size=settings.train_batch_size,
+        shuffle=True,
+        num_workers=workers,
+        collate_fn=_identity,
+        drop_last=len(data) >= settings.train_batch_size * accelerator.num_processes,
+        pin_memory=torch.cuda.is_available(),
+        # a separate generator: otherwise, each epoch or resumed run would draw from that of the noise
+        generator=torch.Generator().manual_seed(settings.seed),
+        persistent_workers=workers > 0,
+    )
+
+
+def _identity(batch: dict[str, Tensor]) -> dict[str, Tensor]:
+    return batch
+
+
+def _load_pictures(
+    settings: DataSettings, channels: int | None, resolution: int, condition_channels: int | None, naming: Naming
+) -> PictureData | StreamedPictures:
+    from datasets import Dataset, Image
+
+    _check_cache_dir(settings.cache_dir)
+    source = source_of(settings, EMBEDDED, naming)
+    table, unused = read_rows(settings, source, streaming=settings.streaming)
+    conditioning = settings.conditioning_image_column
+    if conditioning is not None:
+        image_column(table, conditioning, flag="--conditioning_image_column")
+    column = image_column(table, settings.image_column, other_than=conditioning)
+    if column == conditioning:
+        raise UsageError(f"--conditioning_image_column {column}: is the column of the training images: name another")
+    label, classes = label_column(table, settings) if settings.class_conditional else None, None
+    if label is not None:
+        table, label, classes = with_class_labels(table, label)
+    if unused:
+        warn(f"{settings.dataset_name or settings.train_data_dir}: {unused}")
+    columns = {"pixels": (column, channels)}
+    if conditioning is not None:
+        columns["condition"] = (conditioning, condition_channels or None)
+    if any(wanted not in (None, 1, 3) for _, wanted in columns.values()):
+        wanted = next(wanted for _, wanted in columns.values() if wanted not in (None, 1, 3))
+        raise UsageError(f"{naming.model} has {wanted} channels, but images have 1 or 3: use .npy fields (N, C, H, W)")
+    images = [name for name, _ in columns.values()]
+    table = table.select_columns(images + ([label] if label else []))
+    for name in images:
+        table = table.cast_column(name, Image(decode=False))
+    if not settings.streaming:
+        return _decoded(settings, table, columns, classes, resolution, source)
+    number = len(table) if isinstance(table, Dataset) else number_of_rows(settings, table)
+    rows = table.to_iterable_dataset(num_shards=min(number, 1024)) if isinstance(table, Dataset) else table
+    return StreamedPictures(
+        rows, columns, label, classes, resolution, number, source, skip_bad_images=settings.skip_bad_images
+    )
+
+
+def _check_cache_dir(cache_dir: str | None) -> None:
+    """Raises UsageError if the cache is not writable."""
+    from datasets.config import HF_DATASETS_CACHE
+
+    folder = Path(cache_dir or HF_DATASETS_CACHE)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=folder).close()
+    except OSError as error:
+        raise UsageError(
+            f"--cache_dir {folder}: cannot be written ({error.strerror}): name a writable folder"
+        ) from error
+
+
+def _decoded(
+    settings: DataSettings, table, columns: dict, classes: list[str] | None, resolution: int, source: Source
+) -> PictureData:
+    """Decodes all images of a table into a cache."""
+    from datasets.config import HF_DATASETS_CACHE
+
+    cache_dir = Path(settings.cache_dir or HF_DATASETS_CACHE) / "reg_diffusers"
+    channels, notes = {}, {}
+    for into, (name, wanted) in columns.items():
+        channels[into] = wanted or (1 if is_grey(table, name, source) else 3)
+        depth = depth_of_table(table, name, source)
+        notes[into] = depth.note
+        table = decode_table(
+            *(table, name, into, resolution, channels[into], depth.white, source, cache_dir),
+            skip_bad_images=settings.skip_bad_images,
+        )
+    shape = (channels["pixels"], resolution, resolution)
+    return PictureData(table, shape, classes, channels.get("condition", 0), notes["pixels"])
+
+
+def _shown(numbers: tuple[float, ...]) -> str:
+    """Formats one number per channel, or the first four."""
+    shown = ", ".join(f"{number:.10g}" for number in numbers[:4])
+    return f"({shown}{', ...' if len(numbers) > 4 else ''})"

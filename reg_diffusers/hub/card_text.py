@@ -1,0 +1,309 @@
+"""Builds the text of a model card: the objective, the results, the usage, and how to reproduce the model."""
+
+from __future__ import annotations
+
+import json
+import re
+from dataclasses import dataclass
+
+from ..prediction import image_channels
+from ..runs.measurement import Measurement, as_code, as_text, markdown_table
+
+__all__ = ["CardFacts", "card_text"]
+
+_FORMULAS = {  # by prediction type: target of the network, its definition, the image that the output implies
+    "epsilon": ("eps", None, "(x_t - sigma(t) * model(x_t, t)) / alpha(t)"),
+    "sample": ("x_0", None, "model(x_t, t)"),
+    "v_prediction": ("v", "alpha(t) * eps - sigma(t) * x_0", "alpha(t) * x_t - sigma(t) * model(x_t, t)"),
+    "flow_prediction": ("(eps - x_0)", None, "x_t - sigma(t) * model(x_t, t)"),
+}
+_WEIGHTINGS = {
+    "constant": "1",
+    "snr": "SNR(t) = alpha(t)^2 / sigma(t)^2",
+    "matched": "min(w(t), 100) / (1 + (10 / SNR(t))^2), 0 at high noise; the first term is w(t) * ||x_0 - x0_hat||^2",
+    "alpha_bar": "alpha(t)^2 / (alpha(t)^2 + sigma(t)^2)",
+    "truncated_snr": "max(SNR(t), 1)",
+    "low_noise": "1 for t < 200, else 0",
+}
+_DDIM = 'pipeline.scheduler = DDIMScheduler.from_config(pipeline.scheduler.config, timestep_spacing="trailing")'
+_CLASSES_NAMED = 50
+_MANY_STEPS = 50
+
+
+@dataclass(frozen=True)
+class CardFacts:
+    """Facts about a saved pipeline from the files next to it, if there are any.
+
+    Attributes:
+        record: the content of reg_config.json: the objective and the settings of a run.
+        unet: the config of the network.
+        scheduler: the config of the scheduler.
+        is_field: whether the samples are fields instead of images.
+        settings: the settings of the measurement.
+        rows: the measured rows, that of the model last.
+        pictures: paths of the figures to show, by caption.
+    """
+
+    record: dict
+    unet: dict
+    scheduler: dict
+    is_field: bool
+    settings: dict
+    rows: dict[str, Measurement]
+    pictures: dict[str, str]
+
+    @property
+    def by_class(self) -> bool:
+        return bool(self.unet.get("num_class_embeds"))
+
+    @property
+    def by_image(self) -> bool:
+        return self.condition_channels > 0
+
+    @property
+    def condition_channels(self) -> int:
+        return self.unet["in_channels"] - self.channels if self.unet else 0
+
+    @property
+    def channels(self) -> int:
+        return image_channels(self.unet["out_channels"], self.scheduler)
+
+    @property
+    def learns_variance(self) -> bool:
+        """Whether the output also holds a variance, which diffusers' own DDIM mistakes for image channels."""
+        return bool(self.unet) and self.channels != self.unet["out_channels"]
+
+    @property
+    def size(self) -> tuple[int, int]:
+        """Height and width."""
+        size = self.unet["sample_size"]
+        return (size, size) if isinstance(size, int) else tuple(size)
+
+
+def card_text(facts: CardFacts, repo_id: str) -> str:
+    """Builds the Markdown text of a card.
+
+    Args:
+        facts: the facts about the pipeline.
+        repo_id: the repository or folder that the code loads the pipeline from.
+    """
+    sections = [
+        f"# {as_text(repo_id.rstrip('/').split('/')[-1])}",
+        _introduction(facts),
+        _objective(facts.record.get("objective")),
+        _evidence(facts),
+        _usage(facts, repo_id),
+        _reproduction(facts.record),
+    ]
+    return "\n\n".join(section for section in sections if section)
+
+
+def _introduction(facts: CardFacts) -> str:
+    height, width = facts.size
+    kind = "fields" if facts.is_field else "images"
+    drawn = f"{height} x {width} {kind}" + (f" of {facts.channels} channels" if facts.is_field else "")
+    given = [*(["of a given class"] if facts.by_class else []), *(["from a given image"] if facts.by_image else [])]
+    network = f"a `{facts.unet.get('_class_name', 'UNet2DModel')}`"
+    data = facts.record.get("data")
+    trained = ""
+    if data:
+        number = f"a stream of {kind}" if data["images"] is None else f"{data['images']:,} {kind}"
+        trained = f", {_start(facts.record)} on {number} of {_data_name(data)}"
+    return f"A diffusion model that generates {' '.join([drawn, *given])}: {network}{trained}."
+
+
+def _start(record: dict) -> str:
+    base = record.get("base_model")
+    if base:
+        return f"fine-tuned from [{base}](https://huggingface.co/{base})"
+    return "fine-tuned from another model" if record.get("fine_tuned") else "trained"
+
+
+def _data_name(data: dict) -> str:
+    name = as_text(data["name"])
+    return f"[{name}](https://huggingface.co/datasets/{data['hub_id']})" if data.get("hub_id") else name
+
+
+_ESTIMATORS = {
+    "ddim": "the end of a deterministic trajectory from x_t, with further calls of the network",
+    "known_noise": "a blend of x_0 and x0_hat",
+    "monte_carlo": "draws around x0_hat, over which the loss is averaged",
+}
+
+
+def _objective(objective: dict | None) -> str:
+    if not objective:
+        return ""
+    output, meaning, implied = _FORMULAS[objective["prediction_type"]]
+    terms, gamma = objective["terms"], objective.get("snr_gamma")
+    plain = f"min(SNR(t), {gamma:g}) * ||x_0 - x0_hat||^2" if gamma else f"||{output} - model(x_t, t)||^2"
+    extra = [f" + {term['weight']:g} * {_function(term['weighting'])}(t) * {_loss_of(term)}" for term in terms]
+    definitions = {"x_t": "alpha(t) * x_0 + sigma(t) * eps, a training sample x_0 with noise eps"}
+    if meaning and not gamma:
+        definitions[output] = meaning
+    if terms or gamma:
+        units = "; a loss sees it in the fields' own units" if terms and objective.get("units") == "user" else ""
+        definitions["x0_hat"] = f"{implied}, the sample that the output of the network implies{units}"
+    if gamma:
+        definitions["SNR(t)"] = "alpha(t)^2 / sigma(t)^2"
+    for weighting in dict.fromkeys(term["weighting"] for term in terms):
+        definitions[f"{_function(weighting)}(t)"] = _WEIGHTINGS.get(weighting, f"{weighting}, defined by the author")
+    for estimator in dict.fromkeys(term["estimator"] for term in terms if "estimator" in term):
+        own = f"{estimator}, an estimate of the image defined by the author"
+        definitions[estimator] = _ESTIMATORS.get(estimator.partition("(")[0].strip(), own)
+    width = max(map(len, definitions))
+    lines = [f"L = {plain}{''.join(extra)}", "", *(f"{name:<{width}} = {text}" for name, text in definitions.items())]
+    sections = ["## Objective", _block("text", *lines)]
+    if terms:
+        sections += [_terms_table(terms), _note_on_own_code(terms)]
+    return "\n\n".join(section for section in sections if section)
+
+
+def _loss_of(term: dict) -> str:
+    return f"{term['name']}({term.get('estimator', 'x0_hat')})"
+
+
+def _function(spec: str) -> str:
+    """Returns the last name of `module:attribute`, with the module if a built-in weighting has the same name."""
+    name = spec.replace(".", ":").split(":")[-1]
+    return spec.replace(":", ".") if ":" in spec and name in _WEIGHTINGS else name
+
+
+def _terms_table(terms: list[dict]) -> str:
+    rows = [
+        f"| {as_code(term['name'])} | {as_code(term['regularizer'])} | {_weight(term)} | {as_code(term['weighting'])}"
+        f" | {term['gate']} |"
+        for term in terms
+    ]
+    return "\n".join(["| loss | specified as | weight | weighting | active at |", "|---|---|---|---|---|", *rows])
+
+
+def _weight(term: dict) -> str:
+    """Returns the weight and the rule that set it."""
+    rule = f" (by {term['weight_rule']})" if "weight_rule" in term else ""
+    return f"{term['weight']:g}{rule}"
+
+
+def _note_on_own_code(terms: list[dict]) -> str:
+    given = [spec for term in terms for spec in (term["regularizer"], term["weighting"], term.get("estimator", ""))]
+    modules = dict.fromkeys(spec.split(":")[0] for spec in given if ":" in spec)
+    if not modules:
+        return ""
+    named = " and ".join(map(as_code, modules))
+    return f"{named} {'is' if len(modules) == 1 else 'are'} code of the author that is not in this repository."
+
+
+def _evidence(facts: CardFacts) -> str:
+    sections = ["## Results"]
+    if facts.rows:
+        sections += [_how_measured(facts), markdown_table(facts.rows)]
+    sections += [f"![{shown}]({path})" for shown, path in facts.pictures.items()]
+    return "\n\n".join(sections) if len(sections) > 1 else ""
+
+
+def _how_measured(facts: CardFacts) -> str:
+    first, *_ = facts.rows.values()
+    kind = "fields" if facts.is_field else "images"
+    steps, seed = facts.settings["num_inference_steps"], facts.settings["seed"]
+    sentences = [
+        f"Each row is measured on {first.images} {kind}; samples are drawn in {steps} steps from seed {seed}.",
+    ]
+    if first.terms:
+        name = as_text(next(iter(first.terms)))
+        column = f"The column {name} has" if len(first.terms) == 1 else "The columns of the losses have"
+        sentences.append(f"{column} the mean and its standard error; the goal is the value of the data, not less.")
+    sentences.append(
+        "The distance is the sliced Wasserstein distance in pixel values from -1 to 1; for the data, it is the one"
+        " between two halves of them, which no model is expected to beat."
+    )
+    if "without" in facts.rows:
+        losses = "loss" if len(first.terms) <= 1 else "losses"
+        sentences.append(f"*without* is the same training, with the same noise, without the auxiliary {losses}.")
+    return " ".join(sentences)
+
+
+def _usage(facts: CardFacts, repo_id: str) -> str:
+    """Builds code examples with reg_diffusers, with diffusers alone, and with the class in this repository."""
+    repo = json.dumps(repo_id)
+    is_flow = "shift" in facts.scheduler
+    setup, call = _call(facts)
+    with_torch = ["import torch"] if setup else []
+    names = [] if is_flow else ["DDIMScheduler"]
+    ddim = [] if is_flow else [_DDIM]
+    package = [
+        *([*with_torch, ""] if setup else []),
+        "from reg_diffusers import RegDDPMPipeline",
+        "from reg_diffusers.pipeline import fast_scheduler",
+        "",
+        f"pipeline = RegDDPMPipeline.from_pretrained({repo})",
+        "pipeline.scheduler = fast_scheduler(pipeline.scheduler)",
+    ]
+    plain = [
+        f"from diffusers import {', '.join([*names, 'DDPMPipeline'])}",
+        "",
+        f"pipeline = DDPMPipeline.from_pretrained({repo})",
+        *ddim,
+    ]
+    remote = [
+        *with_torch,
+        f"from diffusers import {', '.join([*names, 'DiffusionPipeline'])}",
+        "",
+        f"repo = {repo}",
+        "pipeline = DiffusionPipeline.from_pretrained(repo, custom_pipeline=repo, trust_remote_code=True)",
+        *ddim,
+    ]
+    sections = ["## Usage", "With reg_diffusers:", _block("python", *package, *setup, *call)]
+    if not (facts.by_class or facts.by_image or facts.is_field or facts.learns_variance):
+        sections += ["With diffusers alone:", _block("python", *plain, *call)]
+    sections += [
+        "Without reg_diffusers, but with all features of its pipeline, such as any scheduler, conditions and guidance"
+        " by a loss. This runs the file pipeline.py of this repository on your machine: read it first.",
+        _block("python", *remote, *setup, *call),
+    ]
+    classes = (facts.record.get("data") or {}).get("classes")
+    if facts.by_class and classes:
+        named = [f"{number} {as_text(name)}" for number, name in enumerate(classes[:_CLASSES_NAMED])]
+        sections.append(f"The classes: {', '.join(named)}{', ...' if len(classes) > _CLASSES_NAMED else '.'}")
+    return "\n\n".join(sections)
+
+
+def _call(facts: CardFacts) -> tuple[list[str], list[str]]:
+    """Returns the lines before the call of the pipeline, and those of the call."""
+    steps = facts.settings.get("num_inference_steps", _MANY_STEPS)
+    steps = min(steps, facts.scheduler.get("num_train_timesteps", steps))
+    arguments, setup = [f"num_inference_steps={steps}"], []
+    if facts.by_class:
+        arguments.append("class_labels=0")
+    if facts.by_image:
+        height, width = facts.size
+        setup.append(f"condition = torch.zeros(1, {facts.condition_channels}, {height}, {width})  # yours, in [-1, 1]")
+        arguments.append("condition=condition")
+    if facts.is_field:
+        arguments.append('output_type="np"')
+        show = "print(output.images[0].shape)  # height, width, channels"
+    else:
+        show = 'output.images[0].save("sample.png")'
+    return setup, [f"output = pipeline({', '.join(arguments)})", show]
+
+
+def _reproduction(record: dict) -> str:
+    if not record:
+        return ""
+    command = record["command"]
+    versions = ", ".join(f"{name} {version}" for name, version in record["versions"].items())
+    commit = f", commit {record['commit']}" if record.get("commit") else ""
+    processes = "1 process" if record["processes"] == 1 else f"{record['processes']} processes"
+    sentences = [
+        f"Seed {record['seed']}, {processes} on {record['device']}, mixed precision {record['mixed_precision']};"
+        f" {versions}{commit}.",
+        "`reg_settings.yaml` holds all settings, including defaults; pass it to train_reg.py as the first argument.",
+    ]
+    if "--push_to_hub" in command:
+        sentences.append("`--push_to_hub` uploads to the author's repository: omit it, or name one of yours.")
+    return "\n\n".join(["## How to reproduce it", _block("bash", command), " ".join(sentences)])
+
+
+def _block(language: str, *lines: str) -> str:
+    longest = max((len(run) for line in lines for run in re.findall("`{3,}", line)), default=2)
+    fence = "`" * (longest + 1)  # longer than any fence inside the block
+    return "\n".join([f"{fence}{language}", *lines, fence])

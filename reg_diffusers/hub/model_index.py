@@ -1,0 +1,82 @@
+"""The model_index.json of a RegDDPMPipeline, which every pipeline class of diffusers loads without a warning."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+from diffusers import DDIMScheduler
+
+__all__ = [
+    "MOST_TIMESTEPS",
+    "as_saved",
+    "check_components",
+    "check_saved_schedule",
+    "check_schedule",
+    "check_weights",
+    "saved_normalization",
+]
+
+_PRIVATE_KEY = "_reg_diffusers"
+MOST_TIMESTEPS = 1_000_000  # of a training schedule: a thousand times the usual number, with tables of 4 MB
+
+
+def as_saved(config: dict) -> dict:
+    """Renames the class in a pipeline's config to "DDPMPipeline", with entries unknown to it under a private key."""
+    own = {"normalization": config.get("normalization")}
+    known = {name: value for name, value in config.items() if name not in own}
+    return {**known, "_class_name": "DDPMPipeline", _PRIVATE_KEY: own}
+
+
+def saved_normalization(config: dict) -> dict | None:
+    """Returns the normalization in a model_index.json, or None."""
+    return (config.get(_PRIVATE_KEY) or {}).get("normalization")
+
+
+def check_components(config: dict) -> None:
+    """Raises ValueError if a model_index.json names a module that is not imported yet, because an import runs code."""
+    for name, value in config.items():
+        library = value[0] if isinstance(value, list | tuple) and len(value) == 2 else None
+        if isinstance(library, str) and library not in ("diffusers", "transformers", *sys.modules):
+            raise ValueError(
+                f"model_index.json: {name} is of {library!r}, a module that is not imported automatically, because"
+                " that runs its code: import it yourself if you trust it"
+            )
+
+
+def check_schedule(config: dict) -> None:
+    """Raises ValueError if the config of a scheduler requires tables of gigabytes."""
+    steps = config.get("num_train_timesteps", 1)
+    if not isinstance(steps, int | float) or not 1 <= steps <= MOST_TIMESTEPS:
+        raise ValueError(
+            f"scheduler_config.json: num_train_timesteps must be from 1 to {MOST_TIMESTEPS:,}, not {steps!r}"
+        )
+
+
+def check_saved_schedule(path: str | Path, kwargs: dict) -> None:
+    """Runs `check_schedule` on a saved pipeline; does nothing if it has no scheduler, which loading reports.
+
+    Args:
+        path: a folder or Hub id.
+        kwargs: keyword arguments of `from_pretrained`.
+
+    Raises:
+        ValueError: the scheduler requires tables of gigabytes.
+    """
+    names = ("cache_dir", "force_download", "local_files_only", "proxies", "revision", "token")
+    given = {name: kwargs[name] for name in names if name in kwargs}
+    try:
+        config = DDIMScheduler.load_config(str(path), subfolder="scheduler", **given)
+    except (OSError, ValueError):
+        return
+    check_schedule(config)
+
+
+def check_weights(folder: Path) -> None:
+    """Raises ValueError if the weights exist only as pickles, which may run code when loaded."""
+    pickled = sorted(path for kind in ("bin", "ckpt", "pt", "pth", "pkl") for path in folder.glob(f"*.{kind}"))
+    if pickled and not any(folder.glob("*.safetensors")):
+        raise ValueError(
+            f"{pickled[0]}: pickled weights may run code and are not loaded: convert them to safetensors with"
+            " safetensors.torch.save_file"
+        )

@@ -1,0 +1,62 @@
+"""The result of the objective: a loss and its parts."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+__all__ = ["LossOutput", "alias"]
+
+
+@dataclass(frozen=True)
+class LossOutput:
+    """A loss and its parts.
+
+    Attributes:
+        loss: scalar to call `backward` on.
+        terms: scalars by name, attached to the graph: "denoising" as it enters the loss, if the objective has it, and
+            for every `Term` the mean of weighting * L', before `weight`.
+        per_image: by the same names, detached values per image, (B,): "denoising" as it enters the loss, and L' for
+            every `Term`, nan for an image that was left out or dropped.
+        weightings: by term, the weighting of each image, (B,), on the device of the timesteps; 0 for an image that
+            `image_mask` leaves out.
+        snr: (B,) signal-to-noise ratio of each image, on the device of the timesteps.
+        model_output: (B, C, ...) output of the network; `balancing.balance` differentiates with respect to it.
+        counts: by the names of `terms`, the number of images in the mean.
+        separate: names of the terms whose estimator calls the network again, so that their gradient does not reach
+            its parameters through `model_output` alone.
+        weights: by term, its weight in the loss: a number, or a scalar on the device where a rule sets it.
+    """
+
+    loss: Tensor
+    terms: dict[str, Tensor]
+    per_image: dict[str, Tensor] = field(default_factory=dict)
+    weightings: dict[str, Tensor] = field(default_factory=dict)
+    snr: Tensor | None = None
+    model_output: Tensor | None = None
+    counts: dict[str, int | Tensor] = field(default_factory=dict)
+    separate: tuple[str, ...] = ()
+    weights: dict[str, float | Tensor] = field(default_factory=dict)
+
+    def metrics(self) -> dict[str, float]:
+        """Returns the loss and its parts as plain numbers, for a logger; waits for the device.
+
+        "loss"; for each part, by its name, the mean as in `terms`; and for each term, by "raw/" and its name, the mean
+        of L' over the images that took part, without weighting, nan where none did, and by "weight/" its weight.
+        """
+        found = {"loss": self.loss.item(), **{name: term.item() for name, term in self.terms.items()}}
+        for name in self.weightings:
+            found[f"raw/{name}"] = self.per_image[name].nanmean().item()
+            found[f"weight/{name}"] = float(self.weights[name])
+        return found
+
+
+def alias(model_output: Tensor) -> Tensor:
+    """Returns a view of the output, so `balance` can differentiate without triggering hooks on the output itself.
+
+    float16 becomes float32: a gradient of a mean over many values, before a gradient scaler multiplies it, is below
+    the smallest float16.
+    """
+    return model_output.float() if model_output.dtype == torch.float16 else model_output.view_as(model_output)

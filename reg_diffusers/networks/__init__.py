@@ -1,0 +1,1 @@
+"""The trained network: building, computation, sharding and averaging."""

@@ -1,0 +1,282 @@
+"""Builds or loads the network and the noise scheduler of a training run."""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import dataclass
+from pathlib import Path
+
+from diffusers import DDPMScheduler, DiffusionPipeline, FlowMatchEulerDiscreteScheduler, UNet2DModel
+
+from ..data.training_data import Normalization, TrainingData
+from ..hub.model_index import MOST_TIMESTEPS, check_schedule, check_weights, saved_normalization
+from ..prediction import image_channels, prediction_type, refuse_zero_terminal_snr
+from ..runtime.errors import UsageError
+from ..settings.machine import MachineSettings
+from ..settings.model import ModelSettings
+
+__all__ = ["GivenModel", "build_noise_scheduler", "build_unet", "load_given_model"]
+__all__ += ["new_unet_config"]
+
+
+@dataclass(frozen=True)
+class GivenModel:
+    """The model that a run starts from; all None for a new model with the default config.
+
+    Attributes:
+        unet: the pretrained network.
+        scheduler: the noise scheduler saved with it.
+        config: the config of a network to train from scratch.
+        normalization: the field normalization of the pipeline.
+    """
+
+    unet: UNet2DModel | None = None
+    scheduler: DDPMScheduler | FlowMatchEulerDiscreteScheduler | None = None
+    config: dict | None = None
+    normalization: Normalization | None = None
+
+    @property
+    def channels(self) -> int | None:
+        """Channels of its images; None if it does not determine them."""
+        channels = self._entry("out_channels")
+        return channels if self.scheduler is None else image_channels(channels, self.scheduler.config)
+
+    @property
+    def condition_channels(self) -> int | None:
+        """Input channels in addition to those of its images; None for a new model."""
+        return None if self.unet is None else self.unet.config.in_channels - self.channels
+
+    @property
+    def resolution(self) -> int | None:
+        """Side of its square images; None if it does not determine it."""
+        size = self._entry("sample_size")
+        return size if isinstance(size, int) else None
+
+    def _entry(self, name: str):
+        config = self.unet.config if self.unet is not None else self.config
+        return None if config is None else config.get(name)
+
+
+def load_given_model(settings: ModelSettings, cache_dir: str | None = None) -> GivenModel:
+    """Loads the model that --pretrained_model_name_or_path or --model_config_name_or_path names.
+
+    Raises:
+        UsageError: if there is no such model, or if its output seems to hold a learned variance that no config
+            declares.
+    """
+    is_pretrained = settings.pretrained_model_name_or_path is not None
+    flag = "--pretrained_model_name_or_path" if is_pretrained else "--model_config_name_or_path"
+    path = settings.pretrained_model_name_or_path or settings.model_config_name_or_path
+    given = _load(settings, cache_dir, f"{flag} {path}")
+    inputs = given._entry("in_channels")
+    if isinstance(inputs, int) and given.channels == 2 * inputs:
+        if given.scheduler is not None:
+            fix = "if that is right, set variance_type to learned_range in its scheduler_config.json"
+        elif is_pretrained:
+            fix = "name a pipeline with it, whose scheduler_config.json has variance_type learned_range"
+        else:
+            fix = "set out_channels to the channels of the images, because a new network is trained without one"
+        raise UsageError(
+            f"{flag} {path}: {given.channels} output channels for {inputs} input channels indicate a learned variance:"
+            f" {fix}"
+        )
+    return given
+
+
+def _load(settings: ModelSettings, cache_dir: str | None, named: str) -> GivenModel:
+    path = settings.pretrained_model_name_or_path
+    try:
+        if path is not None:
+            if not _is_pipeline(path, cache_dir):
+                return GivenModel(unet=_given_unet(path, cache_dir))
+            return GivenModel(
+                unet=_given_unet(path, cache_dir, subfolder="unet"),
+                scheduler=_given_scheduler(path, cache_dir),
+                normalization=_given_normalization(path, cache_dir),
+            )
+        path = settings.model_config_name_or_path
+        if path is not None and Path(path).is_file():
+            config = json.loads(Path(path).read_text())
+            if not isinstance(config, dict):
+                raise ValueError("it holds no JSON object")
+            return GivenModel(config=config)
+        if path is not None:
+            return GivenModel(config=dict(UNet2DModel.load_config(path, cache_dir=cache_dir)))
+    except Exception as error:  # of any type, because the files may be corrupt
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise UsageError(f"{named}: no readable UNet2DModel: {reason}") from error
+    return GivenModel()
+
+
+def build_noise_scheduler(settings: ModelSettings, given: GivenModel):
+    """Returns the scheduler of the training: that of the given pipeline, or a new one from the flags.
+
+    Raises:
+        UsageError: if a flag contradicts the given pipeline, or if its schedule is invalid.
+    """
+    if given.scheduler is not None:
+        kind = prediction_type(given.scheduler)
+        if settings.prediction_type not in (None, kind):
+            raise UsageError(
+                f"--prediction_type {settings.prediction_type}: the given pipeline was trained with {kind};"
+                " drop the flag"
+            )
+        for flag in ("ddpm_num_steps", "ddpm_beta_schedule", "rescale_betas_zero_snr"):
+            if getattr(settings, flag):
+                raise UsageError(f"--{flag}: the given pipeline keeps its own noise schedule; drop the flag")
+        if problem := _problem_of_schedule(given.scheduler):
+            raise UsageError(f"--pretrained_model_name_or_path: its scheduler_config.json {problem}")
+        if kind == "epsilon":
+            try:
+                refuse_zero_terminal_snr(given.scheduler)
+            except ValueError as error:
+                raise UsageError(f"--pretrained_model_name_or_path: {error}") from None
+        return given.scheduler
+    steps = settings.ddpm_num_steps or 1000
+    if steps > MOST_TIMESTEPS:
+        raise UsageError(f"--ddpm_num_steps {steps}: at most {MOST_TIMESTEPS:,}; 1000 is usual")
+    if settings.prediction_type == "flow_prediction":
+        return FlowMatchEulerDiscreteScheduler(num_train_timesteps=steps)
+    return DDPMScheduler(
+        num_train_timesteps=steps,
+        beta_schedule=settings.ddpm_beta_schedule or "linear",
+        prediction_type=settings.prediction_type or "epsilon",
+        rescale_betas_zero_snr=settings.rescale_betas_zero_snr,
+        timestep_spacing="trailing" if settings.rescale_betas_zero_snr else "leading",
+    )
+
+
+def build_unet(machine: MachineSettings, given: GivenModel, data: TrainingData) -> UNet2DModel:
+    """Returns the given network, or a new one for the shape of the data.
+
+    Raises:
+        UsageError: if the data do not fit the network.
+    """
+    channels, height, width = data.shape
+    size = height if height == width else (height, width)
+    if given.unet is not None:
+        unet = given.unet
+        _check_classes(unet.config.num_class_embeds, data)
+        unet.register_to_config(sample_size=size)  # samples get the size of the latest training
+    else:
+        config = dict(given.config) if given.config is not None else new_unet_config(min(height, width))
+        config.update(in_channels=channels + data.condition_channels, out_channels=channels, sample_size=size)
+        config["num_class_embeds"] = None if data.classes is None else len(data.classes)
+        try:
+            unet = UNet2DModel.from_config(config)
+        except (ValueError, TypeError, AttributeError) as error:
+            raise UsageError(f"--model_config_name_or_path: not a config of UNet2DModel: {error}") from error
+    if unet.config.class_embed_type is not None:
+        flag = "pretrained_model" if given.unet is not None else "model_config"
+        raise UsageError(
+            f"--{flag}_name_or_path: class_embed_type {unet.config.class_embed_type!r} is not supported: remove it"
+            " from the config; --class_conditional trains with class labels"
+        )
+    _check_halving(unet, height, width)
+    if machine.enable_xformers_memory_efficient_attention:
+        try:
+            unet.enable_xformers_memory_efficient_attention()
+        except (ImportError, ValueError) as error:
+            raise UsageError(f"--enable_xformers_memory_efficient_attention: {error}") from error
+    if machine.gradient_checkpointing:
+        unet.enable_gradient_checkpointing()
+    return unet
+
+
+def new_unet_config(resolution: int) -> dict:
+    """Returns a UNet2DModel config for a resolution, with attention at the second coarsest level and 64-channel heads.
+
+    Up to 16 pixels, the network is small enough for a CPU; from 64 pixels on, the channels are those of diffusers'
+    training script.
+    """
+    if resolution <= 16:
+        channels, layers = (32, 64), 1
+    elif resolution <= 32:
+        channels, layers = (64, 128, 128), 2
+    elif resolution < 64:
+        channels, layers = (128, 128, 256, 256), 2
+    else:
+        channels, layers = (128, 128, 256, 256, 512, 512), 2
+    levels = len(channels)
+    attention = max(levels - 2, 1)
+    return {
+        "layers_per_block": layers,
+        "block_out_channels": channels,
+        "down_block_types": tuple(
+            "AttnDownBlock2D" if level == attention else "DownBlock2D" for level in range(levels)
+        ),
+        "up_block_types": tuple(
+            "AttnUpBlock2D" if level == attention else "UpBlock2D" for level in reversed(range(levels))
+        ),
+        "attention_head_dim": 64,
+    }
+
+
+def _is_pipeline(path: str, cache_dir: str | None) -> bool:
+    if Path(path).is_dir():
+        return (Path(path) / "model_index.json").is_file()
+    try:
+        DiffusionPipeline.load_config(path, cache_dir=cache_dir)
+    except OSError:
+        return False
+    return True
+
+
+def _given_unet(path: str, cache_dir: str | None, subfolder: str = "") -> UNet2DModel:
+    check_weights(Path(path, subfolder))
+    return UNet2DModel.from_pretrained(path, subfolder=subfolder, cache_dir=cache_dir, use_safetensors=True)
+
+
+def _given_scheduler(path: str, cache_dir: str | None):
+    """Loads the saved schedule as a training scheduler, because a pipeline may be saved with any sampler."""
+    config = DDPMScheduler.load_config(path, subfolder="scheduler", cache_dir=cache_dir)
+    check_schedule(config)
+    if "prediction_type" not in config and "shift" in config:
+        return FlowMatchEulerDiscreteScheduler.from_config(config)
+    return DDPMScheduler.from_config(config)
+
+
+def _problem_of_schedule(scheduler) -> str | None:
+    """Describes a problem of the noise levels of a given scheduler; None if there is none."""
+    levels = scheduler.config.num_train_timesteps
+    if levels < 2:
+        return "has a single noise level, but sampling needs at least 2"
+    betas = getattr(scheduler, "betas", None)
+    if betas is None:
+        return None
+    if len(betas) != levels:
+        return f"has {len(betas)} trained_betas for {levels} num_train_timesteps: they must agree"
+    if not (betas.isfinite().all() and betas.min() >= 0 and betas.max() <= 1):
+        return f"has betas from {betas.min():.3g} to {betas.max():.3g}: they must be from 0 to 1"
+    return None
+
+
+def _given_normalization(path: str, cache_dir: str | None) -> Normalization | None:
+    saved = saved_normalization(DiffusionPipeline.load_config(path, cache_dir=cache_dir))
+    if saved is None:
+        return None
+    offset, scale = (tuple(map(float, saved[name])) for name in ("offset", "scale"))
+    if not (all(map(math.isfinite, offset + scale)) and all(number > 0 for number in scale)):
+        raise ValueError("model_index.json: the normalization must be finite, with a scale above 0")
+    return Normalization(offset, scale)
+
+
+def _check_classes(classes: int | None, data: TrainingData) -> None:
+    wanted = None if data.classes is None else len(data.classes)
+    if classes != wanted:
+        fix = "pass --class_conditional with data of as many classes" if classes else "drop --class_conditional"
+        raise UsageError(f"the given model has {classes or 'no'} classes, but the data have {wanted or 'none'}: {fix}")
+
+
+def _check_halving(unet: UNet2DModel, height: int, width: int) -> None:
+    factor = 2 ** (len(unet.config.block_out_channels) - 1)
+    if height % factor or width % factor:
+        side = height if height % factor else width
+        below, above = max(side // factor, 1) * factor, -(-side // factor) * factor
+        near = f"{below} or {above}" if below != above else f"{above}"
+        size = f"--resolution {height}" if height == width else f"fields of {height} x {width}"
+        raise UsageError(
+            f"{size}: the network halves the resolution {factor.bit_length() - 1} times, so sides must be multiples of"
+            f" {factor}, such as {near}; or name a shallower network by --model_config_name_or_path"
+        )

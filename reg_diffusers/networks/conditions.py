@@ -1,0 +1,150 @@
+"""The conditions of a network: read from a batch of the data, flipped with the images, bound to the network.
+
+Each kind of condition is a class and an entry of `KINDS`. No other part of a training depends on the kind.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..conditioning import takes_condition
+from ..data.training_data import TrainingData
+from ..settings.data import DataSettings
+
+__all__ = ["KINDS", "Condition", "Conditions"]
+
+
+class Condition:
+    """One kind of condition. By default, the network gets the stored values as an argument.
+
+    Attributes:
+        name: its key in a batch of the data and in the regularizers' `needs`, and its argument name in the pipeline.
+        flag: the flag of train_reg.py that requests it.
+    """
+
+    name: str
+    flag: str
+
+    def is_taken_by(self, network: Mapping[str, Any], channels: int) -> bool:
+        """Whether a network takes it.
+
+        Args:
+            network: the config of the network.
+            channels: of the network's images.
+        """
+        raise NotImplementedError
+
+    def is_wanted(self, settings: DataSettings) -> bool:
+        """Whether the settings of a run request it."""
+        return bool(getattr(settings, self.flag.removeprefix("--")))
+
+    def from_batch(self, stored: Tensor, data: TrainingData) -> Tensor:
+        """Converts the stored values of a batch to those (B, ...) that a network and a regularizer see."""
+        return stored
+
+    def for_previews(self, data: TrainingData, number: int) -> Tensor | None:
+        """Returns the values for `number` samples; None if they must come from images of the data."""
+        return None
+
+    def flipped(self, values: Tensor, mask: Tensor) -> Tensor:
+        """Returns the values after the images in `mask` (B, 1, 1, 1) are flipped left to right."""
+        return values
+
+    def bind(self, network: Callable, values: Tensor) -> tuple[Callable, dict[str, Tensor]]:
+        """Returns the network to call instead, and its additional arguments."""
+        return network, {self.name: values}
+
+
+class ClassLabels(Condition):
+    """The class of each image, (B,)."""
+
+    name, flag = "class_labels", "--class_conditional"
+
+    def is_taken_by(self, network: Mapping[str, Any], channels: int) -> bool:
+        return network["num_class_embeds"] is not None
+
+    def for_previews(self, data: TrainingData, number: int) -> Tensor | None:
+        """Cycles through all classes."""
+        return None if data.classes is None else torch.arange(number) % len(data.classes)
+
+
+class ConditioningImage(Condition):
+    """A conditioning image for each image, (B, K, H, W) in [-1, 1]."""
+
+    name, flag = "condition", "--conditioning_image_column"
+
+    def is_taken_by(self, network: Mapping[str, Any], channels: int) -> bool:
+        return network["in_channels"] > channels
+
+    def from_batch(self, stored: Tensor, data: TrainingData) -> Tensor:
+        return data.normalization.normalize(stored)
+
+    def flipped(self, values: Tensor, mask: Tensor) -> Tensor:
+        return torch.where(mask, values.flip(-1), values)
+
+    def bind(self, network: Callable, values: Tensor) -> tuple[Callable, dict[str, Tensor]]:
+        return takes_condition(network), {self.name: values}
+
+
+KINDS: tuple[Condition, ...] = (ClassLabels(), ConditioningImage())
+
+
+class Conditions(Mapping[str, Tensor]):
+    """The conditions of some images by name; a mapping, so a pipeline or a loss can take it as keywords.
+
+    Args:
+        values: tensors (B, ...) by name; names of other values are ignored.
+    """
+
+    def __init__(self, values: Mapping[str, Tensor]):
+        self._values = {kind.name: values[kind.name] for kind in KINDS if kind.name in values}
+
+    @classmethod
+    def of_batch(cls, data: TrainingData, batch: Mapping[str, Tensor]) -> Conditions:
+        """Reads the conditions of a batch of the data."""
+        return cls({kind.name: kind.from_batch(batch[kind.name], data) for kind in KINDS if kind.name in batch})
+
+    @classmethod
+    def for_previews(cls, data: TrainingData, number: int) -> Conditions:
+        """Returns conditions for `number` samples: cycles through all classes, or uses those of the first images."""
+        if data.condition_channels:
+            examples = data.examples
+            return cls.of_batch(data, examples.__getitems__([index % len(examples) for index in range(number)]))
+        found = {kind.name: kind.for_previews(data, number) for kind in KINDS}
+        return cls({name: values for name, values in found.items() if values is not None})
+
+    def __getitem__(self, name: str) -> Tensor:
+        return self._values[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._values)
+
+    def __len__(self) -> int:
+        return len(self._values)
+
+    def of_images(self, index) -> Conditions:
+        """Returns the conditions of some of the images, by a slice, a mask or indices."""
+        return Conditions({name: values[index] for name, values in self.items()})
+
+    def flipped(self, mask: Tensor) -> Conditions:
+        """Returns the conditions after the images in `mask` (B, 1, 1, 1) are flipped left to right."""
+        return Conditions({kind.name: kind.flipped(self[kind.name], mask) for kind in KINDS if kind.name in self})
+
+    def taken_by(self, networks: Iterable[tuple[Mapping[str, Any], int]]) -> Conditions:
+        """Those that any of some networks takes; each is given by its config and the channels of its images."""
+        networks = list(networks)
+        taken = [kind.name for kind in KINDS if any(kind.is_taken_by(*network) for network in networks)]
+        return Conditions({name: values for name, values in self.items() if name in taken})
+
+    def bind(self, network: Callable) -> tuple[Callable, dict[str, Tensor]]:
+        """Returns the network to call in the loss, and its `model_kwargs`."""
+        arguments: dict[str, Tensor] = {}
+        for kind in KINDS:
+            if kind.name in self:
+                network, more = kind.bind(network, self[kind.name])
+                arguments |= more
+        return network, arguments

@@ -1,0 +1,345 @@
+r"""Extra losses for an existing training loop: sum_k weight_k mean_i [ lambda_k(t_i) L'_k(x0_hat_i) ].
+
+Data flow from the arguments to the loss; every step runs on images with lambda_k != 0, and once for all terms that
+share it:
+
+    model_output, timesteps, sample -> estimator -> x0_hat -> view -> L'_k (n,) -> mean of lambda_k L'_k -> loss
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Iterable
+from contextlib import AbstractContextManager
+from dataclasses import replace
+
+import torch
+from torch import Tensor, nn
+
+from .adaptive_weights import AdaptiveWeights
+from .context import cut
+from .description import describe
+from .estimators import Prediction, calls_model, mean_of_draws, one_step
+from .frozen import FrozenNetworks
+from .inputs import checked_loss_weight, checked_mask, handed_over, refuse_unknown
+from .loss_output import LossOutput, alias
+from .nonfinite import NonFiniteGuard
+from .prediction import NoiseLevel, noise_level, output_weight
+from .seeding import SeedGuard
+from .shown import Shown, by_draw, show
+from .term import Term, checked_terms, checked_values, checked_weights
+from .watching import Watched, watched
+from .wiring.check import FirstBatch, verify
+
+__all__ = ["X0Regularization"]
+
+
+class X0Regularization(nn.Module):
+    """Adds losses on x0_hat to the loss of an existing training loop.
+
+        regularization = X0Regularization(noise_scheduler, [Term(total_variation, weight=0.1)])
+        loss = F.mse_loss(model_output, noise) + regularization(model_output, timesteps, noisy_samples).loss
+
+    L' runs in float32 outside autocast (float64 is kept), only on images with non-zero weighting. The mean is over the
+    whole batch, unless a term has `normalize="active"`. An image with non-finite L' or gradient contributes nothing
+    and is counted in `nonfinite.dropped`; after `max_nonfinite_steps` such steps in a row, training stops with an
+    error.
+
+    A regularizer, estimator or view that is an `nn.Module` is moved by `.to(device)`. The module itself, not a copy,
+    is frozen and kept in evaluation mode; its weights are not part of `parameters` and `state_dict`. With timesteps
+    on the CPU, only the first call and every 100th, which reads the counts of dropped images, wait for an accelerator.
+
+    Args:
+        scheduler: the noise scheduler used in training.
+        terms: extra losses with distinct names.
+        snr_gamma: gamma if the denoising loss uses min-SNR weighting (arXiv:2303.09556), so that `matched` follows it.
+        max_nonfinite_steps: consecutive steps with non-finite L' after which `FloatingPointError` is raised. None
+            disables it, for training with several processes, where an error in one leaves the others waiting.
+
+    Raises:
+        TypeError: `terms` is not a sequence of `Term`.
+        ValueError: two terms have the same name, or a term is named "denoising".
+    """
+
+    def __init__(
+        self,
+        scheduler,
+        terms: Iterable[Term],
+        *,
+        snr_gamma: float | None = None,
+        max_nonfinite_steps: int | None = 10,
+    ):
+        super().__init__()
+        self.scheduler = scheduler
+        self.terms = checked_terms(terms)
+        self.snr_gamma = snr_gamma
+        parts = [part for term in self.terms for part in (term.regularizer, term.estimator, term.view)]
+        self.networks = FrozenNetworks(part for part in parts if isinstance(part, nn.Module))
+        self.adaptive = AdaptiveWeights(self.terms)
+        self.nonfinite = NonFiniteGuard(max_nonfinite_steps, views={term.name: term.view for term in self.terms})
+        self._seeding = SeedGuard()
+        self._tried: set[str] = set()  # terms whose first call had the additional checks
+        self._warned = False
+        self._first_batch = FirstBatch()
+
+    @property
+    def names(self) -> list[str]:
+        """Names of the terms, in order."""
+        return [term.name for term in self.terms]
+
+    @property
+    def needs(self) -> tuple[str, ...]:
+        """Names of all keyword arguments that the regularizers need, without duplicates."""
+        return tuple(dict.fromkeys(name for term in self.terms for name in term.needs))
+
+    def forward(
+        self,
+        model_output=None,
+        timesteps=None,
+        sample: Tensor | None = None,
+        *,
+        x0_hat: Tensor | None = None,
+        model: Callable | None = None,
+        model_kwargs: dict | None = None,
+        noise: Tensor | None = None,
+        loss_weight: Tensor | float | None = None,
+        image_mask: Tensor | None = None,
+        **context,
+    ) -> LossOutput:
+        """Computes the weighted sum of the extra losses for one batch.
+
+        Args:
+            model_output: (B, C, ...) output of the network for `sample`, in the scheduler's prediction_type: a tensor,
+                a tuple that starts with it, or a diffusers output.
+            timesteps: (B,), or a scalar for the whole batch.
+            sample: (B, C, ...) the noisy images x_t, in the coordinates of `scheduler.step`.
+            x0_hat: (B, C, ...) instead of `model_output`, if the loop has already converted the output to an image;
+                `sample` is then needed only by estimators other than `one_step`.
+            model: the network, for estimators that call it again.
+            model_kwargs: further arguments of the network, one entry per image or `Shared`.
+            noise: (B, C, ...) eps, for estimators and regularizers that need it.
+            loss_weight: (B,) or a number: factor of each image's squared error in the loop's own loss, ||o -
+                target||^2 with `model_output` and ||x_0 - x0_hat||^2 with `x0_hat`, so that `matched` follows it.
+                Default: 1 for the output of the scheduler's prediction_type.
+            image_mask: (B,) bool, True for images that take part; the mean is over these.
+            **context: arguments listed in the regularizers' `needs`, one entry per image or `Shared`. `timesteps` and
+                `noise` are passed on automatically. If `noise` and `original_samples` are given, the first call checks
+                sample = alpha original_samples + sigma noise, which waits for an accelerator once. `original_images`,
+                (B, C', H', W'), replace what views show of `original_samples`, such as decoded latents.
+
+        Returns:
+            The loss, sum of weight * term, and the terms. Without active images the loss is 0 and still supports
+            `backward`.
+
+        Raises:
+            TypeError: a keyword is neither a parameter nor in the `needs` of a term, or `model_output` contains no
+                tensor.
+            ValueError: both or neither of `model_output` and `x0_hat` are given, batch sizes differ, `loss_weight` is
+                combined with `snr_gamma`, a timestep is out of the scheduler's range, or `sample` does not match
+                `original_samples` and `noise`.
+            TermError: a regularizer does not return an attached (n,) tensor or needs an argument that is missing, or a
+                weighting does not return a finite (B,) tensor.
+            FloatingPointError: L' was non-finite for `max_nonfinite_steps` steps in a row.
+        """
+        refuse_unknown(context, self.terms)
+        needs_sample = any(term.estimator is not one_step for term in self.terms)
+        given, timesteps = handed_over(model_output, timesteps, sample, x0_hat, needs_sample=needs_sample)
+        self._first_batch.check(self.scheduler, timesteps, sample, context.get("original_samples"), noise, image_mask)
+        level = self.noise_level(timesteps, loss_weight, is_image=x0_hat is not None)
+        prediction = Prediction(
+            self.scheduler, given, timesteps, sample, model, model_kwargs, noise, context.get("original_samples")
+        )
+        output = self.at_level(level, prediction, context, image_mask=image_mask, is_image=x0_hat is not None)
+        if given.requires_grad and not output.loss.requires_grad:  # no active image
+            output = replace(output, loss=output.loss + given[:0].float().sum())
+        return output
+
+    def verify(
+        self,
+        model_output=None,
+        timesteps=None,
+        sample: Tensor | None = None,
+        original_samples: Tensor | None = None,
+        *,
+        x0_hat: Tensor | None = None,
+    ) -> float:
+        """Checks that a training loop passes the right arguments; see `wiring.check` for the error and its limits.
+
+            regularization.verify(target, timesteps, noisy_samples, original_samples)
+
+        Args:
+            model_output: (B, C, ...) the loop's own target, such as `noise`: the output of a perfect network.
+            timesteps, sample, x0_hat: as in `forward`.
+            original_samples: (B, C, ...) the images x_0.
+
+        Returns:
+            The largest error of the batch.
+
+        Raises:
+            ValueError: the error exceeds its limit; one line that names the likely mistake and its fix.
+        """
+        return verify(self.scheduler, model_output, timesteps, sample, original_samples, x0_hat=x0_hat)
+
+    def watch(self, model: nn.Module, *, call: int = 0) -> AbstractContextManager[Watched]:
+        """Observes x_t, timesteps and output of a network that an object of the loop calls, by a forward hook.
+
+            with regularization.watch(unet) as seen:
+                loss = gaussian_diffusion(images)  # makes x_t inside
+                loss = loss + regularization(*seen).loss
+
+        The forward that checkpointing repeats in the backward is ignored. Nothing is kept after the block.
+
+        Args:
+            model: the network; wrapped or compiled if the loop calls it so.
+            call: 0 allows a single call in the block; -1 takes the last of several, as with self-conditioning.
+
+        Raises:
+            TypeError: `model` is not a module.
+            ValueError: in the block, at a second call, unless `call` is -1, or if x_t and timesteps are not among its
+                arguments; afterwards, if what was seen is used.
+        """
+        return watched(model, call)
+
+    def at_level(
+        self,
+        level: NoiseLevel,
+        prediction: Prediction,
+        context: dict,
+        *,
+        image_mask: Tensor | None = None,
+        is_image: bool = False,
+    ) -> LossOutput:
+        """Computes the same as `forward` for a known noise level.
+
+        Args:
+            level: noise level of the timesteps, (B,).
+            prediction: for the whole batch; with `is_image`, its model_output is x0_hat.
+            context: at least the arguments in the regularizers' `needs`.
+            image_mask: as in `forward`.
+            is_image: whether the loop passed x0_hat instead of the model output.
+        """
+        prediction = replace(prediction, model_output=alias(prediction.model_output))
+        extra = {"timesteps": prediction.timesteps, "noise": prediction.noise}
+        context = {**context, **{name: value for name, value in extra.items() if value is not None}}
+        dtype = torch.promote_types(prediction.model_output.dtype, torch.float32)
+        lambdas = self._lambdas(level, image_mask)
+        shown = show(self.terms, lambdas, prediction, context, is_image=is_image, tried=self._tried)
+        terms, per_image, counts = {}, {}, {}
+        for term in self.terms:
+            name, weights = term.name, lambdas[term.name]
+            counts[name] = _count(term, weights, image_mask)
+            total, per_image[name] = self._sum(term, weights, shown[name], context, prediction.timesteps)
+            terms[name] = (total / counts[name]).to(dtype)
+        self.nonfinite.check()
+        zero = torch.zeros((), dtype=dtype, device=prediction.model_output.device)
+        output = LossOutput(
+            loss=zero,
+            terms=terms,
+            per_image=per_image,
+            weightings=lambdas,
+            snr=level.snr,
+            model_output=prediction.model_output,
+            counts=counts,
+            separate=tuple(term.name for term in self.terms if calls_model(term.estimator)),
+        )
+        self.adaptive.update(output, prediction, level, context, is_image)
+        weights = self.adaptive.current()
+        loss = sum((weights[name] * value for name, value in terms.items()), start=zero)
+        return replace(output, loss=loss, weights=weights)
+
+    def noise_level(self, timesteps, loss_weight: Tensor | float | None = None, is_image: bool = False) -> NoiseLevel:
+        """Computes the noise level of each timestep, (B,), with the weight of this training's denoising loss.
+
+        Args:
+            timesteps: (B,).
+            loss_weight: as in `forward`.
+            is_image: whether `loss_weight` refers to ||x_0 - x0_hat||^2 instead of the network's own output.
+
+        Raises:
+            ValueError: `loss_weight` has a wrong shape, is negative or non-finite, or is combined with `snr_gamma`.
+        """
+        level = noise_level(self.scheduler, timesteps)
+        if loss_weight is None:
+            if is_image and self.snr_gamma is None:
+                self._warn_of_unknown_weight()
+            return self.in_training(level)
+        if self.snr_gamma is not None:
+            raise ValueError("loss_weight and snr_gamma both specify the weight of the denoising loss: pass only one")
+        loss_weight = checked_loss_weight(loss_weight, level)
+        of_output = torch.ones_like(level.snr) if is_image else output_weight(self.scheduler, timesteps)
+        return replace(level, denoising_weight=loss_weight * of_output)
+
+    def in_training(self, level: NoiseLevel) -> NoiseLevel:
+        """Returns a noise level with the weight of this training's denoising loss."""
+        if self.snr_gamma is None:
+            return level
+        return replace(level, denoising_weight=level.snr.clamp(max=self.snr_gamma))
+
+    def describe(self, timesteps, loss_weight: Tensor | float | None = None) -> str:
+        """Describes the effect of each term for a draw of timesteps, one line per term.
+
+        The line lists the share of active images, of steps without any, and the range of weight * lambda / w_d.
+
+        Args:
+            timesteps: (N,) as the loop draws them, for steps of one image; or (S, B), S steps of B images.
+            loss_weight: of the same shape, or a number; as in `forward`.
+        """
+        return describe(self.terms, self.noise_level, timesteps, loss_weight)
+
+    def _warn_of_unknown_weight(self) -> None:
+        if not self._warned and self.terms:
+            warnings.warn(
+                "x0_hat was passed without loss_weight: weightings assume that the loop's loss is the unweighted"
+                " squared error of the scheduler's prediction_type; pass loss_weight=1.0 if it is that of x0_hat",
+                stacklevel=4,
+            )
+        self._warned = True
+
+    def _lambdas(self, level: NoiseLevel, image_mask: Tensor | None) -> dict[str, Tensor]:
+        """Computes the weighting of each image by term, (B,), 0 where `image_mask` leaves it out."""
+        lambdas = {term.name: checked_weights(term, level) for term in self.terms}
+        if image_mask is None:
+            return lambdas
+        mask = checked_mask(image_mask, level)
+        return {name: torch.where(mask, weights, 0) for name, weights in lambdas.items()}
+
+    def _sum(
+        self, term: Term, weights: Tensor, shown: Shown, context: dict, timesteps: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """Computes sum_i weight_i L'(x0_hat_i) over images with non-zero weight.
+
+        Also returns L' of each image of the batch, (B,), nan if the image was left out or dropped.
+        """
+        shown = shown.to(weights)
+        active = shown.places
+        if len(active) == 0:
+            return shown.images.new_zeros(()), shown.images.new_full((len(weights),), torch.nan)
+        own = shown.context_of(term, context, len(weights))
+        values, active_values = self._evaluate(term, shown, own, timesteps[active])
+        per_image = active_values
+        if len(active) < len(weights):
+            per_image = active_values.new_full((len(weights),), torch.nan)
+            per_image[active.to(values.device, non_blocking=True)] = active_values
+        return (cut(weights, active, len(weights)).to(values, non_blocking=True) * values).sum(), per_image
+
+    def _evaluate(self, term: Term, shown: Shown, context: dict, timesteps: Tensor) -> tuple[Tensor, Tensor]:
+        """Computes L' of each image in full precision, (n,), 0 where non-finite; and detached, nan there.
+
+        L' is averaged over the draws of an image, which are dropped together.
+        """
+        images = shown.by_image()  # an alias: zeroing its gradients leaves the other terms alone
+        guarded = self.nonfinite.begin(term.name, timesteps)
+        if images.requires_grad:
+            images.register_hook(guarded.drop_gradients)
+        given = shown.guard_with(guarded)
+        with self._seeding.watch(term.name, images.device):
+            values = checked_values(term, by_draw(images, shown.draws), context, compare=term.name not in self._tried)
+        self._tried.add(term.name)
+        return guarded.drop_values(mean_of_draws(values, shown.draws), given)
+
+
+def _count(term: Term, weights: Tensor, image_mask: Tensor | None) -> int | Tensor:
+    """Returns the number of images in the mean of a term."""
+    if term.normalize == "active":
+        return (weights != 0).sum().clamp(min=1)
+    return max(len(weights), 1) if image_mask is None else torch.as_tensor(image_mask).sum().clamp(min=1)

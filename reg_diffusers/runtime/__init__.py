@@ -1,0 +1,1 @@
+"""The machine that a command runs on: processes, hardware, signals, files, errors. Independent of diffusion."""

@@ -1,0 +1,1 @@
+"""Sampling: the parts of the pipeline, and large numbers of samples."""

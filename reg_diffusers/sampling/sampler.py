@@ -1,0 +1,178 @@
+"""Draws samples by index, each from its own random generator."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+
+import torch
+from accelerate.utils import convert_to_fp32
+from diffusers import UNet2DModel
+from diffusers.utils import logging
+from torch import Tensor, nn
+
+from ..pipeline import RegDDPMPipeline
+from ..specs import load_regularizer
+from ..term import Term, needs_of
+from ..views import Affine
+from .inference_steps import available_steps
+from .schedulers import fitting_samplers
+from .settings import SampleSettings
+
+__all__ = ["Sampler", "model_sha256"]
+
+_logger = logging.get_logger(__name__)
+
+
+def model_sha256(pipeline: RegDDPMPipeline) -> str:
+    """Returns a hash of everything in a pipeline that affects samples: network, weights, scheduler, units."""
+    digest = hashlib.sha256()
+    configs = [_public(pipeline.unet.config), _public(pipeline.scheduler.config), pipeline.config.normalization]
+    if normalization := pipeline.config.normalization:
+        units = Affine(normalization["scale"], normalization["offset"])
+        dtype = units(torch.zeros(1, len(units.scale), 1, 1)).dtype
+        configs += [str(dtype)] if dtype != torch.float32 else []  # earlier versions rounded them to float32
+    digest.update(json.dumps([type(pipeline.scheduler).__name__, *configs], sort_keys=True, default=str).encode())
+    for name, tensor in sorted(pipeline.unet.state_dict().items()):
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+    return digest.hexdigest()
+
+
+def _public(config) -> dict:
+    """Removes private entries of a config, such as the path and version it was loaded with."""
+    return {name: value for name, value in config.items() if not name.startswith("_")}
+
+
+class Sampler:
+    """Draws samples by index: sample i has the noise of seed + i and cycles through class labels and conditions.
+
+    Args:
+        pipeline: the model, on its device; its own scheduler is not changed.
+        settings: the settings of the samples.
+        conditions: the conditioning images, each (K, H, W) in [-1, 1], as a sequence or a tensor (N, K, H, W).
+
+    Attributes:
+        settings: the settings, with the steps limited to the number of noise levels of the schedule.
+        is_field: whether samples are arrays in physical units or in those of the network, not images.
+        is_picture: whether samples can be saved as image files, such as PNG.
+
+    Raises:
+        ValueError: if a setting does not fit the model; the message begins with the name of the setting.
+    """
+
+    def __init__(
+        self, pipeline: RegDDPMPipeline, settings: SampleSettings, conditions: Sequence[Tensor] | None = None
+    ):
+        samplers = fitting_samplers(pipeline)
+        if settings.scheduler not in samplers:
+            raise ValueError(f"scheduler {settings.scheduler}: this model can be sampled with {', '.join(samplers)}")
+        steps = available_steps(pipeline.scheduler, settings.num_inference_steps, _logger.warning)
+        settings = replace(settings, num_inference_steps=steps)
+        unet = _InBfloat16(pipeline.unet) if settings.mixed_precision == "bf16" else pipeline.unet
+        normalization = pipeline.config.normalization
+        self._pipeline = RegDDPMPipeline(unet, samplers[settings.scheduler](), normalization)
+        self._pipeline.set_progress_bar_config(disable=True)
+        self._conditions = conditions
+        self.settings = settings
+        self.is_field = normalization is not None or settings.output_type == "latent"
+        self._channels = self._pipeline._channels
+        self.is_picture = not self.is_field and self._channels in (1, 3, 4)
+        self._check_steps()
+        self._check_class_labels()
+        self._check_condition()
+        self._guidance = [self._term(spec) for spec in settings.guidance]
+
+    def draw(self, indices: Sequence[int], after_step: Callable | None = None) -> Tensor:
+        """Draws the samples with these indices, (B, C, H, W) on the CPU, in the units of `settings.output_type`.
+
+        They are float32, or float64 if float32 would round away the offset of a field.
+
+        Args:
+            indices: the indices, from 0.
+            after_step: `callback_on_step_end` of the pipeline.
+        """
+        settings = self.settings
+        images = self._pipeline(
+            len(indices),
+            [torch.Generator().manual_seed(settings.seed + index) for index in indices],
+            settings.num_inference_steps,
+            settings.output_type,
+            **self._conditions_of(indices),
+            guidance=self._guidance,
+            regularizer_scale=settings.regularizer_scale,
+            guidance_method=settings.guidance_method,
+            callback_on_step_end=after_step,
+        ).images
+        return images.to(torch.promote_types(images.dtype, torch.float32)).cpu()
+
+    def _conditions_of(self, indices: Sequence[int]) -> dict[str, Tensor]:
+        """What the samples of these numbers are conditioned on, by argument of the pipeline; what is given in turn."""
+        labels, images = self.settings.class_labels, self._conditions
+        found = {}
+        if labels:
+            found["class_labels"] = torch.tensor([labels[index % len(labels)] for index in indices])
+        if images is not None:
+            found["condition"] = torch.stack([images[index % len(images)] for index in indices])
+        return found
+
+    def _term(self, spec: str) -> Term:
+        try:
+            regularizer = load_regularizer(spec)
+        except ValueError as error:
+            raise ValueError(f"guidance: {error}") from error
+        given = self._conditions_of([0])
+        if missing := [need for need in needs_of(regularizer) if need not in given]:
+            raise ValueError(f"guidance {spec} needs {', '.join(missing)}, which samples of this model lack")
+        is_in_model_units = self._pipeline.config.normalization and self.settings.reg_units == "model"
+        return Term(regularizer, 1.0, name=spec, view=Affine(1.0) if is_in_model_units else None)
+
+    def _check_steps(self) -> None:
+        steps = self.settings.num_inference_steps
+        try:
+            self._pipeline.scheduler.set_timesteps(steps)
+        except ValueError as error:
+            raise ValueError(f"num_inference_steps {steps}: {' '.join(str(error).split())}") from error
+
+    def _check_class_labels(self) -> None:
+        classes, labels = self._pipeline.unet.config.num_class_embeds, self.settings.class_labels
+        if classes is None and labels:
+            raise ValueError("class_labels are given, but the model has no classes")
+        if classes is not None and not labels:
+            raise ValueError("class_labels are missing, but the model is class-conditional")
+        if classes is not None and not 0 <= min(labels) <= max(labels) < classes:
+            raise ValueError(f"class_labels must be from 0 to {classes - 1}, the last class of the model")
+
+    def _check_condition(self) -> None:
+        channels = self._pipeline.unet.config.in_channels - self._channels
+        if channels and self._conditions is None:
+            raise ValueError(f"condition is missing, but the model is conditioned on images of {channels} channels")
+        if not channels and self._conditions is not None:
+            raise ValueError("condition is given, but the model is not conditioned on images")
+
+
+class _InBfloat16(nn.Module):
+    """Wraps a network to compute in bfloat16 and return float32; the weights keep their dtype.
+
+    Schedulers convert the sample to the dtype of the network's output, so the output must be float32.
+    """
+
+    def __init__(self, unet: UNet2DModel):
+        super().__init__()
+        self.unet = unet
+        self.config = unet.config
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.unet.dtype
+
+    @property
+    def device(self) -> torch.device:
+        return self.unet.device
+
+    def forward(self, *args, **kwargs):
+        with torch.autocast(self.device.type, torch.bfloat16):
+            output = self.unet(*args, **kwargs)
+        return convert_to_fp32(output)

@@ -1,0 +1,62 @@
+"""Reads the settings of a run from a YAML file, as flags."""
+
+from __future__ import annotations
+
+import argparse
+import difflib
+from pathlib import Path
+
+import yaml
+
+from ..runtime.errors import UsageError
+
+__all__ = ["flags_of_file"]
+
+
+def flags_of_file(path: str, parser: argparse.ArgumentParser) -> list[str]:
+    """Converts the entries of a YAML file to command-line flags, so one parser checks both."""
+    try:
+        settings = yaml.safe_load(Path(path).read_text()) or {}
+    except OSError as error:
+        raise UsageError(f"{path!r} is neither a flag nor a readable YAML file: {error.strerror}") from None
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise UsageError(f"{path}: not YAML: {' '.join(str(error).split())}") from None
+    if not isinstance(settings, dict):
+        raise UsageError(f"{path}: must hold entries like 'resolution: 32'")
+    known = {name.lstrip("-"): action for action in parser._actions for name in action.option_strings}
+    flags = []
+    for name, value in settings.items():
+        if name not in known:
+            close = difflib.get_close_matches(str(name), known, n=1)
+            raise UsageError(f"{path}: unknown entry {name!r}" + (f"; did you mean {close[0]!r}?" if close else ""))
+        try:
+            flags += _as_flag(known[name], value)
+        except ValueError as error:
+            raise UsageError(f"{path}: {name}: {error}") from None
+    return flags
+
+
+def _as_flag(action: argparse.Action, value) -> list[str]:
+    flag = action.option_strings[0]
+    if value is None:
+        return []
+    if isinstance(action, argparse.BooleanOptionalAction):
+        return [flag if _switch(value) else action.option_strings[1]]
+    if action.nargs == 0:
+        return [flag] if _switch(value) else []
+    if isinstance(value, bool) and "no" in (action.choices or ()):  # YAML 1.1 reads no, unquoted, as false
+        value = value or "no"
+    if isinstance(value, bool | dict):
+        raise ValueError(f"{str(value).lower()} is not a valid value of {flag}")
+    if isinstance(value, list):
+        return [flag, *map(str, value)]
+    return [f"{flag}={value}"]
+
+
+def _switch(value) -> bool:
+    """Parses a boolean, also from a quoted word."""
+    words = {"true": True, "yes": True, "on": True, "1": True, "false": False, "no": False, "off": False, "0": False}
+    word = str(value).lower()
+    if word not in words:
+        raise ValueError(f"{value!r} is neither true nor false")
+    return words[word]

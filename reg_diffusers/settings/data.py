@@ -1,0 +1,81 @@
+"""Settings of the data: the location and format of images and fields."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from ..runtime.errors import UsageError
+from .flag_values import natural, positive_int
+from .flags import flag
+
+__all__ = ["DataSettings"]
+
+
+@dataclass(frozen=True)
+class DataSettings:
+    """The data of a run; without `dataset_name` and `train_data_dir`, 5,000 embedded Fashion-MNIST images.
+
+    Raises:
+        UsageError: if a setting is not supported.
+    """
+
+    dataset_name: str | None = flag(
+        None, "Hub id of a data set, or a local folder or file that `datasets` reads (parquet, arrow)"
+    )
+    dataset_config_name: str | None = flag(None, "configuration of the data set, if it has several")
+    train_data_dir: str | None = flag(
+        None, "folder of images (subfolders are classes), or an .npy/.npz file of float fields (N, C, H, W)"
+    )
+    cache_dir: str | None = flag(
+        None,
+        "folder for downloads and decoded images; default: the Hugging Face cache",
+        mathematics=False,
+    )
+    field_scale: str = flag(
+        "channel",
+        "how fields are scaled to [-1, 1]: each channel by its own range (channel), or all by the largest (common),"
+        " which keeps the ratios between channels, such as those of a velocity, in the units of the network",
+        choices=["channel", "common"],
+    )
+    image_column: str | None = flag(None, "column of the images; default: the first image column")
+    class_conditional: bool = flag(False, "condition on the class label of each image")
+    label_column: str | None = flag(None, "column of the class labels, for --class_conditional; default: 'label'")
+    resolution: int | None = flag(
+        None,
+        "images are resized and cropped to a square of this size; default: that of a given model, 16 for the embedded"
+        " data, else 64. Fields keep their size",
+        parse=positive_int,
+    )
+    center_crop: bool = flag(
+        False,
+        "accepted for compatibility: images are decoded once, so the crop is always central",
+        mathematics=False,
+    )
+    random_flip: bool = flag(False, "flip each image left to right with probability 1/2 in each epoch")
+    conditioning_image_column: str | None = flag(
+        None, "column of a second image per row; the network learns to generate the first image from it"
+    )
+    streaming: bool = flag(
+        False,
+        "read images on demand instead of storing all of them decoded: for data that fit neither memory nor disk, such"
+        " as a large data set on the Hub. Needs --max_train_steps if the number of images is unknown",
+    )
+    preserve_input_precision: bool = flag(
+        False, "not supported: images are read with 8 bits per channel; use .npy fields to keep all bits"
+    )
+    skip_bad_images: bool = flag(False, "skip images that cannot be decoded, and report their number")
+    dataloader_num_workers: int = flag(
+        0, "number of processes that load data; 0: the main process", parse=natural, mathematics=False
+    )
+
+    def __post_init__(self):
+        if self.preserve_input_precision:
+            raise UsageError(
+                "--preserve_input_precision: images are read with 8 bits per channel; store deeper data as float"
+                " fields, an .npy array (N, C, H, W), and pass --train_data_dir fields.npy without this flag"
+            )
+
+    @property
+    def source(self) -> str | None:
+        """The data set or folder of the flags; None for the embedded data."""
+        return self.dataset_name or self.train_data_dir

@@ -1,0 +1,261 @@
+"""The input of each term: x0_hat of the images with non-zero weighting, through the term's view."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence, Set
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from .context import cut, repeat
+from .estimators import Prediction, calls_model, one_step
+from .nonfinite import GuardedCall, ViewGuard, are_finite
+from .prediction import model_output_for, predict_original_sample
+from .term import Term, TermError, draw, term_context, viewed
+
+__all__ = ["Shown", "checked_estimate", "show"]
+
+
+@dataclass(frozen=True)
+class Shown:
+    """The input of the terms that share an estimator and a view.
+
+    Attributes:
+        places: (n,) positions in the batch of the images with non-zero weighting in at least one of the terms.
+        images: (draws n, C', ...) x0_hat of these images through the view; draws outermost.
+        original_samples: (n, C', ...) x_0 through the view; None if no term needs it.
+        guard: guard of the view's gradients; None without a view.
+        is_shared: whether several terms share this input, so that some may use fewer of the images.
+        among: (n,) positions of the images in the input of the view, if `to` has selected them; else None.
+        draws: number of estimates of each image.
+    """
+
+    places: Tensor
+    images: Tensor
+    original_samples: Tensor | None
+    guard: ViewGuard | None = None
+    is_shared: bool = False
+    among: Tensor | None = None
+    draws: int = 1
+
+    def to(self, weights: Tensor) -> Shown:
+        """Selects the images with non-zero weighting in one term, given its weightings, (B,)."""
+        if not self.is_shared:
+            return self
+        among, count = weights[self.places].nonzero().flatten(), len(self.places)
+        images = _cut_draws(self.images, among, count, self.draws)
+        originals = None if self.original_samples is None else cut(self.original_samples, among, count)
+        return Shown(self.places[among], images, originals, self.guard, among=among, draws=self.draws)
+
+    def context_of(self, term: Term, context: dict, batch_size: int) -> dict:
+        """Selects the arguments in a term's `needs` for the images, once for each draw.
+
+        Args:
+            term: one of the terms that share this input.
+            context: for the whole batch.
+            batch_size: B.
+        """
+        count, originals = len(self.places), self.original_samples
+        own = term_context(term, context if originals is None else {**context, "original_samples": originals})
+        found = {}
+        for name, value in own.items():
+            if name == "original_samples" and originals is not None:
+                found[name] = _repeated(value, self.draws, count)
+            else:
+                repeated = _repeated(value, self.draws, batch_size)
+                found[name] = _cut_draws(repeated, self.places, batch_size, self.draws, name)
+        return found
+
+    def by_image(self) -> Tensor:
+        """Returns an alias of the images with the draws of an image together, (n, draws, C', ...)."""
+        return by_image(self.images, self.draws)
+
+    def guard_with(self, call: GuardedCall) -> Tensor:
+        """Reports gradients that the view makes non-finite to the guard of a term.
+
+        Returns:
+            (n,) whether x0_hat of each image is finite, before the view.
+        """
+        if self.guard is None:
+            return are_finite(self.by_image().detach())
+        self.guard.report_to(call, self.among)
+        given = self.guard.given
+        return given if self.among is None else cut(given, self.among, len(given))
+
+
+def by_image(images: Tensor, draws: int) -> Tensor:
+    """Returns an alias of images, (draws n, ...), with the draws of an image together, (n, draws, ...).
+
+    A single draw stays (n, ...), so the usual case costs nothing.
+    """
+    return images.view_as(images) if draws == 1 else images.unflatten(0, (draws, -1)).transpose(0, 1)
+
+
+def by_draw(images: Tensor, draws: int) -> Tensor:
+    """Returns the draws of images one after the other: the inverse of `by_image`."""
+    return images if draws == 1 else images.transpose(0, 1).flatten(0, 1)
+
+
+def _repeated(value, draws: int, batch_size: int):
+    return value if draws == 1 else repeat(value, draws, batch_size)
+
+
+def _cut_draws(value, index: Tensor, batch_size: int, draws: int, name: str = "context"):
+    """Selects images from several draws of a batch, draws outermost."""
+    if draws == 1:
+        return cut(value, index, batch_size, name)
+    every = torch.arange(draws, device=index.device)[:, None] * batch_size + index
+    return cut(value, every.flatten(), draws * batch_size, name)
+
+
+def show(
+    terms: Sequence[Term],
+    lambdas: dict[str, Tensor],
+    prediction: Prediction,
+    context: dict,
+    *,
+    is_image: bool,
+    tried: Set[str],
+) -> dict[str, Shown]:
+    """Computes the input of each term, by name. Terms that share an estimator and a view share its result.
+
+    Args:
+        terms: terms of the loss.
+        lambdas: by name, the weighting of each image, (B,); images with weighting 0 are left out.
+        prediction: for the whole batch; with `is_image`, its model_output is x0_hat.
+        context: for the whole batch, with `original_samples` and `original_images` if the loop passes them.
+        is_image: whether the loop passed x0_hat instead of the model output.
+        tried: names of the terms of earlier calls. A view that no term has used before is checked in the backward
+            pass, which waits for an accelerator.
+    """
+    found, drawn = {}, []
+    for estimator in _distinct(term.estimator for term in terms):
+        sharing = [term for term in terms if term.estimator == estimator]
+        draws, places = _draws(estimator), _active(lambdas, sharing).nonzero().flatten()
+        x0_hat = _estimate(estimator, prediction, places, is_image)
+        for view in _distinct(term.view for term in sharing):
+            looking = [term for term in sharing if term.view == view]
+            theirs, images = places, x0_hat
+            if len(looking) < len(sharing):
+                among = _active(lambdas, looking)[places].nonzero().flatten()
+                theirs, images = places[among], _cut_draws(x0_hat, among, len(places), draws)
+            if len(theirs) > 0 and view not in drawn:
+                draw(view, images)
+                drawn.append(view)
+            is_new = tried.isdisjoint(term.name for term in looking)
+            part = _look(looking, theirs, images, context, len(prediction), is_new, draws)
+            found |= {term.name: part for term in looking}
+    return found
+
+
+def _distinct(values: Iterable) -> list:
+    """Returns the distinct values in order; they may be unhashable."""
+    found = []
+    for value in values:
+        if value not in found:
+            found.append(value)
+    return found
+
+
+def _draws(estimator: Callable) -> int:
+    return getattr(estimator, "draws", 1)
+
+
+def _active(lambdas: dict[str, Tensor], terms: Sequence[Term]) -> Tensor:
+    """Whether the weighting of an image is non-zero in at least one term, (B,)."""
+    return torch.stack([lambdas[term.name] != 0 for term in terms]).any(0)
+
+
+def _estimate(
+    estimator: Callable[[Prediction], Tensor], prediction: Prediction, places: Tensor, is_image: bool
+) -> Tensor:
+    """Computes x0_hat of the chosen images, (draws n, C, ...), in at least float32."""
+    dtype = torch.promote_types(prediction.model_output.dtype, torch.float32)
+    if len(places) == 0:
+        return prediction.model_output.detach()[:0].to(dtype)
+    if estimator is one_step and is_image:
+        return cut(prediction.model_output, places, len(prediction)).to(dtype)
+    if estimator is one_step:  # it uses only these three, so only they are indexed
+        parts = (prediction.model_output, prediction.timesteps, prediction.sample)
+        return predict_original_sample(prediction.scheduler, *(cut(part, places, len(prediction)) for part in parts))
+    if not calls_model(estimator):
+        prediction = replace(prediction, model=None, model_kwargs=None)
+    chosen = prediction[places]
+    if is_image:
+        implied = model_output_for(chosen.scheduler, chosen.model_output, chosen.timesteps, chosen.sample)
+        chosen = replace(chosen, model_output=implied)
+    return checked_estimate(estimator, chosen)
+
+
+def checked_estimate(estimator: Callable[[Prediction], Tensor], prediction: Prediction) -> Tensor:
+    """Computes x0_hat of the images of a prediction, (draws n, C, ...).
+
+    Raises:
+        TermError: the estimator does not return one x0_hat per image and draw, or, unless it calls the network, one
+            that is detached from the network's output.
+    """
+    x0_hat = estimator(prediction)
+    expected = _draws(estimator) * len(prediction)
+    if not isinstance(x0_hat, Tensor) or x0_hat.shape[:1] != (expected,):
+        got = f"a tensor of shape {tuple(x0_hat.shape)}" if isinstance(x0_hat, Tensor) else type(x0_hat).__name__
+        raise TermError(f"an estimator must return one x0_hat per image and draw, ({expected}, C, ...), not {got}")
+    is_attached = prediction.model_output.requires_grad and torch.is_grad_enabled() and not calls_model(estimator)
+    if is_attached and not x0_hat.requires_grad:
+        raise TermError(
+            "an estimator returns images that are detached from the network's output: no gradient can reach the model."
+            " Look for torch.no_grad, .detach() or numpy in it"
+        )
+    return x0_hat
+
+
+def _look(
+    terms: Sequence[Term], places: Tensor, x0_hat: Tensor, context: dict, batch_size: int, is_new: bool, draws: int
+) -> Shown:
+    """Computes the input of terms with the same view: x0_hat of their images, and x_0 if one of them needs it."""
+    if len(places) == 0:
+        return Shown(places, x0_hat, None, draws=draws)
+    view, guard = terms[0].view, None
+    if view is not None:
+        apart = by_image(x0_hat, draws)  # an alias: the guard does not change the gradients of other views
+        x0_hat = by_draw(apart, draws)
+    images, originals = viewed(terms[0], x0_hat), None
+    if view is not None:
+        if is_new and images.requires_grad and x0_hat.requires_grad:
+            _check_gradient(terms[0], x0_hat, images)
+        guard = ViewGuard(apart, images)
+    is_paired = any("original_samples" in term.needs for term in terms)
+    if is_paired and view is not None and "original_images" in context:
+        given = cut(context["original_images"], places, batch_size, "original_images")
+        originals = _cropped(terms[0], given, x0_hat.detach(), images.detach())
+    elif is_paired and "original_samples" in context:
+        with torch.no_grad():
+            originals = viewed(terms[0], cut(context["original_samples"], places, batch_size, "original_samples"))
+    return Shown(places, images, originals, guard, is_shared=len(terms) > 1, draws=draws)
+
+
+def _check_gradient(term: Term, x0_hat: Tensor, images: Tensor) -> None:
+    """Raises TermError in the backward pass if the view turns a gradient into 0 everywhere."""
+    reached = []
+    images.register_hook(lambda gradients: reached.append(gradients.isfinite().all() & gradients.any()))
+
+    def check(gradients: Tensor) -> None:
+        if reached and bool(reached[-1]) and not bool(gradients.any()):
+            raise TermError(
+                f"the view of {term.name!r} passes no gradient to x0_hat: its result does not depend on x0_hat, or the"
+                " gradient is too small for its dtype"
+            )
+
+    x0_hat.register_hook(check)
+
+
+def _cropped(term: Term, original_images: Tensor, x0_hat: Tensor, images: Tensor) -> Tensor:
+    """Returns the part of given images that corresponds to the images that the view shows, (n, C', ...)."""
+    select = getattr(term.view, "cropped", None)
+    chosen = original_images if select is None else select(original_images, x0_hat, images)
+    if chosen.shape[1:] != images.shape[1:]:
+        raise ValueError(
+            f"original_images have the size {tuple(chosen.shape[1:])}, but the view of {term.name!r} returns"
+            f" {tuple(images.shape[1:])}"
+        )
+    return chosen.detach().to(images)

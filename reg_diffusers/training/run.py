@@ -1,0 +1,257 @@
+"""Runs train_reg.py around its trainings: checks and writes before them, measures and uploads after them.
+
+with launched(settings) as launch:
+    run = open_run(launch)
+    with run.interruption:
+        ...  # one training with the terms of the run and, for a comparison, one without
+        run.measure(pipeline, terms, plain)
+    run.publish()
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+
+from accelerate import PartialState
+
+from ..data.training_data import TrainingData, load_training_data
+from ..hub.card import write_card
+from ..hub.uploads import Uploads, check_upload
+from ..networks.build import GivenModel, build_noise_scheduler, build_unet, load_given_model
+from ..networks.computation import choose_attention, choose_computation
+from ..pipeline import RegDDPMPipeline
+from ..runs.run_folder import CARD_FILE, PLAIN_FOLDER
+from ..runtime.engine import check_engine
+from ..runtime.errors import UsageError
+from ..runtime.interruption import Interruption
+from ..runtime.launch import resume_command
+from ..runtime.processes import in_turn, join_processes, leave_processes, on_main_process, together
+from ..settings import Settings
+from ..settings.advice import advise
+from ..settings.arguments import as_flags
+from ..settings.data import DataSettings
+from ..settings.model import ModelSettings
+from ..term import Term
+from ..trial.checks import OnData, check_terms
+from ..weight_rules import WeightRule
+from .conflict_free import check_balance
+from .ending import Ending, ended_well
+from .metrics import check_logger
+from .output import claim_output_dir, remove_earlier_run, write_settings
+from .preparation import Training, prepare
+from .preview import inference_steps
+from .record import record_of_data, record_of_objective, record_weights, recorded_command, write_record
+from .report import compare, describe, describe_machine, describe_result
+from .settings import check_settings, mathematical_settings
+from .terms import build_terms, check_rules, in_units, weight_rules, with_weights
+
+__all__ = ["Launch", "Run", "launched", "load_model_and_data", "open_run"]
+
+
+@dataclass(frozen=True)
+class Run:
+    """Shared parts of the trainings of one run.
+
+    Attributes:
+        settings: settings of the run; the number of sampling steps is at most that of the noise schedule.
+        state: processes of the launch.
+        data: data of the training.
+        terms: terms of the loss.
+        on_data: L' of each term on the data, by name.
+        mathematics: settings that a resumed run must share, by flag.
+        ending: keeps failures beside the training from costing a trained model.
+        interruption: whether the run must end before its last step; a context manager that handles signals.
+        uploads: uploads to the Hub by the main process; None without uploads.
+        repo_id: repository of the uploads.
+    """
+
+    settings: Settings
+    state: PartialState
+    data: TrainingData
+    terms: tuple[Term, ...]
+    on_data: dict[str, OnData]
+    mathematics: dict
+    ending: Ending
+    interruption: Interruption
+    uploads: Uploads | None
+    repo_id: str | None
+
+    @property
+    def output_dir(self) -> Path:
+        return Path(self.settings.output.output_dir)
+
+    @property
+    def plain_dir(self) -> Path:
+        """The folder of the model without terms that --compare trains."""
+        return self.output_dir / PLAIN_FOLDER
+
+    @property
+    def compares(self) -> bool:
+        """Whether to train a model without terms now; an interrupted run leaves it to the next start."""
+        return self.settings.loss.compare and not self.interruption
+
+    def prepare(self, output_dir: Path) -> Training:
+        """Builds one training; each call gives the same."""
+        settings = self.settings
+        return prepare(
+            self.data,
+            output_dir,
+            self.ending,
+            model=settings.model,
+            optimization=settings.optimization,
+            machine=settings.machine,
+            output=settings.output,
+            cache_dir=settings.data.cache_dir,
+            workers=settings.data.dataloader_num_workers,
+        )
+
+    def rules(self, terms: tuple[Term, ...]) -> dict[str, WeightRule]:
+        """Returns the rule that sets the weight of each of these terms, by name."""
+        return weight_rules(self.settings.loss, terms)
+
+    def means_on_data(self, terms: tuple[Term, ...]) -> dict[str, float]:
+        """Returns the mean of L' of these terms on the data, by name."""
+        return {term.name: self.on_data[term.name].mean for term in terms}
+
+    def weighted(self, weights: dict[str, float]) -> tuple[Term, ...]:
+        """Returns the terms with the weights that their rules determined, and writes the weights to the record."""
+        terms = with_weights(self.terms, weights)
+        if self.state.is_main_process:
+            work = partial(record_weights, terms, self.output_dir)
+            self.ending.attempt("the record", "repair reg_config.json", work)
+        return terms
+
+    def measure(self, pipeline: RegDDPMPipeline, terms: tuple[Term, ...], plain: RegDDPMPipeline | None) -> None:
+        """Measures the models on the main process; a signal stops it. The other processes leave."""
+        self.interruption.stop_asking()
+        leave_processes(self.state)
+        is_measured = self.settings.loss.compare or self.uploads
+        if self.state.is_main_process and is_measured and not self.interruption:
+            compare(
+                self.data,
+                self.settings.loss,
+                terms,
+                plain,
+                pipeline,
+                self.output_dir,
+                self.interruption,
+                self.ending,
+                seed=self.settings.optimization.seed,
+                steps=self.settings.output.ddpm_num_inference_steps,
+            )
+
+    def publish(self) -> None:
+        """Writes the card, prints where the files are, and uploads them, on the main process."""
+        if not self.state.is_main_process:
+            return
+        output_dir, uploads = self.output_dir, self.uploads
+        if not self.interruption:
+            name = self.repo_id or self.settings.output.output_dir
+            card = partial(write_card, output_dir, name, uploads and uploads.old_card, self.settings.hub.hub_license)
+            self.ending.attempt(f"{output_dir / CARD_FILE}", "--resume auto writes it again", card)
+        print(describe_result(output_dir, self.interruption, self.ending.command))
+        if uploads and not uploads.finish(output_dir, interrupted=bool(self.interruption)):
+            self.ending.failures.append("the upload")
+
+
+@dataclass(frozen=True)
+class Launch:
+    """One start of a run, before its data and model are loaded.
+
+    Attributes:
+        settings: settings of the run.
+        argv: flags for the printed commands.
+        state: processes of the launch.
+        ending: ending of the run.
+        held: resources released at the end, such as the lock of the output folder.
+    """
+
+    settings: Settings
+    argv: list[str]
+    state: PartialState
+    ending: Ending
+    held: ExitStack
+
+
+@contextmanager
+def launched(settings: Settings, argv: list[str] | None = None) -> Iterator[Launch]:
+    """Joins the processes. Inside, a signal ends the run with status 0 and prints the command that continues.
+
+    Args:
+        settings: settings of the run.
+        argv: flags as typed, for the printed commands; None: derived from the settings.
+    """
+    argv = as_flags(settings) if argv is None else argv
+    state = join_processes()
+    with ended_well(argv, state) as ending, ExitStack() as held:
+        yield Launch(settings, argv, state, ending, held)
+
+
+def load_model_and_data(model: ModelSettings, data: DataSettings) -> tuple[GivenModel, TrainingData]:
+    """Loads the model to start from, and the data in its size and channels."""
+    given = load_given_model(model, data.cache_dir)
+    return given, load_training_data(
+        data, given.channels, given.resolution, given.normalization, given.condition_channels
+    )
+
+
+def open_run(launch: Launch) -> Run:
+    """Checks everything before any write, claims the output folder, and prints what will be trained.
+
+    Raises:
+        UsageError: the run cannot work with these settings, data, losses or output folder.
+    """
+    settings, argv, state, ending = launch.settings, launch.argv, launch.state, launch.ending
+    loss, optimization, machine, output = settings.loss, settings.optimization, settings.machine, settings.output
+    check_engine(state, machine.mixed_precision, machine.compile, optimization.max_grad_norm)
+    check_balance(loss, machine.compile, state.distributed_type)
+    chosen = choose_computation(machine, state.device)
+    repo_id = on_main_process(state, lambda: check_upload(settings.hub, output.output_dir))
+    terms = together(state, lambda: build_terms(loss, settings.data))
+    given, data = in_turn(state, lambda: load_model_and_data(settings.model, settings.data))
+    _check_length(data, settings.data.source, optimization.max_train_steps)
+    terms = in_units(terms, data, loss.reg_units)
+    # Errors are reported here, before anything is written.
+    noise_scheduler = build_noise_scheduler(settings.model, given)
+    steps = inference_steps(output.ddpm_num_inference_steps, noise_scheduler)
+    settings = replace(settings, output=replace(output, ddpm_num_inference_steps=steps))
+    advise(loss.snr_gamma, noise_scheduler)
+    on_data = together(state, lambda: check_terms(terms, noise_scheduler, data, state.device, chosen.mixed_precision))
+    together(state, lambda: check_rules(weight_rules(loss, terms), on_data))
+    unet = build_unet(machine, given, data)
+    attention = choose_attention(machine, unet, optimization.train_batch_size, state.device, chosen.mixed_precision)
+    check_logger(output.logger)
+    on_main_process(state, lambda: launch.held.enter_context(claim_output_dir(output)))
+    mathematics = mathematical_settings(settings, data, state, chosen.mixed_precision, attention[0])
+    on_main_process(state, lambda: check_settings(output, optimization.lr_scheduler, mathematics))
+    ending.command = resume_command(argv, state)
+    uploads = on_main_process(state, lambda: Uploads(settings.hub, repo_id, output) if repo_id else None)
+    if state.is_main_process:
+        folder = Path(output.output_dir)
+        remove_earlier_run(output)
+        write_settings(settings, folder)
+        decided = {"mixed_precision": chosen.mixed_precision, "attention": attention[0]}
+        write_record(
+            folder,
+            state,
+            command=recorded_command(argv, state, machine, decided),
+            seed=optimization.seed,
+            mixed_precision=chosen.mixed_precision,
+            base_model=settings.model.pretrained_model_name_or_path,
+            data=record_of_data(settings.data, data),
+            objective=record_of_objective(loss, terms, noise_scheduler, is_picture=data.is_picture),
+        )
+        lines = describe_machine(machine, state, chosen, attention)
+        source, folder = settings.data.source, output.output_dir
+        print(describe(data, source, unet, noise_scheduler, loss, terms, on_data, lines, folder), flush=True)
+    interruption = Interruption(state, output.max_train_time)
+    return Run(settings, state, data, terms, on_data, mathematics, ending, interruption, uploads, repo_id)
+
+
+def _check_length(data: TrainingData, source: str | None, max_train_steps: int | None) -> None:
+    if data.number is None and max_train_steps is None:
+        raise UsageError(f"--streaming: the number of images of {source} is unknown: give --max_train_steps")

@@ -1,0 +1,120 @@
+"""Saves checkpoints and the pipeline of a training, draws grids of samples, and uploads."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from ..networks.sharded import SampledNetwork
+from ..pipeline import RegDDPMPipeline
+from ..runs.checkpoint import Checkpoints
+from ..runtime.errors import UsageError
+from ..term import Term
+from .monitors import Monitors
+from .output import save_pipeline
+from .preparation import Training
+from .preview import Previews, sampling_pipeline
+from .run import Run
+
+__all__ = ["Saves"]
+
+
+class Saves:
+    """Saves one training and draws its previews, each at its own interval.
+
+    Resumes from the checkpoint that the settings name.
+
+    Args:
+        run: run of the training.
+        training: training before its first step.
+        monitors: monitors of the training; a checkpoint holds their states.
+        output_dir: folder of the model.
+        terms: terms of the loss; their values are shown below each sample.
+        means_on_data: mean of L' on the data, by term, for the heading of the previews.
+
+    Attributes:
+        pipeline: pipeline with the weights to sample from.
+
+    Raises:
+        UsageError: the checkpoint cannot be resumed from.
+    """
+
+    def __init__(
+        self,
+        run: Run,
+        training: Training,
+        monitors: Monitors,
+        output_dir: Path,
+        terms: tuple[Term, ...],
+        means_on_data: dict[str, float],
+    ):
+        output, accelerator = run.settings.output, training.accelerator
+        self._run, self._training, self._monitors = run, training, monitors
+        self._output, self._output_dir = output, output_dir
+        streams = {"stream": training.dataloader.batch_sampler} if run.settings.data.streaming else {}
+        self._checkpoints = Checkpoints(
+            accelerator,
+            output_dir,
+            training.states | monitors.states,
+            run.mathematics,
+            output.checkpoints_total_limit,
+            monitors.counters | streams,
+            run.ending.command,
+        )
+        self._checkpoints.resume(output)
+        self._preview_steps = output.preview_steps or output.save_images_epochs * training.steps_per_epoch
+        self._pipeline_steps = output.save_model_epochs * training.steps_per_epoch
+        self._sampled = SampledNetwork(accelerator, training.unet, training.ema)
+        self.pipeline: RegDDPMPipeline = sampling_pipeline(self._sampled.unet, training.noise_scheduler, run.data)
+        grids = (output.eval_batch_size, output.ddpm_num_inference_steps, run.settings.optimization.seed)
+        self._previews = Previews(
+            accelerator,
+            self.pipeline,
+            *grids,
+            run.data,
+            output_dir,
+            terms,
+            means_on_data,
+            run.interruption,
+            run.ending,
+        )
+
+    def stop(self, step: int, problem: UsageError) -> None:
+        """Saves a checkpoint, and raises the problem to end the training."""
+        self._checkpoints.save(step, self._monitors.bar.write)
+        raise problem
+
+    def save(self, step: int) -> None:
+        """Saves a checkpoint and, with the weights to sample from, the pipeline, a grid and an upload, when due."""
+        is_checkpoint = self._is_checkpoint(step)
+        if is_checkpoint:
+            self._checkpoints.save(step, self._monitors.bar.write)
+        is_saved, is_shown = step % self._pipeline_steps == 0, step % self._preview_steps == 0
+        is_compared = self._output_dir != self._run.output_dir  # the plain model, which is not uploaded
+        is_uploaded = is_checkpoint and not is_compared and self._run.settings.hub.hub_strategy == "checkpoint"
+        if step == self._training.max_train_steps or not (is_saved or is_shown or is_uploaded):
+            return
+        with self._sampled.ready():
+            if is_saved:
+                self._save_pipeline()
+            if is_shown:
+                self._previews.draw(step)
+            if is_uploaded and self._run.uploads:
+                self._run.uploads.in_background(self.pipeline, self._output_dir, step)
+
+    def finish(self, step: int, *, is_resumed_later: bool) -> None:
+        """Saves the pipeline and its last grid, and a checkpoint if another start continues from here."""
+        if is_resumed_later and not self._is_checkpoint(step):
+            self._monitors.count()
+            self._checkpoints.save(step)
+        self._sampled.finish()
+        self._save_pipeline()
+        self._training.accelerator.wait_for_everyone()
+        if not self._run.interruption:
+            self._previews.draw(step)
+
+    def _is_checkpoint(self, step: int) -> bool:
+        return step % self._output.checkpointing_steps == 0
+
+    def _save_pipeline(self) -> None:
+        if self._training.accelerator.is_main_process:
+            save_pipeline(self.pipeline, self._output_dir)
