@@ -17,11 +17,10 @@ import torch
 from diffusers import DDPMScheduler, UNet2DModel
 
 from reg_diffusers import RegularizedLoss, Term
-from reg_diffusers.attention import prefers_explicit_attention, use_explicit_attention
+from reg_diffusers.networks.attention import prefers_explicit_attention, use_explicit_attention
+from reg_diffusers.networks.build import new_unet_config
 from reg_diffusers.regularizers import total_variation
-from reg_diffusers.training.arguments import parse_args
-from reg_diffusers.training.hardware import choose_mixed_precision, keep_freed_memory
-from reg_diffusers.training.model import new_unet_config
+from reg_diffusers.runtime.hardware import choose_mixed_precision, keep_freed_memory
 
 RESULT = Path(__file__).with_suffix(".txt")
 BATCH_SIZE = 16
@@ -34,7 +33,7 @@ def main() -> None:
 
     torch.manual_seed(0)
     keep_freed_memory(torch.device("cpu"))
-    precision = choose_mixed_precision(parse_args([]))
+    precision = choose_mixed_precision()
     unet = UNet2DModel(sample_size=32, in_channels=3, out_channels=3, **new_unet_config(32))
     if prefers_explicit_attention(unet, BATCH_SIZE, "cpu", precision):
         use_explicit_attention(unet)

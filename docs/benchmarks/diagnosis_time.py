@@ -14,12 +14,12 @@ from pathlib import Path
 
 import numpy as np
 
-from reg_diffusers.training.arguments import parse_args
-from reg_diffusers.training.data import load_training_data
+from reg_diffusers.data.training_data import load_training_data
+from reg_diffusers.settings import DataSettings
 
 
 def main():
-    data = load_training_data(parse_args(["--resolution", "28"]))
+    data = load_training_data(DataSettings(resolution=28))
     images = data.normalization.normalize(data.examples.__getitems__(list(range(len(data))))["values"]).numpy()
     with tempfile.TemporaryDirectory() as folder:
         np.save(f"{folder}/pictures.npy", np.concatenate([images, images[..., ::-1]]))

@@ -20,7 +20,6 @@ import statistics
 import subprocess
 import sys
 import time
-from contextlib import contextmanager
 from functools import partial
 from itertools import pairwise
 from pathlib import Path
@@ -29,12 +28,12 @@ import diffusers
 import torch
 
 from reg_diffusers import RegDDPMPipeline, Term
+from reg_diffusers.data.training_data import load_training_data
 from reg_diffusers.evaluation.comparison import measure
 from reg_diffusers.guidance import GUIDANCE_METHODS, Guidance
 from reg_diffusers.pipeline import fast_scheduler
 from reg_diffusers.regularizers import total_variation
-from reg_diffusers.training.arguments import parse_args
-from reg_diffusers.training.data import load_training_data
+from reg_diffusers.settings import DataSettings
 from reg_diffusers.weighting import constant
 
 ROOT = Path(__file__).parents[2]
@@ -79,8 +78,7 @@ def load(run: Path) -> tuple[RegDDPMPipeline, RegDDPMPipeline, Term]:
     for folder in (run / "plain", run):
         loaded = RegDDPMPipeline.from_pretrained(folder)
         loaded.unet.requires_grad_(False)
-        # The identity in place of a picture's units: samples come as they are, not clipped.
-        pipeline = RegDDPMPipeline(loaded.unet, fast_scheduler(loaded.scheduler), {"offset": [0.0], "scale": [1.0]})
+        pipeline = RegDDPMPipeline(loaded.unet, fast_scheduler(loaded.scheduler))
         pipeline.set_progress_bar_config(disable=True)
         pipelines.append(pipeline)
     weight = json.loads((run / "comparison.json").read_text())["terms"]["total_variation"]["weight"]
@@ -97,29 +95,30 @@ def corners(run: Path, number: int) -> dict:
     reference, other = data(seed, number)
 
     def row(pipeline, method="mpgd", scale=0.0) -> dict:
-        samples = draw(pipeline, number, seed, guidance=[term], guidance_method=method, guidance_scale=scale)
+        samples = draw(pipeline, number, seed, guidance=[term], guidance_method=method, regularizer_scale=scale)
         print(f"{run.name}: {method} {scale:g}", file=sys.stderr, flush=True)
         return {"scale": scale, **numbers(samples, reference, term)}
 
     result = {"seed": seed, "data": numbers(reference, other, term)}
-    with remembering(trained.unet), remembering(plain.unet):
-        for name, pipeline in {"plain": plain, "trained": trained}.items():
-            result[name] = row(pipeline)
-            result[f"{name}, guided"] = {
-                method: [row(pipeline, method, scale) for scale in scales] for method, scales in SCALES.items()
-            }
-        result["as low as trained"], result["trained, same scale"] = {}, {}
-        for method, rows in result["plain, guided"].items():
-            scale = scale_for(result["trained"]["loss"], [result["plain"], *rows])
-            if scale is not None:
-                result["as low as trained"][method] = row(plain, method, scale)
-                result["trained, same scale"][method] = row(trained, method, scale)
+    for pipeline in (plain, trained):
+        pipeline.register_modules(unet=Remembering(pipeline.unet))
+    for name, pipeline in {"plain": plain, "trained": trained}.items():
+        result[name] = row(pipeline)
+        result[f"{name}, guided"] = {
+            method: [row(pipeline, method, scale) for scale in scales] for method, scales in SCALES.items()
+        }
+    result["as low as trained"], result["trained, same scale"] = {}, {}
+    for method, rows in result["plain, guided"].items():
+        scale = scale_for(result["trained"]["loss"], [result["plain"], *rows])
+        if scale is not None:
+            result["as low as trained"][method] = row(plain, method, scale)
+            result["trained, same scale"][method] = row(trained, method, scale)
     return result
 
 
 def data(seed: int, number: int) -> tuple[torch.Tensor, torch.Tensor]:
     """Two sets of training images, which have none in common, (N, 1, 16, 16) in [-1, 1]."""
-    images = load_training_data(parse_args(["--seed", str(seed)]))
+    images = load_training_data(DataSettings(resolution=16))
     order = torch.randperm(len(images), generator=torch.Generator().manual_seed(seed)).tolist()
     sets = (images.__getitems__(indices)["values"] for indices in (order[:number], order[-number:]))
     return tuple(images.normalization.normalize(values) for values in sets)
@@ -140,26 +139,25 @@ def draw(pipeline, number: int, seed: int, **guidance) -> torch.Tensor:
     for start in range(0, number, BATCH_SIZE):
         generator = torch.Generator().manual_seed(1000 * seed + start)
         size = min(BATCH_SIZE, number - start)
-        batches.append(pipeline(size, generator, STEPS, "pt", **guidance).images)
+        batches.append(pipeline(size, generator, STEPS, "latent", **guidance).images)
     return torch.cat(batches)
 
 
-@contextmanager
-def remembering(unet):
+class Remembering(torch.nn.Module):
     """A network that does not compute twice: before guidance sets in, all methods ask it the same."""
-    forward, memory = unet.forward, {}
 
-    def remembered(sample, t, **kwargs):
+    def __init__(self, unet):
+        super().__init__()
+        self.unet, self.config, self.dtype, self.device = unet, unet.config, unet.dtype, unet.device
+        self._memory = {}
+
+    def forward(self, sample, t, **kwargs):
         if torch.is_grad_enabled():
-            return forward(sample, t, **kwargs)
+            return self.unet(sample, t, **kwargs)
         key = int(t), sample.numpy().tobytes()
-        if key not in memory:
-            memory[key] = forward(sample, t, **kwargs)
-        return memory[key]
-
-    unet.forward = remembered
-    yield
-    del unet.forward
+        if key not in self._memory:
+            self._memory[key] = self.unet(sample, t, **kwargs)
+        return self._memory[key]
 
 
 def scale_for(loss: float, rows: list[dict]) -> float | None:
@@ -182,13 +180,13 @@ def seconds(run: Path, rounds: int) -> dict:
     for name, guiding in {"": term, ", at every step": everywhere}.items():
         for method in GUIDANCE_METHODS:
             scale = SCALES[method][1]
-            kinds[method + name] = partial(plain, guidance=[guiding], guidance_method=method, guidance_scale=scale)
+            kinds[method + name] = partial(plain, guidance=[guiding], guidance_method=method, regularizer_scale=scale)
     times = {kind: [] for kind in kinds}
     for _ in range(rounds + 1):
         for kind, sample in kinds.items():
             generator = torch.Generator().manual_seed(0)
             start = time.perf_counter()
-            sample(TIMED_BATCH_SIZE, generator, STEPS, "pt")
+            sample(TIMED_BATCH_SIZE, generator, STEPS, "latent")
             times[kind].append((time.perf_counter() - start) / TIMED_BATCH_SIZE)
     guidance = Guidance([term])
     result = {"active_steps": sum(any(guidance.factors(plain.scheduler, t)) for t in plain.scheduler.timesteps)}

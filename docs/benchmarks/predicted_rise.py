@@ -19,9 +19,9 @@ from diffusers import DDPMScheduler
 from scipy.stats import spearmanr
 
 from reg_diffusers import RegDDPMPipeline, Term, diagnose, load_regularizer, load_weighting
-from reg_diffusers.evaluation.comparison import denoising_loss
-from reg_diffusers.training.arguments import parse_args
-from reg_diffusers.training.data import load_training_data
+from reg_diffusers.data.training_data import load_training_data
+from reg_diffusers.evaluation.measuring import denoising_losses
+from reg_diffusers.settings import DataSettings
 
 ROOT = Path(__file__).parents[2]
 PAIRS = [
@@ -58,7 +58,7 @@ def main():
 
 def pictures():
     """The embedded pictures as the training sees them, and some of them to measure the loss on."""
-    data = load_training_data(parse_args(["--resolution", "16"]))
+    data = load_training_data(DataSettings(resolution=16))
     images = data.normalization.normalize(data.examples.__getitems__(list(range(len(data))))["values"])
     return images, images[:: len(images) // 1000][:1000]
 
@@ -74,7 +74,9 @@ def loss_of(args, seed, images, *flags):
     found = folder / "denoising_loss.json"
     if not found.exists():
         pipeline = RegDDPMPipeline.from_pretrained(folder)
-        found.write_text(json.dumps(denoising_loss(pipeline.unet.eval(), pipeline.scheduler, images, 0)))
+        found.write_text(
+            json.dumps(denoising_losses(pipeline.unet.eval(), pipeline.scheduler, images, 0).mean().item())
+        )
     return json.loads(found.read_text())
 
 

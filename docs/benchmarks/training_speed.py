@@ -250,7 +250,7 @@ def x0(args, side: str) -> dict:
 
     from reg_diffusers import predict_original_sample
     from reg_diffusers.regularizers import total_variation
-    from reg_diffusers.training.hardware import keep_freed_memory
+    from reg_diffusers.runtime.hardware import keep_freed_memory
 
     keep_freed_memory(torch.device("cpu"))
     torch.manual_seed(0)
@@ -309,11 +309,12 @@ def sample(args, row: str, way: str) -> dict:
         DDPMPipeline(unet, DDPMScheduler(timestep_spacing="trailing")).save_pretrained(f"{folder}/model")
         if way.startswith("ours"):
             from reg_diffusers.cli.model import load_pipeline
-            from reg_diffusers.generation import Sampler, Settings
+            from reg_diffusers.sampling.sampler import Sampler
+            from reg_diffusers.sampling.settings import SampleSettings
 
             precision = "bf16" if way.endswith("bf16") else "no"
             pipeline = load_pipeline(f"{folder}/model", "cpu", mixed_precision=precision)
-            settings = Settings(
+            settings = SampleSettings(
                 model_sha256="", scheduler="DDPM", num_inference_steps=args.steps, mixed_precision=precision
             )
             sampler = Sampler(pipeline, settings)

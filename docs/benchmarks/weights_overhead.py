@@ -20,12 +20,12 @@ from diffusers import DDPMScheduler, UNet2DModel
 
 from reg_diffusers import RegularizedLoss, Term
 from reg_diffusers.balancing import balance
+from reg_diffusers.networks.build import new_unet_config
 from reg_diffusers.regularizers import total_variation
 from reg_diffusers.training.conflict_free import ConflictFree
 from reg_diffusers.training.loss_parts import LossParts
-from reg_diffusers.training.model import new_unet_config
 from reg_diffusers.training.term_weights import TermWeights
-from reg_diffusers.training.weight_rules import AutoWeight, Target
+from reg_diffusers.weight_rules import AutoWeight, Target
 
 RESULT = Path(__file__).with_suffix(".txt")
 BATCH_SIZE = 16
@@ -66,9 +66,9 @@ def main() -> None:
                 combining[kind].backward(output.loss, output)
             else:
                 output.loss.backward()
-            parts.add(output)
-            weights[kind].add(output)
-            weights[kind].update()
+            parts.update(output)
+            weights[kind].update(output)
+            weights[kind].compute()
         optimizer.step()
         optimizer.zero_grad()
         return time.perf_counter() - start
@@ -111,7 +111,7 @@ def alone(loss_fn: RegularizedLoss, original_samples: torch.Tensor, parts: LossP
                 output = balance(output, {NAME: 0.1})
             output.loss.backward()
             if is_balanced:
-                parts.add(output)
+                parts.update(output)
             seconds[is_balanced] = time.perf_counter() - start
         differences.append(seconds[True] - seconds[False])
     return 1000 * statistics.median(differences)
