@@ -1,21 +1,21 @@
 """Runs functions, and train_reg.py itself, in several real processes of this machine that talk by gloo."""
 
-import importlib.util
 import json
+import multiprocessing
 import os
 import socket
 import sys
+import tempfile
 import time
-from pathlib import Path
 
+import dill
 import numpy as np
 import torch
-from accelerate.state import AcceleratorState, GradientState, PartialState
+from runs import load_script
 from torch.multiprocessing import start_processes
 
 from reg_diffusers import RegularizedLoss
 
-ROOT = Path(__file__).parents[1]
 FLAGS = (
     "--train_data_dir fields.npy --train_batch_size 4 --eval_batch_size 2 --ddpm_num_inference_steps 2"
     " --model_config_name_or_path tiny --mixed_precision no --num_threads 1 --lr_warmup_steps 0 --no-compare"
@@ -25,11 +25,16 @@ IMAGES = 32
 _PATIENCE = 300  # seconds
 
 
-def in_processes(function, *args, number=2, machines=1):
-    """Calls `function(*args)` in so many forked processes; an error in one is raised here.
+multiprocessing.set_forkserver_preload(["accelerate", "datasets", "diffusers", "reg_diffusers.regularization"])
 
-    They find the environment that torchrun makes, with the same number of processes on each machine. A test that calls
-    this is marked `forks`: it runs before this process has threads, whose locks a forked one would wait for.
+
+def in_processes(function, *args, number=2, machines=1):
+    """Calls `function(*args)` in that many processes, in the folder and environment of this one; raises their error.
+
+    They are forked from a server that has imported the libraries and computed nothing: a process forked from this one
+    would wait for the locks of threads that it does not have. dill carries functions that were defined in a test.
+
+    `number` processes find the environment that torchrun makes, with the same number on each of `machines` machines.
     """
     environment = {
         "WORLD_SIZE": number,
@@ -40,13 +45,24 @@ def in_processes(function, *args, number=2, machines=1):
         "ACCELERATE_USE_CPU": "true",
         "GLOO_SOCKET_IFNAME": "lo",
     }
-    started = start_processes(_called, (function, args, environment), nprocs=number, join=False, start_method="fork")
+    environment = os.environ | {name: str(value) for name, value in environment.items()}
+    with tempfile.NamedTemporaryFile() as out, tempfile.NamedTemporaryFile() as err:
+        arguments = (dill.dumps((function, args)), os.getcwd(), environment, out.name, err.name)
+        started = start_processes(_called, arguments, nprocs=number, join=False, start_method="forkserver")
+        try:
+            _join(started)
+        finally:
+            print(out.read().decode(), end="")
+            print(err.read().decode(), end="", file=sys.stderr)
+
+
+def _join(started):
     end = time.monotonic() + _PATIENCE
-    while not started.join(timeout=1):
+    while not started.join(timeout=0.1):
         if time.monotonic() > end:
             for process in started.processes:
                 process.kill()
-            raise TimeoutError(f"{number} processes have not ended after {_PATIENCE} s")
+            raise TimeoutError(f"{len(started.processes)} processes have not ended after {_PATIENCE} s")
 
 
 def run_script(folder, *flags, prepare=lambda script: None, **launch):
@@ -63,23 +79,22 @@ def free_port():
         return found.getsockname()[1]
 
 
-def _called(rank, function, args, environment):
-    local_rank = rank % environment["LOCAL_WORLD_SIZE"]
-    os.environ.update({name: str(value) for name, value in environment.items()}, RANK=str(rank))
-    os.environ["LOCAL_RANK"] = str(local_rank)
+def _called(rank, pickled, folder, environment, out, err):
+    for descriptor, file in ((1, out), (2, err)):
+        os.dup2(os.open(file, os.O_WRONLY | os.O_APPEND), descriptor)
+    os.chdir(folder)
+    os.environ.clear()
+    os.environ.update(environment, RANK=str(rank), LOCAL_RANK=str(rank % int(environment["LOCAL_WORLD_SIZE"])))
     os.environ.pop("OMP_NUM_THREADS", None)
-    for state in (AcceleratorState, PartialState, GradientState):
-        state._reset_state()
-    torch.set_num_threads(1)  # threads of the process that was forked are gone
+    torch.set_num_threads(1)
+    function, args = dill.loads(pickled)
     function(*args)
 
 
 def _run_script(folder, flags, prepare):
     os.chdir(folder)
     sys.argv = ["train_reg.py"]
-    spec = importlib.util.spec_from_file_location("train_reg", ROOT / "train_reg.py")
-    script = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(script)
+    script = load_script()
     prepare(script)
     code = 0
     try:

@@ -219,7 +219,6 @@ def measured(folder):
     torch.distributed.destroy_process_group()
 
 
-@pytest.mark.forks
 def test_all_processes_have_the_weight_of_the_whole_batch(tmp_path):
     in_processes(measured, tmp_path)
     x0, _, output, times, x_t = batch(SCHEDULERS[2], size=8)

@@ -126,7 +126,6 @@ def one_process_of_two(folder):
     accelerator.end_training()
 
 
-@pytest.mark.forks
 def test_what_is_bad_on_one_process_is_left_out_by_both(tmp_path):
     debug_launcher(one_process_of_two, (tmp_path,), num_processes=2)
     lines = [json.loads(line) for line in (tmp_path / "bad_steps.jsonl").read_text().splitlines()]

@@ -250,7 +250,6 @@ def test_updates_are_the_same_through_accelerate(options):
     compare_updates(**options)
 
 
-@pytest.mark.forks
 @pytest.mark.parametrize("options", [{}, {"accumulation": 2}, {"mixed_precision": "bf16"}], ids=str)
 def test_updates_are_the_same_in_two_processes(options):
     in_processes(partial(compare_updates, **options))

@@ -185,7 +185,6 @@ def _in_folder(folder, flags):
     main(["evaluate", *map(str, flags)])
 
 
-@pytest.mark.forks
 @pytest.mark.slow
 def test_two_processes_share_the_samples_and_judge_once(folder, evaluate):
     flags = ("--model", "A", *PIXELS)

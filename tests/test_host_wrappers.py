@@ -84,7 +84,6 @@ def on_one_process_only(folder):
     dist.destroy_process_group()
 
 
-@pytest.mark.forks
 def test_processes_may_call_the_network_unequally_often(tmp_path):
     in_processes(on_one_process_only, tmp_path)
     torch.manual_seed(0)

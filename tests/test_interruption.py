@@ -112,7 +112,6 @@ def two_processes(folder):
         (folder / f"{state.process_index}").write_text(f"{step} {bool(interruption)} {interruption.name}")
 
 
-@pytest.mark.forks
 def test_a_signal_to_one_process_ends_both_at_the_same_step(tmp_path):
     debug_launcher(two_processes, (tmp_path,), num_processes=2)
     step, agreed, name = (tmp_path / "0").read_text().split(maxsplit=2)

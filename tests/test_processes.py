@@ -18,8 +18,8 @@ import torch
 import torch.distributed as dist
 from accelerate import Accelerator, PartialState
 from diffusers import DDPMScheduler, UNet2DModel
-from in_processes import FLAGS, ROOT, feed, fill, free_port, in_processes, run_script
-from runs import metrics, weights
+from in_processes import FLAGS, feed, fill, free_port, in_processes, run_script
+from runs import ROOT, metrics, weights
 from safetensors.torch import load_file
 
 from reg_diffusers import RegDDPMPipeline, RegularizedLoss, Term, regularizers, weighting
@@ -29,7 +29,7 @@ from reg_diffusers.runtime.interruption import Interruption
 from reg_diffusers.runtime.machines import bring_files
 from reg_diffusers.training import run
 
-pytestmark = [pytest.mark.reliability, pytest.mark.forks]
+pytestmark = pytest.mark.reliability
 
 CONFIGS = ROOT / "docs" / "accelerate"
 

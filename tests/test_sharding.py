@@ -15,8 +15,8 @@ from accelerate.commands.launch import _validate_launch_command, launch_command_
 from accelerate.utils import DistributedType, broadcast_object_list
 from accelerate.utils.launch import prepare_multi_gpu_env
 from diffusers import DDPMScheduler, UNet2DModel
-from in_processes import ROOT, feed, fill, in_processes, run_script
-from runs import metrics, weights
+from in_processes import feed, fill, in_processes, run_script
+from runs import ROOT, metrics, weights
 from torch.distributed.fsdp import fully_shard
 
 from reg_diffusers import RegDDPMPipeline, RegularizedLoss
@@ -27,7 +27,7 @@ from reg_diffusers.runtime.errors import UsageError
 from reg_diffusers.settings import OptimizationSettings
 from reg_diffusers.training import run
 
-pytestmark = [pytest.mark.reliability, pytest.mark.forks]
+pytestmark = pytest.mark.reliability
 
 CONFIGS = ROOT / "docs" / "accelerate"
 

@@ -255,7 +255,6 @@ def test_what_inductor_compiles_learns_the_same(train, monkeypatch, precision, t
     torch.testing.assert_close(compiled, plain, rtol=tolerance, atol=0)
 
 
-@pytest.mark.forks
 def test_two_processes_train_one_compiled_model_with_clean_names(tmp_path, tiny_unet):
     np.save(tmp_path / "fields.npy", np.random.default_rng(0).normal(size=(16, 1, 8, 8)).astype("float32"))
     tiny_unet().save_config(tmp_path / "tiny")

@@ -224,7 +224,6 @@ def test_what_a_rule_has_come_to_is_recorded(soon, train):
     assert f"{term['weight']:g} (by auto:0.1)" in (out / "README.md").read_text()
 
 
-@pytest.mark.forks
 def test_weights_and_log_do_not_depend_on_how_a_batch_is_divided(tmp_path):
     fill(tmp_path)
     found = {}
@@ -302,7 +301,6 @@ def test_a_weight_of_zero_leaves_the_plain_training(train, method):
     assert differ(weights(balanced), weights(with_weight))
 
 
-@pytest.mark.forks
 @pytest.mark.slow
 @pytest.mark.parametrize("method", ["config", "pcgrad"])
 def test_conflicts_are_resolved_between_averages_over_all_processes(tmp_path, method):
