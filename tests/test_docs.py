@@ -5,45 +5,17 @@ import re
 import runpy
 import subprocess
 import sys
-from pathlib import Path
 from statistics import mean
 
 import pytest
 import torch
 from diffusers import AutoencoderTiny
+from docs_code import PAGES, ROOT, python_blocks
 
 from reg_diffusers import RegularizedLoss, Term, X0Regularization, load_regularizer, regularizers
 from reg_diffusers.regularizers import mean_intensity
 
 pytestmark = pytest.mark.project
-
-ROOT = Path(__file__).parents[1]
-PAGES = [
-    page
-    for page in (
-        ROOT / "README.md",
-        ROOT / "CONTRIBUTING.md",
-        *sorted((ROOT / "docs").glob("*.md")),
-        *sorted((ROOT / "docs" / "hosts").glob("*.md")),
-    )
-    if page.exists()
-]
-NOT_RUN = re.compile(r"<!-- not run: .+ -->")
-
-
-def python_blocks(page: Path) -> list[tuple[int, str]]:
-    """(line number, code) of each ```python block that is not marked `<!-- not run: reason -->` on the line before."""
-    lines = page.read_text(encoding="utf-8").splitlines()
-    blocks, start = [], None
-    for number, line in enumerate(lines):
-        if start is None and line.strip() == "```python":
-            start = number
-        elif start is not None and line.strip() == "```":
-            if not NOT_RUN.fullmatch(lines[start - 1].strip()):
-                blocks.append((start + 1, "\n".join(lines[start + 1 : number])))
-            start = None
-    assert start is None, f"{page.name}: the block of line {start} has no end"
-    return blocks
 
 
 @pytest.mark.parametrize("page", [page for page in PAGES if python_blocks(page)], ids=lambda page: page.stem)
