@@ -52,6 +52,7 @@ _HOME = {
 _SUBMODULES = (
     "balancing",
     "conditioning",
+    "conflict_free",
     "context",
     "estimators",
     "diagnosis",
@@ -60,6 +61,7 @@ _SUBMODULES = (
     "objective",
     "pipeline",
     "prediction",
+    "recipes",
     "regularization",
     "regularizers",
     "specs",

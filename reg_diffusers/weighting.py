@@ -23,7 +23,7 @@ from torch import Tensor
 
 from .prediction import NoiseLevel
 
-__all__ = ["alpha_bar", "constant", "gated", "low_noise", "matched", "snr", "truncated_snr"]
+__all__ = ["alpha_bar", "constant", "gated", "low_noise", "matched", "signal_power", "snr", "truncated_snr"]
 
 
 def constant(level: NoiseLevel) -> Tensor:
@@ -90,6 +90,31 @@ class gated:
 def alpha_bar(level: NoiseLevel) -> Tensor:
     """Weights by the signal's share of the variance: lambda(t) = SNR / (1 + SNR), in [0, 1]; for DDPM, abar_t."""
     return level.alpha**2 / (level.alpha**2 + level.sigma**2)
+
+
+@dataclass(frozen=True)
+class signal_power:
+    """Weights by a power of the signal: lambda(t) = alpha(t)^exponent.
+
+    For flow matching, alpha = 1 - sigma is the time in papers where time 1 is the image: t^p of PBFM.
+
+    Source: Baldan et al. 2025 (arXiv:2506.08604).
+
+    Args:
+        exponent: p, at least 0; 0 weights all noise levels equally.
+
+    Raises:
+        ValueError: the exponent is negative or nan.
+    """
+
+    exponent: float
+
+    def __post_init__(self):
+        if not self.exponent >= 0:
+            raise ValueError(f"exponent must be at least 0, not {self.exponent}")
+
+    def __call__(self, level: NoiseLevel) -> Tensor:
+        return level.alpha**self.exponent
 
 
 def truncated_snr(level: NoiseLevel, *, floor: float = 1.0) -> Tensor:

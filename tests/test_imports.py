@@ -22,6 +22,7 @@ LAYERS = [
     | {
         "schedule",
         "adaptive_weights",
+        "conflict_free",
         "weight_rules",
         "paired",
         "affine_schedule",
@@ -33,6 +34,7 @@ LAYERS = [
         "moved",
         "frozen",
     },
+    {"recipes"},
     {"runtime"},
     {"settings"},
     {"runs"},
@@ -48,7 +50,7 @@ LAYERS = [
 ]
 LOSS = LAYERS[0]
 LOSS_MAY_IMPORT = {"torch", "diffusers", "reg_diffusers"}
-LATE = {"pytorch_msssim", "transformers"}  # imported in the function that needs it
+LATE = {"conflictfree", "pytorch_msssim", "transformers"}  # imported in the function that needs it
 
 
 def module_of(path):

@@ -122,4 +122,5 @@ def _alike(context: dict, x0_hat: Tensor, change: Callable[[Tensor], Tensor]) ->
 
 
 def _mean_square(residual: Tensor) -> Tensor:
-    return at_least_float32(residual).square().flatten(1).mean(1)
+    squared = at_least_float32(residual).square()
+    return squared.flatten(1).mean(1) if squared.ndim > 1 else squared

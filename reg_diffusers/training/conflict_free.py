@@ -1,11 +1,4 @@
-"""Combines the gradients of the parts of the loss without conflict, by ConFIG or PCGrad.
-
-Each part needs its own backward pass.
-
-ConFIG (Liu, Chu & Thuerey 2024, arXiv:2408.11104) has the same cosine with the gradient of every part. PCGrad (Yu et
-al. 2020, arXiv:2001.06782) removes from each gradient its component against another. Both are computed by the package
-`conflictfree` of the authors of ConFIG.
-"""
+"""How train_reg.py computes the gradient of a step: of the whole loss, or of its parts combined without conflict."""
 
 from __future__ import annotations
 
@@ -18,6 +11,7 @@ from accelerate.utils import DistributedType
 from torch import Tensor, nn
 
 from ..balancing import BalancedLoss
+from ..conflict_free import combined, flat_gradients, hand_out, operator_of
 from ..networks.trained import trained_parameters
 from ..runtime.errors import UsageError
 from ..settings.loss import LossSettings
@@ -45,9 +39,6 @@ def check_balance(loss: LossSettings, is_compiled: bool, distributed_type: Distr
         raise UsageError(
             f"{flag} needs whole gradients in each process: launch without FSDP and DeepSpeed, or leave it out"
         )
-
-
-_RANK = 1e-6  # parts with directions closer than this count as one: float32 cannot distinguish them
 
 
 class Backward:
@@ -82,12 +73,9 @@ class ConflictFree:
     """
 
     def __init__(self, accelerator: Accelerator, unet: nn.Module, method: str):
-        from conflictfree.grad_operator import ConFIGOperator, PCGradOperator
-
         self.network = accelerator.unwrap_model(unet)
         self._accelerator = accelerator
-        # For the same matrix, the last bits of lstsq differ from call to call; those of pinv do not.
-        self._operator = ConFIGOperator(use_least_square=False) if method == "config" else PCGradOperator()
+        self._operator = operator_of(method)
         self._parameters = trained_parameters(unet)
         self._sums: Tensor | None = None  # (parts, weights), over the batches of the current step
 
@@ -114,52 +102,12 @@ class ConflictFree:
                 retain_graph=name != last,
                 allow_unused=True,
             )
-            rows.append(self._flat(gradients))
+            rows.append(flat_gradients(gradients, self._parameters))
         parts = torch.stack(rows)
         self._sums = parts if self._sums is None else self._sums + parts
         if self._accelerator.sync_gradients:
             parts, self._sums = self._accelerator.reduce(self._sums, "mean"), None
-            self._hand_out(combined(self._operator, parts))
-
-    def _flat(self, gradients: tuple[Tensor | None, ...]) -> Tensor:
-        pairs = zip(gradients, self._parameters, strict=True)
-        return torch.cat([torch.zeros_like(p).flatten() if g is None else g.flatten() for g, p in pairs])
-
-    def _hand_out(self, gradient: Tensor) -> None:
-        sizes = [parameter.numel() for parameter in self._parameters]
-        for parameter, part in zip(self._parameters, gradient.split(sizes), strict=True):
-            parameter.grad = part.view_as(parameter)
-
-
-def combined(operator, parts: Tensor) -> Tensor:
-    """Returns the conflict-free gradient (P,) of the parts (K, P); nan everywhere if a part is non-finite.
-
-    The result lies in the span of the parts and depends on their inner products only. The operator therefore gets the
-    parts in coordinates of that span, (K, K), and its result is converted to a linear combination of the parts. Unlike
-    a decomposition of the (K, P) matrix, this gives the same bits for the same parts, at a fraction of the cost.
-
-    A part of norm 0, without images in the batch or with weight 0, has no direction and is omitted.
-    """
-    norms = parts.norm(dim=1)
-    if not norms.isfinite().all():
-        return torch.full_like(parts[0], torch.nan)
-    parts = parts[norms > 0]
-    if len(parts) < 2:
-        return parts.sum(0)
-    coordinates = _coordinates(parts)
-    found = operator.calculate_gradient(coordinates.float()).double()
-    factors = torch.linalg.pinv(coordinates.T, rtol=_RANK) @ found
-    if not factors.isfinite().all():  # the parts have one direction, or two opposite ones
-        return parts.sum(0)
-    return sum(factor * part for factor, part in zip(factors.to(parts.dtype), parts, strict=True))
-
-
-def _coordinates(parts: Tensor) -> Tensor:
-    """Returns the parts (K, P) in an orthonormal basis of their span, (K, K) in float64, with equal inner products."""
-    products = torch.stack([torch.stack([(one * other).sum(dtype=torch.float64) for other in parts]) for one in parts])
-    values, vectors = torch.linalg.eigh(products)
-    values = torch.where(values > _RANK**2 * values[-1], values, 0)
-    return vectors * values.sqrt()
+            hand_out(combined(self._operator, parts), self._parameters)
 
 
 def choose_backward(accelerator: Accelerator, network: Callable, method: str | None) -> Backward | ConflictFree:
