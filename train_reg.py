@@ -102,6 +102,7 @@ def fit(run: Run, output_dir, terms=()):
                     noise=noise,
                     timesteps=timesteps,
                     model_kwargs={"return_dict": False, **arguments},
+                    training_step=progress.step,
                     **{name: batch.conditions[name] for name in needs if name in batch.conditions},
                 )
                 with profile("auxiliary"):

@@ -35,9 +35,12 @@ _HOME = {
     "diagnose": "diagnosis",
     "balance": "balancing",
     "draw_timesteps": "objective",
+    "every": "weight_schedules",
+    "linear_decay": "weight_schedules",
     "judge": "diagnosis",
     "load_estimator": "specs",
     "load_regularizer": "specs",
+    "load_schedule": "specs",
     "load_weighting": "specs",
     "model_output_for": "prediction",
     "needs_of": "term",
@@ -47,6 +50,7 @@ _HOME = {
     "prediction_target": "prediction",
     "scale_model_input": "prediction",
     "takes_condition": "conditioning",
+    "warmup": "weight_schedules",
     "with_condition": "conditioning",
 }
 _SUBMODULES = (
@@ -68,6 +72,7 @@ _SUBMODULES = (
     "standalone",
     "term",
     "views",
+    "weight_schedules",
     "weighting",
 )
 

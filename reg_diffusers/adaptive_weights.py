@@ -11,8 +11,9 @@ loss is mean_i w_i |x_0 - x0_hat|^2 / N, so
 
     |g_d|^2 = sum_i ( 2 w_i |out_i| |x0_hat_i - x_0,i| / (B N) )^2,        out = d x0_hat / d o.
 
-Every tenth call makes a measurement, which is reduced over the processes of torch.distributed. Units are frozen after
-20 measurements, so that one fixed loss is minimized from then on.
+A term is measured in every tenth call in which it runs, reduced over the processes of torch.distributed. Its unit is
+frozen after 20 measurements, so that one fixed loss is minimized from then on. The factor of a schedule comes on top:
+calls in which it is 0 do not count.
 """
 
 from __future__ import annotations
@@ -32,10 +33,10 @@ from .weight_rules import rule_of
 
 __all__ = ["AdaptiveWeights"]
 
-EVERY = 10  # calls from one measurement to the next
+EVERY = 10  # calls of a term from one measurement to the next
 MEASUREMENTS = 20  # until units are frozen
 _DECAY = 0.9  # of running means, per measurement
-_BY_TERM = ("names", "means", "on_data", "units", "multipliers", "weights")
+_BY_TERM = ("names", "calls", "means", "on_data", "units", "multipliers", "weights")
 
 
 class AdaptiveWeights(nn.Module):
@@ -61,10 +62,10 @@ class AdaptiveWeights(nn.Module):
                     f"term {name!r}: {type(term.weight).__name__} measures gradients at the network's output, but"
                     f" {term.estimator!r} calls the network again: give the weight as a number"
                 )
-        self._calls = 0  # the number in the buffer, known without waiting for the device
+        self._calls = [0] * len(self._terms)  # the numbers in the buffer, known without waiting for the device
         if self._terms:
             number = len(self._terms)
-            self.register_buffer("calls", torch.zeros((), dtype=torch.long))
+            self.register_buffer("calls", torch.zeros(number, dtype=torch.long))
             self.register_buffer("names", torch.tensor([zlib.crc32(name.encode()) for name in self._terms]))
             self.register_buffer("means", torch.zeros(number, 4))  # |g_d|^2, |g_k|^2, sum lambda L', sum lambda
             self.register_buffer("on_data", torch.zeros(number, 2))  # sum of L' of the data, number of images
@@ -72,12 +73,12 @@ class AdaptiveWeights(nn.Module):
                 self.register_buffer(name, torch.zeros(number))
 
     def current(self) -> dict[str, float | Tensor]:
-        """Returns the weight of each term by name: a number, or a scalar on the device."""
+        """Returns the weight of each term by name, before its schedule: a number, or a scalar on the device."""
         found = dict(zip(self._terms, self.weights.clone(), strict=True)) if self._terms else {}
         return {**self._fixed, **found}
 
     def update(self, output: LossOutput, prediction: Prediction, level: NoiseLevel, context: dict, is_image: bool):
-        """Measures in every tenth call during training, and sets the weights.
+        """Measures each term in every tenth call in which it runs during training, and sets its weight.
 
         Args:
             output: output of this call, with terms attached to the graph; its loss is not used.
@@ -95,53 +96,65 @@ class AdaptiveWeights(nn.Module):
         if prediction.original_samples is None:
             names = ", ".join(self._terms)
             raise ValueError(f"the weight of {names} follows from gradients: pass original_samples= to the loss")
-        call = self._calls
-        self._calls += 1
-        self.calls += 1
-        is_measuring = call < EVERY * MEASUREMENTS
-        follows = any(term.weight.follows_value for term in self._terms.values())
-        if call % EVERY or not (is_measuring or follows):
+        due = self._due(output.factors)
+        if not due:
             return
-        of_denoising = _of_denoising(prediction, level, is_image) if is_measuring else 0.0
+        of_denoising = _of_denoising(prediction, level, is_image) if any(due.values()) else 0.0
         rows = []
-        for name, term in self._terms.items():
+        for name, is_measuring in due.items():
             values, lambdas = output.per_image[name], output.weightings[name].to(output.per_image[name])
             known = ~values.isnan()
             row = [of_denoising, _squared(output.terms[name], prediction.model_output) if is_measuring else 0.0]
             row += [torch.where(known, lambdas * values, 0).sum(), (lambdas * known).sum()]
-            row += _on_data(term, prediction.original_samples, context) if is_measuring else [0.0, 0.0]
+            row += _on_data(self._terms[name], prediction.original_samples, context) if is_measuring else [0.0, 0.0]
             rows.append(torch.stack([torch.as_tensor(part).to(self.means) for part in row]))
-        self._set(_over_processes(torch.stack(rows), output.loss.device), is_measuring)
+        for name, found in zip(due, _over_processes(torch.stack(rows), output.loss.device), strict=True):
+            self._set(name, found, due[name])
 
-    def _set(self, found: Tensor, is_measuring: bool) -> None:
-        """Adds a measurement to the running means and the sums over the data, and sets units and weights.
+    def _due(self, factors: dict[str, float]) -> dict[str, bool]:
+        """Counts a call of each term that runs; returns the names to measure, and whether gradients are measured."""
+        due = {}
+        for place, (name, term) in enumerate(self._terms.items()):
+            if factors.get(name) == 0:
+                continue
+            call = self._calls[place]
+            self._calls[place] += 1
+            self.calls[place] += 1
+            is_measuring = call < EVERY * MEASUREMENTS
+            if call % EVERY == 0 and (is_measuring or term.weight.follows_value):
+                due[name] = is_measuring
+        return due
+
+    def _set(self, name: str, found: Tensor, is_measuring: bool) -> None:
+        """Adds a measurement to the running means and the sums over the data, and sets the unit and the weight.
 
         Args:
-            found: measurement (K, 6), with the columns of `means` and of `on_data`.
+            name: name of the term.
+            found: measurement (6,), with the columns of `means` and of `on_data`.
             is_measuring: whether gradients and the data were measured.
         """
-        is_good = found.isfinite().all() & ((found[:, :1] > 0) | (not is_measuring))
+        place, rule = list(self._terms).index(name), self._terms[name].weight
+        means, on_data = self.means[place], self.on_data[place]
+        is_good = found.isfinite().all() & ((found[0] > 0) | (not is_measuring))
         columns = slice(None) if is_measuring else slice(2, 4)
-        mixed = _DECAY * self.means[:, columns] + (1 - _DECAY) * found[:, :4][:, columns]
-        self.means[:, columns] = torch.where(is_good, mixed, self.means[:, columns])
-        self.on_data += found[:, 4:]
-        of_denoising, of_term, value, weight = self.means.T
-        on_data, images = self.on_data.T
+        mixed = _DECAY * means[columns] + (1 - _DECAY) * found[:4][columns]
+        means[columns] = torch.where(is_good, mixed, means[columns])
+        on_data += found[4:]
+        of_denoising, of_term, value, weight = means
         if is_measuring:
-            self.units.copy_(torch.where(of_term > 0, (of_denoising / of_term).sqrt(), 0))
-        for place, (name, term) in enumerate(self._terms.items()):
-            rule, excess = term.weight, None
-            if rule.follows_value:
-                bound = rule.bound(on_data[place] / images[place])
-                if rule.relative and self._calls == 1 and not bound > 0:
-                    raise ValueError(
-                        f"term {name!r}: L' of the data is {float(on_data[place] / images[place]):.3g}, which gives"
-                        " Target(relative=True) no scale: give the value itself"
-                    )
-                excess = torch.where(weight[place] > 0, value[place] / (weight[place] * bound) - 1, 0)
-            steps = EVERY if self._calls > 1 else 1
-            controlled = rule.controlled(self.units[place], excess, self.multipliers[place], steps)
-            self.weights[place], self.multipliers[place] = controlled
+            self.units[place] = torch.where(of_term > 0, (of_denoising / of_term).sqrt(), 0)
+        excess, is_first = None, self._calls[place] == 1
+        if rule.follows_value:
+            mean_on_data = on_data[0] / on_data[1]
+            bound = rule.bound(mean_on_data)
+            if rule.relative and is_first and not bound > 0:
+                raise ValueError(
+                    f"term {name!r}: L' of the data is {float(mean_on_data):.3g}, which gives Target(relative=True) no"
+                    " scale: give the value itself"
+                )
+            excess = torch.where(weight > 0, value / (weight * bound) - 1, 0)
+        controlled = rule.controlled(self.units[place], excess, self.multipliers[place], 1 if is_first else EVERY)
+        self.weights[place], self.multipliers[place] = controlled
 
     def _load_from_state_dict(
         self, state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
@@ -161,7 +174,7 @@ class AdaptiveWeights(nn.Module):
             state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
         )
         if f"{prefix}calls" in state_dict:
-            self._calls = int(state_dict[f"{prefix}calls"])
+            self._calls = self.calls.tolist()
 
 
 def _of_denoising(prediction: Prediction, level: NoiseLevel, is_image: bool) -> Tensor:

@@ -67,7 +67,8 @@ def balance(output: LossOutput, weights: Mapping[str, float | Tensor]) -> Balanc
 
     Args:
         output: result of `RegularizedLoss` or `X0Regularization`, with its graph.
-        weights: a number or a scalar tensor for every term except "denoising", whose weight is 1.
+        weights: a number or a scalar tensor for every term except "denoising", whose weight is 1. The schedule of a
+            term multiplies it.
 
     Raises:
         ValueError: `model_output` is missing or needs no gradient, or the names in `weights` differ from those of the
@@ -77,6 +78,7 @@ def balance(output: LossOutput, weights: Mapping[str, float | Tensor]) -> Balanc
         raise ValueError("balance needs LossOutput.model_output, attached to the network: enable gradients")
     if expected := (set(output.terms) - {"denoising"}) ^ set(weights):
         raise ValueError(f"weights must name the terms and nothing else; the difference is {sorted(expected)}")
+    weights = {name: weight * output.factors.get(name, 1) for name, weight in weights.items()}
     gradients = _gradients(output)
     terms = {name: term.detach() for name, term in output.terms.items()}
     value, total = None, None
@@ -89,7 +91,7 @@ def balance(output: LossOutput, weights: Mapping[str, float | Tensor]) -> Balanc
     loss = _GivenGradient.apply(output.model_output, value, total.to(output.model_output.dtype))
     for name in output.separate:
         loss = loss + weights[name] * output.terms[name]
-    parts = vars(output) | {"loss": loss, "terms": terms, "weights": dict(weights)}
+    parts = vars(output) | {"loss": loss, "terms": terms, "weights": weights}
     return BalancedLoss(**parts, gradients=gradients)
 
 

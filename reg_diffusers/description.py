@@ -45,8 +45,9 @@ def _line(term: Term, level: NoiseLevel, batch_size: int) -> str:
     is_ruled = rule_of(term.weight).is_measured
     factor = "" if is_ruled else "weight * "
     ratio = (1.0 if is_ruled else term.weight) * weights[active] / level.denoising_weight[active]
+    over_training = "" if term.schedule is None else ", times the factor of its schedule"
     images = "1 image" if batch_size == 1 else f"{batch_size} images"
     return (
         f"{term.name}: {active.float().mean().item():.1%} of the images take part, none in {without:.1%} of the steps"
-        f" of {images}; {factor}lambda / w_d from {ratio.min().item():.3g} to {ratio.max().item():.3g}"
+        f" of {images}; {factor}lambda / w_d from {ratio.min().item():.3g} to {ratio.max().item():.3g}{over_training}"
     )

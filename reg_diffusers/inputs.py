@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 
 import torch
 from torch import Tensor
 
 from .prediction import NoiseLevel, tensor_of
-from .term import Term
+from .term import Term, checked_weights
 
-__all__ = ["checked_loss_weight", "checked_mask", "handed_over", "one_per_image", "refuse_unknown"]
+__all__ = ["checked_loss_weight", "checked_mask", "handed_over", "one_per_image"]
+__all__ += ["refuse_unknown", "weightings_of"]
 
-_PARAMETERS = ("x0_hat", "model", "model_kwargs", "noise", "loss_weight", "image_mask")
+_PARAMETERS = ("x0_hat", "model", "model_kwargs", "noise", "loss_weight", "image_mask", "training_step")
 
 
 def refuse_unknown(context: dict, terms: Iterable[Term]) -> None:
@@ -74,6 +75,29 @@ def one_per_image(timesteps, batch_size: int) -> Tensor:
         shape = tuple(timesteps.shape)
         raise ValueError(f"timesteps of shape {shape} for a batch of {batch_size}: pass one per image, or a scalar")
     return timesteps.reshape(-1).expand(batch_size)
+
+
+def weightings_of(
+    terms: Iterable[Term], level: NoiseLevel, image_mask: Tensor | None, factors: Mapping[str, float]
+) -> dict[str, Tensor]:
+    """Computes the weighting of each image by term, (B,), 0 where `image_mask` or a schedule leaves it out.
+
+    Args:
+        terms: terms of a loss.
+        level: noise levels of the batch.
+        image_mask: (B,) bool, or None for all images.
+        factors: by term with a schedule, its factor; a term with factor 0 is left out without calling its weighting.
+
+    Raises:
+        TermError: a weighting does not return a finite (B,) tensor.
+        ValueError: the mask has another dtype or shape.
+    """
+    nothing = torch.zeros_like(level.snr)
+    lambdas = {term.name: nothing if factors.get(term.name) == 0 else checked_weights(term, level) for term in terms}
+    if image_mask is None:
+        return lambdas
+    mask = checked_mask(image_mask, level)
+    return {name: torch.where(mask, weights, 0) for name, weights in lambdas.items()}
 
 
 def checked_mask(image_mask, level: NoiseLevel) -> Tensor:

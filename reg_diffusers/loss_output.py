@@ -27,7 +27,9 @@ class LossOutput:
         counts: by the names of `terms`, the number of images in the mean.
         separate: names of the terms whose estimator calls the network again, so that their gradient does not reach
             its parameters through `model_output` alone.
-        weights: by term, its weight in the loss: a number, or a scalar on the device where a rule sets it.
+        weights: by term, its weight in the loss: a number, or a scalar on the device where a rule sets it; times the
+            factor of its schedule.
+        factors: by term with a schedule, the factor of its weight in this step.
     """
 
     loss: Tensor
@@ -39,6 +41,7 @@ class LossOutput:
     counts: dict[str, int | Tensor] = field(default_factory=dict)
     separate: tuple[str, ...] = ()
     weights: dict[str, float | Tensor] = field(default_factory=dict)
+    factors: dict[str, float] = field(default_factory=dict)
 
     def metrics(self) -> dict[str, float]:
         """Returns the loss and its parts as plain numbers, for a logger; waits for the device.

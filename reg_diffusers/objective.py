@@ -102,6 +102,7 @@ class RegularizedLoss(nn.Module):
         timesteps: Tensor | None = None,
         model_kwargs: dict | None = None,
         image_mask: Tensor | None = None,
+        training_step: int | None = None,
         **context,
     ) -> LossOutput:
         """Computes the objective at one random noise level per image, with one network call.
@@ -114,6 +115,7 @@ class RegularizedLoss(nn.Module):
             model_kwargs: further arguments of the network, such as `class_labels`.
             image_mask: (B,) bool, images on which the terms act, see `X0Regularization.forward`; the denoising loss
                 uses all images.
+            training_step: number of optimizer steps so far, for terms with a schedule.
             **context: arguments listed in the regularizers' `needs`; `original_samples`, `noise` and `timesteps` are
                 passed on automatically. `original_images` as in `X0Regularization.forward`.
 
@@ -122,7 +124,8 @@ class RegularizedLoss(nn.Module):
 
         Raises:
             TypeError: a keyword is in the `needs` of no term.
-            ValueError: a timestep is out of the scheduler's range.
+            ValueError: a timestep is out of the scheduler's range, or a term has a schedule and `training_step` is
+                missing.
             TermError: a regularizer, weighting, view or estimator violates its contract.
             FloatingPointError: L' was non-finite for `max_nonfinite_steps` steps in a row.
         """
@@ -148,7 +151,9 @@ class RegularizedLoss(nn.Module):
         )
         context["original_samples"] = original_samples
         with self.section():
-            extra = self.regularization.at_level(in_training, prediction, context, image_mask=image_mask)
+            extra = self.regularization.at_level(
+                in_training, prediction, context, image_mask=image_mask, training_step=training_step
+            )
         return replace(
             extra,
             loss=denoising + extra.loss,

@@ -21,14 +21,15 @@ from .context import cut
 from .description import describe
 from .estimators import Prediction, calls_model, mean_of_draws, one_step
 from .frozen import FrozenNetworks
-from .inputs import checked_loss_weight, checked_mask, handed_over, refuse_unknown
+from .inputs import checked_loss_weight, handed_over, refuse_unknown, weightings_of
 from .loss_output import LossOutput, alias
 from .nonfinite import NonFiniteGuard
 from .prediction import NoiseLevel, noise_level, output_weight
 from .seeding import SeedGuard
 from .shown import Shown, by_draw, show
-from .term import Term, checked_terms, checked_values, checked_weights
+from .term import Term, checked_terms, checked_values
 from .watching import Watched, watched
+from .weight_schedules import factors_of
 from .wiring.check import FirstBatch, verify
 
 __all__ = ["X0Regularization"]
@@ -104,6 +105,7 @@ class X0Regularization(nn.Module):
         noise: Tensor | None = None,
         loss_weight: Tensor | float | None = None,
         image_mask: Tensor | None = None,
+        training_step: int | None = None,
         **context,
     ) -> LossOutput:
         """Computes the weighted sum of the extra losses for one batch.
@@ -122,6 +124,7 @@ class X0Regularization(nn.Module):
                 target||^2 with `model_output` and ||x_0 - x0_hat||^2 with `x0_hat`, so that `matched` follows it.
                 Default: 1 for the output of the scheduler's prediction_type.
             image_mask: (B,) bool, True for images that take part; the mean is over these.
+            training_step: number of optimizer steps so far, for terms with a schedule.
             **context: arguments listed in the regularizers' `needs`, one entry per image or `Shared`. `timesteps` and
                 `noise` are passed on automatically. If `noise` and `original_samples` are given, the first call checks
                 sample = alpha original_samples + sigma noise, which waits for an accelerator once. `original_images`,
@@ -135,8 +138,8 @@ class X0Regularization(nn.Module):
             TypeError: a keyword is neither a parameter nor in the `needs` of a term, or `model_output` contains no
                 tensor.
             ValueError: both or neither of `model_output` and `x0_hat` are given, batch sizes differ, `loss_weight` is
-                combined with `snr_gamma`, a timestep is out of the scheduler's range, or `sample` does not match
-                `original_samples` and `noise`.
+                combined with `snr_gamma`, a timestep is out of the scheduler's range, `sample` does not match
+                `original_samples` and `noise`, or a term has a schedule and `training_step` is missing.
             TermError: a regularizer does not return an attached (n,) tensor or needs an argument that is missing, or a
                 weighting does not return a finite (B,) tensor.
             FloatingPointError: L' was non-finite for `max_nonfinite_steps` steps in a row.
@@ -149,7 +152,8 @@ class X0Regularization(nn.Module):
         prediction = Prediction(
             self.scheduler, given, timesteps, sample, model, model_kwargs, noise, context.get("original_samples")
         )
-        output = self.at_level(level, prediction, context, image_mask=image_mask, is_image=x0_hat is not None)
+        how = {"image_mask": image_mask, "is_image": x0_hat is not None, "training_step": training_step}
+        output = self.at_level(level, prediction, context, **how)
         if given.requires_grad and not output.loss.requires_grad:  # no active image
             output = replace(output, loss=output.loss + given[:0].float().sum())
         return output
@@ -208,6 +212,7 @@ class X0Regularization(nn.Module):
         *,
         image_mask: Tensor | None = None,
         is_image: bool = False,
+        training_step: int | None = None,
     ) -> LossOutput:
         """Computes the same as `forward` for a known noise level.
 
@@ -215,14 +220,15 @@ class X0Regularization(nn.Module):
             level: noise level of the timesteps, (B,).
             prediction: for the whole batch; with `is_image`, its model_output is x0_hat.
             context: at least the arguments in the regularizers' `needs`.
-            image_mask: as in `forward`.
+            image_mask, training_step: as in `forward`.
             is_image: whether the loop passed x0_hat instead of the model output.
         """
+        factors = factors_of(self.terms, training_step)
         prediction = replace(prediction, model_output=alias(prediction.model_output))
         extra = {"timesteps": prediction.timesteps, "noise": prediction.noise}
         context = {**context, **{name: value for name, value in extra.items() if value is not None}}
         dtype = torch.promote_types(prediction.model_output.dtype, torch.float32)
-        lambdas = self._lambdas(level, image_mask)
+        lambdas = weightings_of(self.terms, level, image_mask, factors)
         shown = show(self.terms, lambdas, prediction, context, is_image=is_image, tried=self._tried)
         terms, per_image, counts = {}, {}, {}
         for term in self.terms:
@@ -241,9 +247,10 @@ class X0Regularization(nn.Module):
             model_output=prediction.model_output,
             counts=counts,
             separate=tuple(term.name for term in self.terms if calls_model(term.estimator)),
+            factors=factors,
         )
         self.adaptive.update(output, prediction, level, context, is_image)
-        weights = self.adaptive.current()
+        weights = {name: weight * factors.get(name, 1) for name, weight in self.adaptive.current().items()}
         loss = sum((weights[name] * value for name, value in terms.items()), start=zero)
         return replace(output, loss=loss, weights=weights)
 
@@ -294,14 +301,6 @@ class X0Regularization(nn.Module):
                 stacklevel=4,
             )
         self._warned = True
-
-    def _lambdas(self, level: NoiseLevel, image_mask: Tensor | None) -> dict[str, Tensor]:
-        """Computes the weighting of each image by term, (B,), 0 where `image_mask` leaves it out."""
-        lambdas = {term.name: checked_weights(term, level) for term in self.terms}
-        if image_mask is None:
-            return lambdas
-        mask = checked_mask(image_mask, level)
-        return {name: torch.where(mask, weights, 0) for name, weights in lambdas.items()}
 
     def _sum(
         self, term: Term, weights: Tensor, shown: Shown, context: dict, timesteps: Tensor

@@ -1,4 +1,4 @@
-"""Conversion of names from the command line to regularizers, weightings and estimators."""
+"""Conversion of names from the command line to regularizers, weightings, estimators and schedules."""
 
 from __future__ import annotations
 
@@ -8,15 +8,17 @@ import inspect
 import os
 import sys
 from collections.abc import Callable, Mapping
-from functools import partial
+from functools import partial, reduce
 
 from . import regularizers, weighting
 from .estimators import Ddim, KnownNoise, MonteCarlo, one_step
 from .regularizers import Regularizer
+from .weight_schedules import Product, every, linear_decay, warmup
 
-__all__ = ["built_in_regularizers", "load_estimator", "load_regularizer", "load_weighting", "name_of"]
+__all__ = ["built_in_regularizers", "load_estimator", "load_regularizer", "load_schedule", "load_weighting", "name_of"]
 
 _ESTIMATORS = {"one_step": one_step, "ddim": Ddim, "known_noise": KnownNoise, "monte_carlo": MonteCarlo}
+_SCHEDULES = {"warmup": warmup, "linear_decay": linear_decay, "every": every}
 
 
 def load_regularizer(spec: str) -> Regularizer:
@@ -72,6 +74,21 @@ def load_estimator(spec: str) -> Callable:
     return _load(spec, _ESTIMATORS, "estimator")
 
 
+def load_schedule(spec: str) -> Callable[[int], float] | None:
+    """Loads the schedule of a weight named by a string.
+
+    Args:
+        spec: "warmup(500)", "linear_decay(1000, 5000)", "every(4)", or "module:attribute", as in `load_regularizer`; a
+            product of these, "warmup(500) * every(4)"; or "constant", which gives None.
+
+    Raises:
+        ValueError: as in `load_regularizer`.
+    """
+    if spec == "constant":
+        return None
+    return reduce(Product, [_load(factor.strip(), _SCHEDULES, "schedule") for factor in spec.split("*")])
+
+
 def _exported(module) -> dict[str, Callable]:
     return {name: getattr(module, name) for name in module.__all__}
 
@@ -125,7 +142,7 @@ def _found(spec: str, builtin: Mapping[str, Callable], kind: str):
     module_name, colon, attribute = spec.partition(":")
     if not colon:
         if spec not in builtin:
-            known = ", ".join(builtin)
+            known = ", ".join(name + _parameters(found) for name, found in builtin.items())
             raise ValueError(f"unknown {kind} {spec!r}; known: {known}; your own: module:attribute")
         return builtin[spec]
     found = _module(module_name, spec)
@@ -136,6 +153,11 @@ def _found(spec: str, builtin: Mapping[str, Callable], kind: str):
     if not callable(found):
         raise ValueError(f"{kind} {spec!r} is a {type(found).__name__}, which cannot be called")
     return found
+
+
+def _parameters(found: Callable) -> str:
+    """Returns the names of the parameters of a class, such as "(start, end)"; "" for anything else."""
+    return f"({', '.join(inspect.signature(found).parameters)})" if isinstance(found, type) else ""
 
 
 def _instance(found: Callable, values: list, keywords: dict, kind: str, spec: str):

@@ -56,11 +56,14 @@ class Term:
         normalize: "batch" averages over all images of the batch, including those with weighting 0. "active" averages
             over the images with non-zero weighting in this call (at least 1), so the term does not fade if few images
             take part. With several processes or gradient accumulation, each call has its own mean.
+        schedule: factor of the weight over a training, step -> factor; see `weight_schedules`. None: 1. Guidance and
+            diagnosis, which have no training step, use the weight itself.
 
     Raises:
-        TypeError: the regularizer, estimator or view is not callable, or the estimator has the signature used before
-            0.4.
-        ValueError: the weight is negative or non-finite, or `normalize` is unknown.
+        TypeError: the regularizer, estimator, view or schedule is not callable, or the estimator has the signature
+            used before 0.4.
+        ValueError: the weight is negative or non-finite, `normalize` is unknown, or `Target` is combined with a
+            schedule.
         TermError: the regularizer's `needs` is not a sequence of names.
     """
 
@@ -71,6 +74,7 @@ class Term:
     estimator: Callable[[Prediction], Tensor] = one_step
     view: Callable[[Tensor], Tensor] | None = None
     normalize: str = "batch"
+    schedule: Callable[[int], float] | None = None
 
     def __post_init__(self):
         if not callable(self.regularizer):
@@ -84,6 +88,12 @@ class Term:
             raise ValueError(f"weight must be finite and at least 0, not {self.weight}")
         if self.normalize not in _NORMALIZATIONS:
             raise ValueError(f"normalize must be one of {', '.join(_NORMALIZATIONS)}, not {self.normalize!r}")
+        if not (self.schedule is None or callable(self.schedule)):
+            raise TypeError(
+                f"schedule must be callable, step -> factor, such as weight_schedules.every(4), not {self.schedule!r}"
+            )
+        if self.schedule is not None and isinstance(self.weight, Target):
+            raise ValueError(f"{self.weight!r} sets the weight from L' in every step: leave the schedule out")
         if not self.name:
             object.__setattr__(self, "name", regularizer_name(self.regularizer))
         needs_of(self.regularizer)

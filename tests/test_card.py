@@ -441,3 +441,11 @@ def test_a_card_names_what_a_loss_looks_at(save):
     assert "matched(t) * symmetry(x0_hat)" in card
     assert re.search(r"^ddim\(1\) +=", card, re.M)
     assert "mine:twice, an estimate of the image defined by the author" in card and "`mine` is code" in card
+
+
+def test_a_card_names_the_schedule_of_a_weight(save):
+    scheduled = {**term("sparsity"), "schedule": "warmup(500) * mine:later"}
+    card = str(model_card(save(record=record(scheduled, term())), "me/mine"))
+    assert "+ factor(step) * 0.1 * matched(t) * sparsity(x0_hat) + 0.1 * matched(t) * total_variation" in card
+    assert "| 0.1, times `warmup(500) * mine:later` |" in card and "`mine` is code of the author" in card
+    assert re.search(r"^factor\(step\) += the schedule", card, re.M)

@@ -62,6 +62,7 @@ def test_the_oldest_are_deleted_beyond_the_limit(train):
         "--prediction_type flow_prediction --no-use_ema --snr_gamma 5",
         "--reg_weighting constant --reg_estimator monte_carlo(2)",
         "--reg_weighting constant --reg_estimator ddim(1)",
+        "--reg_weighting constant --reg_weight auto:0.1 --reg_schedule warmup(5)*every(2)",
     ],
 )
 def test_a_resumed_run_leaves_what_an_undisturbed_one_leaves(train, flags):

@@ -24,6 +24,7 @@ LAYERS = [
         "adaptive_weights",
         "conflict_free",
         "weight_rules",
+        "weight_schedules",
         "paired",
         "affine_schedule",
         "parameterization",

@@ -137,7 +137,7 @@ def _objective(objective: dict | None) -> str:
     output, meaning, implied = _FORMULAS[objective["prediction_type"]]
     terms, gamma = objective["terms"], objective.get("snr_gamma")
     plain = f"min(SNR(t), {gamma:g}) * ||x_0 - x0_hat||^2" if gamma else f"||{output} - model(x_t, t)||^2"
-    extra = [f" + {term['weight']:g} * {_function(term['weighting'])}(t) * {_loss_of(term)}" for term in terms]
+    extra = [f" + {_factor(term)} * {_function(term['weighting'])}(t) * {_loss_of(term)}" for term in terms]
     definitions = {"x_t": "alpha(t) * x_0 + sigma(t) * eps, a training sample x_0 with noise eps"}
     if meaning and not gamma:
         definitions[output] = meaning
@@ -151,12 +151,18 @@ def _objective(objective: dict | None) -> str:
     for estimator in dict.fromkeys(term["estimator"] for term in terms if "estimator" in term):
         own = f"{estimator}, an estimate of the image defined by the author"
         definitions[estimator] = _ESTIMATORS.get(estimator.partition("(")[0].strip(), own)
+    if any("schedule" in term for term in terms):
+        definitions["factor(step)"] = "the schedule of the weight over the steps of the training, in the table"
     width = max(map(len, definitions))
     lines = [f"L = {plain}{''.join(extra)}", "", *(f"{name:<{width}} = {text}" for name, text in definitions.items())]
     sections = ["## Objective", _block("text", *lines)]
     if terms:
         sections += [_terms_table(terms), _note_on_own_code(terms)]
     return "\n\n".join(section for section in sections if section)
+
+
+def _factor(term: dict) -> str:
+    return f"{'factor(step) * ' if 'schedule' in term else ''}{term['weight']:g}"
 
 
 def _loss_of(term: dict) -> str:
@@ -179,13 +185,15 @@ def _terms_table(terms: list[dict]) -> str:
 
 
 def _weight(term: dict) -> str:
-    """Returns the weight and the rule that set it."""
+    """Returns the weight, the rule that set it and its schedule."""
     rule = f" (by {term['weight_rule']})" if "weight_rule" in term else ""
-    return f"{term['weight']:g}{rule}"
+    schedule = f", times {as_code(term['schedule'])}" if "schedule" in term else ""
+    return f"{term['weight']:g}{rule}{schedule}"
 
 
 def _note_on_own_code(terms: list[dict]) -> str:
     given = [spec for term in terms for spec in (term["regularizer"], term["weighting"], term.get("estimator", ""))]
+    given += [factor.strip() for term in terms for factor in term.get("schedule", "").split("*")]
     modules = dict.fromkeys(spec.split(":")[0] for spec in given if ":" in spec)
     if not modules:
         return ""

@@ -17,8 +17,8 @@ __all__ = ["LossSettings"]
 class LossSettings:
     """L = ||o - target||^2 + sum_k weight_k lambda_k(t) L'_k(x0_hat).
 
-    After construction, `regularizer`, `reg_weight`, `reg_weighting` and `reg_estimator` have one entry per term;
-    ("none",) becomes ().
+    After construction, `regularizer`, `reg_weight`, `reg_weighting`, `reg_estimator` and `reg_schedule` have one entry
+    per term; ("none",) becomes ().
 
     Raises:
         UsageError: if the entries do not match.
@@ -64,6 +64,15 @@ class LossSettings:
         metavar="NAME",
         many=True,
     )
+    reg_schedule: tuple[str, ...] | None = flag(
+        None,
+        "factor of each weight by the number of optimizer steps so far: constant (default), 'warmup(500)' (from 0 to 1"
+        " in 500 steps), 'linear_decay(1000, 5000)' (1 until step 1000, 0 from step 5000 on), 'every(4)' (in every"
+        " fourth step only; the loss costs nothing in the others), a product such as 'warmup(500) * every(4)', or"
+        " my_module:my_schedule; one per regularizer, or one for all",
+        metavar="NAME",
+        many=True,
+    )
     reg_units: str = flag(
         "user",
         "units of fields in L' and its weight: those of the file (user), or those of the network, about -1 to 1"
@@ -90,15 +99,15 @@ class LossSettings:
     )
 
     def __post_init__(self):
-        if self.regularizer == ("none",) and self.reg_target:
-            raise UsageError(f"--reg_target {self.reg_target[0]} needs a regularizer, but there is none")
-        if self.regularizer == ("none",) and self.reg_estimator:
-            raise UsageError(f"--reg_estimator {self.reg_estimator[0]} needs a regularizer, but there is none")
         if self.regularizer == ("none",):
-            self._set(regularizer=(), reg_weight=(), reg_weighting=(), reg_estimator=None, compare=False)
+            for name in ("reg_target", "reg_estimator", "reg_schedule"):
+                if given := getattr(self, name):
+                    raise UsageError(f"--{name} {given[0]} needs a regularizer, but there is none")
+            nothing = {"regularizer": (), "reg_weight": (), "reg_weighting": (), "reg_estimator": None}
+            self._set(**nothing, reg_schedule=None, compare=False)
         if "none" in self.regularizer:
             raise UsageError("--regularizer none cannot be combined with other regularizers")
-        for name in ("reg_weight", "reg_weighting", "reg_estimator"):
+        for name in ("reg_weight", "reg_weighting", "reg_estimator", "reg_schedule"):
             values = getattr(self, name)
             if values is None:
                 continue
@@ -114,6 +123,11 @@ class LossSettings:
     def estimators(self) -> tuple[str, ...]:
         """The estimator of each term."""
         return self.reg_estimator or ("one_step",) * len(self.regularizer)
+
+    @property
+    def schedules(self) -> tuple[str, ...]:
+        """The schedule of the weight of each term."""
+        return self.reg_schedule or ("constant",) * len(self.regularizer)
 
     def _set(self, **values) -> None:
         for name, value in values.items():

@@ -17,15 +17,16 @@ from tqdm.auto import tqdm
 
 from ..balancing import BalancedLoss
 from ..regularization import X0Regularization
-from ..runtime.errors import UsageError
+from ..runtime.errors import UsageError, warn
 from ..settings.optimization import OptimizationSettings
 from ..weight_rules import WeightRule
-from . import term_weights
 from .bad_steps import BadSteps
 from .dropped_images import DroppedImages
 from .loss_parts import LossParts
 from .metrics import MetricsLog
 from .preparation import Training
+from .term_weights import TermWeights, measured_steps
+from .terms import describe_schedules
 
 __all__ = ["LOG_INTERVAL", "Monitors"]
 
@@ -62,13 +63,16 @@ class Monitors:
     ):
         accelerator, names = training.accelerator, regularization.names
         limit = optimization.max_bad_steps
-        measured_steps = optimization.lr_warmup_steps + term_weights.MEASURED_STEPS
-        self.weights = term_weights.TermWeights(accelerator, rules, means_on_data, measured_steps)
+        measured = measured_steps(optimization)
+        self.weights = TermWeights(accelerator, rules, means_on_data, measured)
         self.weights.check_length(training.max_train_steps)
+        for line in describe_schedules(regularization.terms, training.max_train_steps):
+            warn(line)
         self.bad_steps = BadSteps(accelerator, output_dir / "bad_steps.jsonl", limit)
         self._metrics = MetricsLog(accelerator, output_dir / "metrics.jsonl")
         self._loss_parts = LossParts(accelerator, names, means_on_data)
         self._dropped = DroppedImages(accelerator, regularization.nonfinite, names, limit)
+        self._scheduled = [term for term in regularization.terms if term.schedule is not None]
         self._training = training
         self._checkpointing_steps = checkpointing_steps
         self.bar = None
@@ -135,10 +139,18 @@ class Monitors:
             bad_steps=self.bad_steps.count,
             **self._dropped.counts(),
             **self._loss_parts.compute(),
-            **self.weights.metrics(),
+            **self._weights(step),
         )
         self._training.trackers.log(means, step)
         self.bar.set_postfix({name: f"{means[name]:.4f}" for name in ("denoising", *self.weights.rules)})
+
+    def _weights(self, step: int) -> dict[str, float]:
+        """Returns what to log of the weights; one with a schedule times its mean factor since the last line."""
+        found = self.weights.metrics()
+        first = (step - 1) // LOG_INTERVAL * LOG_INTERVAL
+        for term in self._scheduled:
+            found[f"weight/{term.name}"] *= sum(map(term.schedule, range(first, step))) / (step - first)
+        return found
 
     def print_lines(self, lines: list[str]) -> None:
         """Prints lines above the progress bar."""

@@ -145,6 +145,6 @@ def write_settings(settings: Settings, folder: Path) -> None:
     kept = settings.kept()
     if not kept["regularizer"]:
         kept["regularizer"] = ["none"]
-        del kept["reg_weight"], kept["reg_weighting"], kept["reg_estimator"]
+        del kept["reg_weight"], kept["reg_weighting"], kept["reg_estimator"], kept["reg_schedule"]
     kept = json.loads(json.dumps(kept, default=str))  # weight rules as text
     write_whole(folder / SETTINGS_FILE, lambda path: path.write_text(yaml.safe_dump(kept, sort_keys=False)))

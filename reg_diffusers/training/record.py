@@ -99,7 +99,7 @@ def record_of_data(settings: DataSettings, data: TrainingData) -> dict:
 def record_of_objective(loss: LossSettings, terms: tuple[Term, ...], noise_scheduler, *, is_picture: bool) -> dict:
     """Describes the objective: the denoising loss, and each term with its weight and weighting."""
     rules = weight_rules(loss, terms)
-    given = zip(terms, loss.regularizer, loss.reg_weighting, loss.estimators, strict=True)
+    given = zip(terms, loss.regularizer, loss.reg_weighting, loss.estimators, loss.schedules, strict=True)
     return {
         "prediction_type": prediction_type(noise_scheduler),
         "snr_gamma": loss.snr_gamma,
@@ -112,9 +112,10 @@ def record_of_objective(loss: LossSettings, terms: tuple[Term, ...], noise_sched
                 **({"weight_rule": rules[term.name].spec(term.name)} if rules[term.name].is_measured else {}),
                 "weighting": weighting,
                 **({} if estimator == "one_step" else {"estimator": estimator}),
+                **({} if schedule == "constant" else {"schedule": schedule}),
                 "gate": _gate(term, noise_scheduler),
             }
-            for term, regularizer, weighting, estimator in given
+            for term, regularizer, weighting, estimator, schedule in given
         ],
     }
 

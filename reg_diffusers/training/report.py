@@ -54,9 +54,11 @@ def describe(
     kind = "images" if data.is_picture else "fields"
     number = f"a stream of {kind}" if data.number is None else f"{data.number:,} {kind}"
     parameters = sum(parameter.numel() for parameter in unet.parameters()) / 1e6
-    weighted = zip(weight_rules(loss, terms).items(), loss.reg_weighting, loss.estimators, strict=True)
+    rules = weight_rules(loss, terms).items()
+    weighted = zip(rules, loss.reg_weighting, loss.estimators, loss.schedules, strict=True)
     extra = [
-        f"{rule.formula} * {weighting} * {name}{_of(estimator)}" for (name, rule), weighting, estimator in weighted
+        f"{_by(schedule)}{rule.formula} * {weighting} * {name}{_of(estimator)}"
+        for (name, rule), weighting, estimator, schedule in weighted
     ]
     targets = loss.reg_target or ()
     classes = ", ".join(f"{number} {name}" for number, name in enumerate(data.classes or ()))
@@ -93,6 +95,10 @@ def describe_machine(
         f"{state.num_processes} x {state.device}, {chosen.threads} threads each ({reason}), {memory}, {precision}",
         f"{attention[0]} attention ({attention[1]}), {compiled}{checkpointing}",
     ]
+
+
+def _by(schedule: str) -> str:
+    return "" if schedule == "constant" else f"{schedule} * "
 
 
 def _of(estimator: str) -> str:
@@ -161,8 +167,12 @@ def _compare(
         "seed": seed,
         "num_inference_steps": steps,
         "terms": {
-            term.name: {"weight": term.weight, "weighting": weighting}
-            for term, weighting in zip(terms, loss.reg_weighting, strict=True)
+            term.name: {
+                "weight": term.weight,
+                "weighting": weighting,
+                **({} if schedule == "constant" else {"schedule": schedule}),
+            }
+            for term, weighting, schedule in zip(terms, loss.reg_weighting, loss.schedules, strict=True)
         },
     }
     write_whole(output_dir / COMPARISON_FILE, lambda path: write_comparison(path, rows, **recorded))

@@ -47,7 +47,8 @@ from .preview import inference_steps
 from .record import record_of_data, record_of_objective, record_weights, recorded_command, write_record
 from .report import compare, describe, describe_machine, describe_result
 from .settings import check_settings, mathematical_settings
-from .terms import build_terms, check_rules, in_units, weight_rules, with_weights
+from .term_weights import measured_steps
+from .terms import build_terms, check_rules, check_schedules, in_units, weight_rules, with_weights
 
 __all__ = ["Launch", "Run", "launched", "load_model_and_data", "open_run"]
 
@@ -222,6 +223,7 @@ def open_run(launch: Launch) -> Run:
     advise(loss.snr_gamma, noise_scheduler)
     on_data = together(state, lambda: check_terms(terms, noise_scheduler, data, state.device, chosen.mixed_precision))
     together(state, lambda: check_rules(weight_rules(loss, terms), on_data))
+    together(state, lambda: check_schedules(terms, weight_rules(loss, terms), measured_steps(optimization)))
     unet = build_unet(machine, given, data)
     attention = choose_attention(machine, unet, optimization.train_batch_size, state.device, chosen.mixed_precision)
     check_logger(output.logger)

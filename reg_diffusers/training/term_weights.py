@@ -29,13 +29,19 @@ from torch import Tensor
 
 from ..balancing import BalancedLoss
 from ..runtime.errors import warn
+from ..settings.optimization import OptimizationSettings
 from ..weight_rules import WeightRule
 
-__all__ = ["MEASURED_STEPS", "TermWeights"]
+__all__ = ["MEASURED_STEPS", "TermWeights", "measured_steps"]
 
 MEASURED_STEPS = 100  # after the warmup of the learning rate; then units are frozen
 _DECAY = 0.98  # of running means, per step: a window of about 50 steps
 _TENSORS = ("means", "units", "multipliers", "weights")  # of the state
+
+
+def measured_steps(optimization: OptimizationSettings) -> int:
+    """Returns the number of optimizer steps until units are frozen."""
+    return optimization.lr_warmup_steps + MEASURED_STEPS
 
 
 class TermWeights:
@@ -83,7 +89,7 @@ class TermWeights:
 
     @property
     def current(self) -> dict[str, float | Tensor]:
-        """The weight of each term in the next step: a number, or a scalar on the device."""
+        """The weight of each term in the next step, before its schedule: a number, or a scalar on the device."""
         return {
             name: self._weights[self._place[name]] if name in self._place else rule.start
             for name, rule in self.rules.items()
@@ -104,6 +110,9 @@ class TermWeights:
         products, order = output.products.sum(0), list(output.gradients)
         rows = []
         for name in self._place:
+            if output.factors.get(name) == 0:  # not measured: a row of zeros does not change the means
+                rows += [torch.zeros_like(output.loss)] * 4
+                continue
             place, values = order.index(name), output.per_image[name]
             lambdas = output.weightings[name].to(values, non_blocking=True)
             known = ~values.isnan()
@@ -151,7 +160,10 @@ class TermWeights:
         return lines
 
     def metrics(self) -> dict[str, float]:
-        """Returns what to log: each weight, and for each target its multiplier and c. Waits for the device."""
+        """Returns what to log: each weight, and for each target its multiplier and c. Waits for the device.
+
+        Weights are those before a schedule.
+        """
         found = {f"weight/{name}": float(weight) for name, weight in self.current.items()}
         for name in self._targets:
             found[f"multiplier/{name}"] = self._multipliers[self._place[name]].item()

@@ -13,34 +13,38 @@ from ..regularizers import regularizer_name
 from ..runtime.errors import UsageError
 from ..settings.data import DataSettings
 from ..settings.loss import LossSettings
-from ..specs import load_estimator, load_regularizer, load_weighting
-from ..term import Term, needs_of, seen_through
+from ..specs import load_estimator, load_regularizer, load_schedule, load_weighting
+from ..term import Term, TermError, needs_of, seen_through
 from ..trial.checks import OnData
 from ..weight_rules import WeightRule, rule_of
+from ..weight_schedules import factors_of
 from .metrics import LOG_NAMES
 
-__all__ = ["build_terms", "check_rules", "in_units", "units_note", "weight_rules", "with_weights"]
+__all__ = ["build_terms", "check_rules", "check_schedules", "describe_schedules", "in_units", "units_note"]
+__all__ += ["weight_rules", "with_weights"]
 
 
 def build_terms(loss: LossSettings, data: DataSettings) -> tuple[Term, ...]:
     """Builds a term for each --regularizer; repeated names are numbered. A weight set by a rule starts at 0.
 
     Raises:
-        UsageError: a regularizer, weighting or estimator cannot be found; a regularizer needs what this script does
-            not pass; or a target has the name of no term.
+        UsageError: a regularizer, weighting, estimator or schedule cannot be found; a regularizer needs what this
+            script does not pass; a target has the name of no term, or is combined with a schedule.
     """
     terms = []
     targets = [target.name for target in loss.reg_target or ()]
     used = set()
-    settings = zip(loss.regularizer, loss.reg_weight, loss.reg_weighting, loss.estimators, strict=True)
-    for spec, weight, weighting, estimator in settings:
+    settings = zip(loss.regularizer, loss.reg_weight, loss.reg_weighting, loss.estimators, loss.schedules, strict=True)
+    for spec, weight, weighting, estimator, schedule in settings:
         regularizer = _load(load_regularizer, spec, "--regularizer")
         name = _unused(_log_name(spec, regularizer), used)
         used.add(name)
         start = 0.0 if name in targets else rule_of(weight).start
         weighting = _load(load_weighting, weighting, "--reg_weighting")
         is_measured = name in targets or rule_of(weight).is_measured
-        terms.append(Term(regularizer, start, weighting, name, _estimator(estimator, is_measured, loss.reg_balance)))
+        estimator = _estimator(estimator, is_measured, loss.reg_balance)
+        schedule = _schedule(schedule, name, loss)
+        terms.append(Term(regularizer, start, weighting, name, estimator, schedule=schedule))
         available = _context(data)
         if missing := [need for need in needs_of(regularizer) if need not in available]:
             raise UsageError(f"--regularizer {spec} needs {', '.join(missing)}: {_fix(missing, available)}")
@@ -62,6 +66,18 @@ def _estimator(spec: str, is_measured: bool, reg_balance: str | None) -> Callabl
             " one of the two out"
         )
     return estimator
+
+
+def _schedule(spec: str, name: str, loss: LossSettings) -> Callable[[int], float] | None:
+    """Loads the schedule of a weight. A target already changes its weight in every step."""
+    schedule = _load(load_schedule, spec, "--reg_schedule")
+    for target in loss.reg_target or ():
+        if schedule is not None and target.name == name:
+            raise UsageError(
+                f"--reg_schedule {spec}: --reg_target {target} sets the weight of {name} from L' in every step: give"
+                f" {name} the schedule constant"
+            )
+    return schedule
 
 
 def in_units(terms: tuple[Term, ...], data: TrainingData, reg_units: str) -> tuple[Term, ...]:
@@ -113,6 +129,46 @@ def check_rules(rules: dict[str, WeightRule], on_data: dict[str, OnData]) -> Non
                 f"--reg_target {rule.spec(name)}: {name} of the data is {on_data[name].mean:.3g}, which gives no"
                 f" scale: give the value itself, such as {name}=0.05"
             )
+
+
+def check_schedules(terms: tuple[Term, ...], rules: dict[str, WeightRule], measured_steps: int) -> None:
+    """Raises `UsageError` if a schedule fails, or leaves a term out in all steps in which its weight is measured."""
+    for step in range(measured_steps):
+        _factors(terms, step)
+    for term in terms:
+        if term.schedule is None or not rules[term.name].is_measured:
+            continue
+        if not any(term.schedule(step) for step in range(measured_steps)):
+            raise UsageError(
+                f"--reg_schedule: {term.name} does not run in the first {measured_steps} steps, in which"
+                f" --reg_weight {rules[term.name]} is measured: give its weight as a number"
+            )
+
+
+def describe_schedules(terms: tuple[Term, ...], max_train_steps: int) -> list[str]:
+    """Returns a warning for each schedule that does nothing in a training of this length, or stays below 1."""
+    lines = []
+    for term in terms:
+        if term.schedule is None:
+            continue
+        factors = [_factors((term,), step)[term.name] for step in range(max_train_steps)]
+        least, largest = min(factors), max(factors)
+        if least == largest:
+            lines.append(
+                f"--reg_schedule of {term.name}: its factor is {least:g} in all of the {max_train_steps} steps"
+            )
+        elif largest < 1:
+            lines.append(
+                f"--reg_schedule of {term.name}: its factor is at most {largest:.3g} in {max_train_steps} steps"
+            )
+    return lines
+
+
+def _factors(terms: tuple[Term, ...], step: int) -> dict[str, float]:
+    try:
+        return factors_of(terms, step)
+    except TermError as error:
+        raise UsageError(f"--reg_schedule: {error}") from error
 
 
 def _check_targets(loss: LossSettings, names: list[str]) -> None:
