@@ -14,6 +14,7 @@ from reg_diffusers.prediction import add_noise
 from reg_diffusers.regularizers import (
     equality,
     inequality,
+    masked,
     physics,
     random_crop,
     resized,
@@ -355,6 +356,58 @@ def test_images_and_originals_are_resized_and_cropped_alike():
     torch.testing.assert_close(seen.pop()[0].mean((2, 3)), images.mean((2, 3)), rtol=0, atol=0.1)
     with pytest.raises(ValueError, match=r"random_crop of 7 x 7 from an image of \(8, 6\)"):
         random_crop(both, 7)(images, original_samples=images, label=label)
+
+
+@pytest.mark.parametrize("dtype", [torch.bool, torch.uint8, torch.float64])
+def test_a_mask_is_where_a_loss_sees_and_changes_x0_hat(dtype):
+    x0_hat, original = random_fields(2, 3, 2, 6, 5)
+    area = torch.zeros(3, 1, 6, 5)
+    area[:, :, 1:4, 2:] = 1
+    area[2] = 0
+    mask = (255 * area if dtype == torch.uint8 else area).to(dtype)
+
+    def difference_of(x0_hat, /, *, original_samples):
+        return (x0_hat - original_samples).square().flatten(1).mean(1)
+
+    difference_of.needs = ("original_samples",)
+    ours = masked(difference_of, "where")
+    assert ours.needs == ("original_samples", "where") and Term(ours, 0.1).name == "difference_of"
+    found = ours(x0_hat.requires_grad_(), original_samples=original, where=mask)
+    inside = (area * (x0_hat - original).square()).sum((1, 2, 3)) / (2 * 9)
+    torch.testing.assert_close(found, inside.double() * 9 / 30)
+    variation = masked(total_variation)(x0_hat, original_samples=original, mask=mask)
+    shown = torch.where(area.bool(), x0_hat, original)
+    torch.testing.assert_close(variation, total_variation(shown))
+    for value in (found, variation):
+        gradient = torch.autograd.grad(value.sum(), x0_hat)[0]
+        assert gradient[~area.bool().expand_as(gradient)].abs().max() == 0 < gradient[:2, :, 1:4, 2:].abs().max()
+
+
+def test_a_soft_mask_blends_and_is_cropped_with_the_image():
+    x0_hat, original, mask = random_fields(3, 2, 1, 6, 6)
+    mask = mask.sigmoid()
+    context = {"original_samples": original, "mask": mask}
+    mean = masked(lambda x: x.flatten(1).mean(1))
+    torch.testing.assert_close(mean(x0_hat, **context), (mask * x0_hat + (1 - mask) * original).mean((1, 2, 3)))
+    cropped = random_crop(mean, 6)
+    assert cropped.needs == ("original_samples", "mask")
+    torch.testing.assert_close(cropped(x0_hat, **context), mean(x0_hat, **context))
+    assert random_crop(mean, 3)(x0_hat, **context).shape == (2,)
+
+
+@pytest.mark.parametrize(
+    "mask, message",
+    [
+        (torch.ones(2, 6, 6), r"mask must have shape \(2, 1, 6, 6\), not \(2, 6, 6\)"),
+        (torch.ones(2, 1, 3, 3), r"mask must have shape \(2, 1, 6, 6\), not \(2, 1, 3, 3\)"),
+        (2 * torch.eye(6).expand(2, 1, 6, 6) - 1, "mask must have values from 0 to 1, not from -1 to 1"),
+        (torch.full((2, 1, 6, 6), torch.nan), "mask must have values from 0 to 1, not from nan"),
+    ],
+)
+def test_what_is_no_mask_is_refused(mask, message):
+    images = random_fields(2, 1, 6, 6)
+    with pytest.raises(ValueError, match=message):
+        masked(total_variation)(images, original_samples=images, mask=mask)
 
 
 def test_a_random_crop_reaches_every_pixel():

@@ -23,6 +23,7 @@ Bind fixed parameters with `functools.partial(mean_intensity, target=0.2)`.
 from . import physics as physics
 from .combinators import equality as equality
 from .combinators import inequality as inequality
+from .combinators import masked as masked
 from .combinators import random_crop as random_crop
 from .combinators import resized as resized
 from .combinators import threshold as threshold

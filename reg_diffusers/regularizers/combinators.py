@@ -1,18 +1,18 @@
-"""Regularizers made from other functions: with a threshold, on resized or cropped images, from a residual.
+"""Regularizers made from other functions: with a threshold, on resized, cropped or masked images, from a residual.
 
 What the function needs in addition to the image is passed on, and a network in it is frozen and moved with the loss.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 import torch
 from torch import Tensor, nn
 
 from .contract import Regularizer, at_least_float32, needs_of, regularizer_name
 
-__all__ = ["equality", "inequality", "random_crop", "resized", "threshold"]
+__all__ = ["equality", "inequality", "masked", "random_crop", "resized", "threshold"]
 
 
 def threshold(regularizer: Regularizer, level: float) -> Regularizer:
@@ -74,6 +74,34 @@ def random_crop(regularizer: Regularizer, size: int | tuple[int, int]) -> Regula
     return _Made(regularizer, call)
 
 
+def masked(regularizer: Regularizer, mask: str = "mask") -> Regularizer:
+    """Returns L' of x0_hat where a mask is set, and of the original image elsewhere: L'(m x0_hat + (1 - m) x0).
+
+    Outside the mask the gradient is exactly 0, and a paired L' sees no difference. A mean over pixels still divides by
+    all of them: with a mask that covers a tenth of the image, it is a tenth of the mean inside.
+
+    Args:
+        regularizer: L'.
+        mask: name of the mask in `needs`: (n, 1 or C, H, W), of booleans or integers, set where not 0, or of floating
+            numbers from 0 to 1.
+
+    Raises:
+        ValueError: in the call, the mask has another shape, or floating values outside [0, 1] (checked on the CPU
+            only).
+    """
+    inner_needs = needs_of(regularizer)
+
+    def call(inner: Regularizer, x0_hat: Tensor, context: dict) -> Tensor:
+        original, area = context["original_samples"], _checked_mask(context[mask], mask, x0_hat)
+        if area.dtype == torch.bool:
+            shown = torch.where(area, x0_hat, original.to(x0_hat))
+        else:
+            shown = torch.lerp(original.to(x0_hat), x0_hat, area.to(x0_hat).expand_as(x0_hat))
+        return inner(shown, **{name: context[name] for name in inner_needs})
+
+    return _Made(regularizer, call, dict.fromkeys((*inner_needs, "original_samples", mask)))
+
+
 def equality(residual: Callable[..., Tensor]) -> Regularizer:
     """Makes a regularizer of an equation, residual(u) = 0: mean residual(u)^2.
 
@@ -95,12 +123,17 @@ def inequality(residual: Callable[..., Tensor]) -> Regularizer:
 class _Made(nn.Module):
     """A regularizer with the name, needs and networks of the function it is made from."""
 
-    def __init__(self, source: Callable[..., Tensor], call: Callable[[Callable, Tensor, dict], Tensor]):
+    def __init__(
+        self,
+        source: Callable[..., Tensor],
+        call: Callable[[Callable, Tensor, dict], Tensor],
+        needs: Iterable[str] | None = None,
+    ):
         super().__init__()
         if not callable(source):
             raise TypeError(f"a function of the image is needed, not {type(source).__name__}")
         self.source = source  # a network becomes a submodule
-        self.needs = needs_of(source)
+        self.needs = needs_of(source) if needs is None else tuple(needs)
         self.__name__ = regularizer_name(source)
         self._call = call
 
@@ -119,6 +152,19 @@ def _alike(context: dict, x0_hat: Tensor, change: Callable[[Tensor], Tensor]) ->
         return isinstance(value, Tensor) and value.ndim == x0_hat.ndim and value.shape[-2:] == x0_hat.shape[-2:]
 
     return {name: change(value) if is_image(value) else value for name, value in context.items()}
+
+
+def _checked_mask(mask: Tensor, name: str, x0_hat: Tensor) -> Tensor:
+    """Returns a mask as booleans or as floating numbers from 0 to 1, on the device of the image."""
+    expected = x0_hat.shape
+    if mask.ndim != len(expected) or mask.shape[2:] != expected[2:] or mask.shape[1] not in (1, expected[1]):
+        raise ValueError(f"{name} must have shape {(len(x0_hat), 1, *expected[2:])}, not {tuple(mask.shape)}")
+    if not mask.is_floating_point():
+        mask = mask != 0
+    elif mask.device.type == "cpu" and not ((mask >= 0) & (mask <= 1)).all():  # elsewhere it would wait
+        low, high = (value.item() for value in mask.aminmax())
+        raise ValueError(f"{name} must have values from 0 to 1, not from {low:.3g} to {high:.3g}")
+    return mask.to(x0_hat.device)
 
 
 def _mean_square(residual: Tensor) -> Tensor:
