@@ -28,7 +28,7 @@ SCRIPT = HERE.parents[1] / "train_reg.py"
 PICTURES = HERE.parents[1] / "reg_diffusers" / "data" / "fashion_mnist.parquet"
 SIZE = 16
 WAYS = {
-    "fast": [SCRIPT],
+    "fast": [SCRIPT, "--mixed_precision", "bf16"],
     "plain": [SCRIPT, "--mixed_precision", "no", "--attention", "sdpa"],
     "peer": [HERE / "pil_transforms.py", "PEER", "--mixed_precision", "no"],
 }

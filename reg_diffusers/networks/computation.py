@@ -1,4 +1,4 @@
-"""Chooses how to run a network on this machine: precision, threads, memory, attention."""
+"""Chooses how to run a network on this machine: precision, attention, compilation."""
 
 from __future__ import annotations
 
@@ -11,11 +11,12 @@ from diffusers import UNet2DModel
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from ..runtime.hardware import choose_mixed_precision, keep_freed_memory, set_threads
+from ..runtime.hardware import choose_mixed_precision, is_left_to_timing, precision_reason
 from ..settings.machine import MachineSettings
 from .attention import attention_bytes, prefers_explicit_attention
+from .timing import LEAST_BATCHES, time_precision
 
-__all__ = ["CompiledForBatches", "Computation", "choose_attention", "choose_computation"]
+__all__ = ["Choice", "CompiledForBatches", "Computation", "choose_computation"]
 
 
 # diffusers reads PyTorch's version by a cached function; the result never changes.
@@ -23,54 +24,93 @@ warnings.filterwarnings("ignore", message="Dynamo detected a call to a `functool
 
 
 @dataclass(frozen=True)
+class Choice:
+    """A choice for the computation of a run, and the reason for it in a few words."""
+
+    value: str
+    reason: str
+
+
+@dataclass(frozen=True)
 class Computation:
-    """The choices for this run, from the settings or for this machine.
+    """How a run computes its network.
 
     Attributes:
         mixed_precision: "no", "fp16" or "bf16".
-        threads: number of CPU threads in this process.
-        keeps_memory: whether memory freed by a step is kept for the next one.
+        attention: "sdpa" or "explicit".
     """
 
-    mixed_precision: str
-    threads: int
-    keeps_memory: bool
+    mixed_precision: Choice
+    attention: Choice
+
+    @property
+    def recorded(self) -> dict[str, str]:
+        """The choices by the flags that pin them, without the dashes."""
+        return {"mixed_precision": self.mixed_precision.value, "attention": self.attention.value}
 
 
-def choose_computation(machine: MachineSettings, device: torch.device) -> Computation:
-    """Chooses precision, threads and use of memory, and sets the latter two for this process.
+def choose_computation(
+    machine: MachineSettings,
+    unet: UNet2DModel,
+    device: torch.device,
+    *,
+    batch_size: int,
+    batches: int | None,
+    earlier: Callable[[], str | None],
+    call: Callable[[nn.Module, int], Tensor],
+) -> Computation:
+    """Chooses precision and attention: the flags, else what an earlier start of the run chose, else the machine's.
 
-    Raises:
-        UsageError: for fp16 without a GPU.
-    """
-    return Computation(
-        choose_mixed_precision(machine.mixed_precision),
-        set_threads(machine.num_threads),
-        keep_freed_memory(device),
-    )
-
-
-def choose_attention(
-    machine: MachineSettings, unet: UNet2DModel, batch_size: int, device: torch.device, mixed_precision: str
-) -> tuple[str, str]:
-    """Returns "explicit" or "sdpa", and the reason; by a fixed rule, so that a resumed run chooses the same.
+    bf16 on a CPU that computes in it is used only if real steps are faster, and only timed if the run is long enough.
 
     Args:
         machine: the settings.
         unet: the network of `build_unet`.
-        batch_size: the batch size of the training.
         device: the device of the training.
-        mixed_precision: the precision of the training.
+        batch_size: images per batch on this device.
+        batches: the number of batches in the run; None if unknown.
+        earlier: finds the precision at an earlier start of the run; returns None for a new run.
+        call: calls a network on that number of images, and returns its output.
+
+    Raises:
+        UsageError: for fp16 without a GPU.
     """
+    asked = machine.mixed_precision
+    value = choose_mixed_precision(asked)
+    precision = Choice(value, precision_reason(asked, value))
+    attention = _attention(machine, unet, batch_size, device, value)
+    if not is_left_to_timing(asked):
+        return Computation(precision, attention)
+    if (before := earlier()) in ("no", "bf16"):
+        precision = Choice(before, "as at the start of this run")
+    elif batches is None or batches < LEAST_BATCHES:
+        precision = Choice("no", f"bf16 is timed from {LEAST_BATCHES} batches on; --mixed_precision bf16 uses it")
+    else:
+        timing = time_precision(unet, call, dtype=torch.bfloat16, attention=attention.value, batch_size=batch_size)
+        if timing is None:
+            precision = Choice("no", "timing bf16 would take too long; --mixed_precision bf16 uses it")
+        elif timing.is_worth_it:
+            precision = Choice("bf16", f"{timing}; pinned by --mixed_precision bf16")
+        else:
+            precision = Choice("no", f"bf16 is only {timing}; pinned by --mixed_precision no")
+    if precision.value == value:
+        return Computation(precision, attention)
+    return Computation(precision, _attention(machine, unet, batch_size, device, precision.value))
+
+
+def _attention(
+    machine: MachineSettings, unet: UNet2DModel, batch_size: int, device: torch.device, mixed_precision: str
+) -> Choice:
+    """Chooses by a fixed rule, so that a resumed run chooses the same."""
     if machine.enable_xformers_memory_efficient_attention:
-        return "sdpa", "replaced by xformers"
+        return Choice("sdpa", "replaced by xformers")
     if machine.attention is not None:
-        return machine.attention, "as asked"
+        return Choice(machine.attention, "as asked")
     if prefers_explicit_attention(unet, batch_size, device.type, mixed_precision):
-        return "explicit", "faster in bf16 on a CPU"
+        return Choice("explicit", "faster in bf16 on a CPU")
     if device.type != "cpu" or mixed_precision != "bf16":
-        return "sdpa", "PyTorch's own"
-    return "sdpa", f"explicit would keep {attention_bytes(unet, batch_size) / 2**20:.0f} MB a layer"
+        return Choice("sdpa", "PyTorch's own")
+    return Choice("sdpa", f"explicit would keep {attention_bytes(unet, batch_size) / 2**20:.0f} MB a layer")
 
 
 class CompiledForBatches:

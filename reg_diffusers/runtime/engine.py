@@ -9,25 +9,24 @@ from accelerate import Accelerator, PartialState
 from accelerate.utils import DataLoaderConfiguration, GradientAccumulationPlugin, parse_flag_from_env
 
 from .errors import UsageError
-from .hardware import choose_mixed_precision
 
 __all__ = ["build_accelerator", "check_engine"]
 
 
 def build_accelerator(
-    mixed_precision: str | None, gradient_accumulation_steps: int, seed: int, logger: str | None, logging_dir: Path
+    mixed_precision: str, gradient_accumulation_steps: int, seed: int, logger: str | None, logging_dir: Path
 ) -> Accelerator:
     """Builds the accelerator of one training.
 
     Args:
-        mixed_precision: the value of the flag; None leaves the choice to Accelerate's configuration and the hardware.
+        mixed_precision: "no", "fp16" or "bf16".
         gradient_accumulation_steps: batches per optimizer step.
         seed: the seed of the data order.
         logger: the name of a tracker, or None.
         logging_dir: the folder of the tracker's files.
     """
     return Accelerator(
-        mixed_precision=choose_mixed_precision(mixed_precision),
+        mixed_precision=mixed_precision,
         # A step spans a fixed number of batches, even across the end of an epoch: as with one larger batch.
         gradient_accumulation_plugin=GradientAccumulationPlugin(
             num_steps=gradient_accumulation_steps, sync_with_dataloader=False

@@ -10,8 +10,10 @@ from accelerate.utils import parse_flag_from_env
 
 from .errors import UsageError
 
-__all__ = ["choose_mixed_precision", "cpu_is_wanted", "keep_freed_memory", "precision_reason", "set_threads"]
-__all__ += ["threads_reason"]
+__all__ = ["choose_mixed_precision", "cpu_is_wanted", "is_left_to_timing", "keep_freed_memory", "precision_reason"]
+__all__ += ["set_threads", "threads_reason"]
+
+_SUPPORTED = "supported by the hardware"
 
 # Parameters of mallopt, from glibc's malloc.h.
 _M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4
@@ -96,7 +98,14 @@ def precision_reason(asked: str | None, chosen: str) -> str:
         return "as asked"
     if os.environ.get("ACCELERATE_MIXED_PRECISION", "no") != "no":
         return "accelerate's configuration"
-    return "supported by the hardware" if chosen == "bf16" else "the hardware does not support bf16"
+    return _SUPPORTED if chosen == "bf16" else "the hardware does not support bf16"
+
+
+def is_left_to_timing(asked: str | None) -> bool:
+    """Whether bf16 was chosen only because a CPU names the instructions: some are slower in it than in float32."""
+    on_cpu = cpu_is_wanted() or not torch.cuda.is_available()
+    chosen = choose_mixed_precision(asked)
+    return on_cpu and chosen == "bf16" and precision_reason(asked, chosen) == _SUPPORTED
 
 
 def cpu_is_wanted() -> bool:

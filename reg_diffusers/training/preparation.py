@@ -17,7 +17,7 @@ from torch import nn
 from ..data.training_data import TrainingData, make_dataloader
 from ..networks.attention import use_explicit_attention
 from ..networks.build import build_noise_scheduler, build_unet, load_given_model
-from ..networks.computation import CompiledForBatches, choose_attention
+from ..networks.computation import CompiledForBatches, Computation
 from ..networks.ema import build_ema
 from ..networks.trained import trained_parameters
 from ..runs.checkpoint import Progress
@@ -86,6 +86,7 @@ def prepare(
     model: ModelSettings,
     optimization: OptimizationSettings,
     machine: MachineSettings,
+    computation: Computation,
     output: OutputSettings,
     cache_dir: str | None = None,
     workers: int = 0,
@@ -100,7 +101,8 @@ def prepare(
         ending: ending of the run, which records failures of the logger.
         model: settings of the network and the noise schedule to start from.
         optimization: settings of the optimizer.
-        machine: settings of the computation.
+        machine: settings of the machine.
+        computation: precision and attention of the network.
         output: settings of the logger and the profile.
         cache_dir: folder of downloads.
         workers: number of data loading workers per process.
@@ -109,7 +111,7 @@ def prepare(
         UsageError: the model does not fit the data, or the logger cannot be started.
     """
     accelerator = build_accelerator(
-        machine.mixed_precision,
+        computation.mixed_precision.value,
         optimization.gradient_accumulation_steps,
         optimization.seed,
         output.logger,
@@ -121,7 +123,7 @@ def prepare(
     noise_scheduler = build_noise_scheduler(model, given)
     unet = build_unet(machine, given, data)
     batch_size = optimization.train_batch_size
-    if choose_attention(machine, unet, batch_size, accelerator.device, accelerator.mixed_precision)[0] == "explicit":
+    if computation.attention.value == "explicit":
         use_explicit_attention(unet)
     adamw = build_optimizer(optimization, unet)
     progress = Progress()

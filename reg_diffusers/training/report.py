@@ -20,7 +20,7 @@ from ..prediction import prediction_type
 from ..runs.measurement import COMPARISON_FILE, table, write_comparison
 from ..runs.run_folder import shown_files
 from ..runtime.files import write_whole
-from ..runtime.hardware import precision_reason, threads_reason
+from ..runtime.hardware import threads_reason
 from ..runtime.interruption import Interruption
 from ..settings.loss import LossSettings
 from ..settings.machine import MachineSettings
@@ -81,19 +81,19 @@ def describe(
 
 
 def describe_machine(
-    settings: MachineSettings, state: PartialState, chosen: Computation, attention: tuple[str, str]
+    settings: MachineSettings, state: PartialState, computation: Computation, keeps_memory: bool
 ) -> list[str]:
-    """Describes in two lines what was chosen for the speed of the training, and why."""
+    """Describes in three lines what was chosen for the speed of the training, and why."""
     reason = threads_reason(settings.num_threads, state.num_processes)
-    memory = "freed memory kept" if chosen.keeps_memory else "freed memory left to the system"
-    why = precision_reason(settings.mixed_precision, chosen.mixed_precision)
-    precision = f"mixed precision {chosen.mixed_precision} ({why})"
+    memory = "freed memory kept" if keeps_memory else "freed memory left to the system"
+    precision, attention = computation.mixed_precision, computation.attention
     why_not = "no gain was measured on a CPU" if state.device.type == "cpu" else "--compile takes minutes at the start"
     compiled = "compiled (takes minutes before the first step)" if settings.compile else f"not compiled ({why_not})"
     checkpointing = ", gradient checkpointing" if settings.gradient_checkpointing else ""
     return [
-        f"{state.num_processes} x {state.device}, {chosen.threads} threads each ({reason}), {memory}, {precision}",
-        f"{attention[0]} attention ({attention[1]}), {compiled}{checkpointing}",
+        f"{state.num_processes} x {state.device}, {torch.get_num_threads()} threads each ({reason}), {memory}",
+        f"mixed precision {precision.value} ({precision.reason})",
+        f"{attention.value} attention ({attention.reason}), {compiled}{checkpointing}",
     ]
 
 

@@ -16,17 +16,23 @@ from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
+import torch
 from accelerate import PartialState
+from accelerate.utils import broadcast_object_list
 
 from ..data.training_data import TrainingData, load_training_data
 from ..hub.card import write_card
 from ..hub.uploads import Uploads, check_upload
 from ..networks.build import GivenModel, build_noise_scheduler, build_unet, load_given_model
-from ..networks.computation import choose_attention, choose_computation
+from ..networks.computation import Computation, choose_computation
+from ..networks.conditions import Conditions
 from ..pipeline import RegDDPMPipeline
+from ..runs.lineage import find_checkpoint
+from ..runs.manifest import read_manifest
 from ..runs.run_folder import CARD_FILE, PLAIN_FOLDER
 from ..runtime.engine import check_engine
 from ..runtime.errors import UsageError
+from ..runtime.hardware import choose_mixed_precision, keep_freed_memory, set_threads
 from ..runtime.interruption import Interruption
 from ..runtime.launch import resume_command
 from ..runtime.processes import in_turn, join_processes, leave_processes, on_main_process, together
@@ -35,6 +41,8 @@ from ..settings.advice import advise
 from ..settings.arguments import as_flags
 from ..settings.data import DataSettings
 from ..settings.model import ModelSettings
+from ..settings.optimization import OptimizationSettings
+from ..settings.output import OutputSettings
 from ..term import Term
 from ..trial.checks import OnData, check_terms
 from ..weight_rules import WeightRule
@@ -63,6 +71,7 @@ class Run:
         data: data of the training.
         terms: terms of the loss.
         on_data: L' of each term on the data, by name.
+        computation: precision and attention of the network.
         mathematics: settings that a resumed run must share, by flag.
         ending: keeps failures beside the training from costing a trained model.
         interruption: whether the run must end before its last step; a context manager that handles signals.
@@ -75,6 +84,7 @@ class Run:
     data: TrainingData
     terms: tuple[Term, ...]
     on_data: dict[str, OnData]
+    computation: Computation
     mathematics: dict
     ending: Ending
     interruption: Interruption
@@ -105,6 +115,7 @@ class Run:
             model=settings.model,
             optimization=settings.optimization,
             machine=settings.machine,
+            computation=self.computation,
             output=settings.output,
             cache_dir=settings.data.cache_dir,
             workers=settings.data.dataloader_num_workers,
@@ -210,7 +221,9 @@ def open_run(launch: Launch) -> Run:
     loss, optimization, machine, output = settings.loss, settings.optimization, settings.machine, settings.output
     check_engine(state, machine.mixed_precision, machine.compile, optimization.max_grad_norm)
     check_balance(loss, machine.compile, state.distributed_type)
-    chosen = choose_computation(machine, state.device)
+    set_threads(machine.num_threads)
+    keeps_memory = keep_freed_memory(state.device)
+    likely_precision = choose_mixed_precision(machine.mixed_precision)
     repo_id = on_main_process(state, lambda: check_upload(settings.hub, output.output_dir))
     terms = together(state, lambda: build_terms(loss, settings.data))
     given, data = in_turn(state, lambda: load_model_and_data(settings.model, settings.data))
@@ -221,14 +234,15 @@ def open_run(launch: Launch) -> Run:
     steps = inference_steps(output.ddpm_num_inference_steps, noise_scheduler)
     settings = replace(settings, output=replace(output, ddpm_num_inference_steps=steps))
     advise(loss.snr_gamma, noise_scheduler)
-    on_data = together(state, lambda: check_terms(terms, noise_scheduler, data, state.device, chosen.mixed_precision))
+    on_data = together(state, lambda: check_terms(terms, noise_scheduler, data, state.device, likely_precision))
     together(state, lambda: check_rules(weight_rules(loss, terms), on_data))
     together(state, lambda: check_schedules(terms, weight_rules(loss, terms), measured_steps(optimization)))
     unet = build_unet(machine, given, data)
-    attention = choose_attention(machine, unet, optimization.train_batch_size, state.device, chosen.mixed_precision)
     check_logger(output.logger)
     on_main_process(state, lambda: launch.held.enter_context(claim_output_dir(output)))
-    mathematics = mathematical_settings(settings, data, state, chosen.mixed_precision, attention[0])
+    computation = on_main_process(state, lambda: _computation(settings, data, unet, state))
+    (computation,) = broadcast_object_list([computation])
+    mathematics = mathematical_settings(settings, data, state, computation.recorded)
     on_main_process(state, lambda: check_settings(output, optimization.lr_scheduler, mathematics))
     ending.command = resume_command(argv, state)
     uploads = on_main_process(state, lambda: Uploads(settings.hub, repo_id, output) if repo_id else None)
@@ -236,22 +250,56 @@ def open_run(launch: Launch) -> Run:
         folder = Path(output.output_dir)
         remove_earlier_run(output)
         write_settings(settings, folder)
-        decided = {"mixed_precision": chosen.mixed_precision, "attention": attention[0]}
         write_record(
             folder,
             state,
-            command=recorded_command(argv, state, machine, decided),
+            command=recorded_command(argv, state, machine, computation.recorded),
             seed=optimization.seed,
-            mixed_precision=chosen.mixed_precision,
+            mixed_precision=computation.mixed_precision.value,
             base_model=settings.model.pretrained_model_name_or_path,
             data=record_of_data(settings.data, data),
             objective=record_of_objective(loss, terms, noise_scheduler, is_picture=data.is_picture),
         )
-        lines = describe_machine(machine, state, chosen, attention)
+        lines = describe_machine(machine, state, computation, keeps_memory)
         source, folder = settings.data.source, output.output_dir
         print(describe(data, source, unet, noise_scheduler, loss, terms, on_data, lines, folder), flush=True)
     interruption = Interruption(state, output.max_train_time)
-    return Run(settings, state, data, terms, on_data, mathematics, ending, interruption, uploads, repo_id)
+    return Run(settings, state, data, terms, on_data, computation, mathematics, ending, interruption, uploads, repo_id)
+
+
+def _computation(settings: Settings, data: TrainingData, unet, state: PartialState) -> Computation:
+    """Chooses how to compute the network; only the batches of the run decide whether it is worth a measurement."""
+    optimization, loss = settings.optimization, settings.loss
+    batches = _batches(optimization, data, state.num_processes)
+    if batches is not None and loss.compare and loss.regularizer:
+        batches *= 2
+
+    def call(network, images: int):
+        samples = torch.randn(images, *data.shape)
+        model, arguments = Conditions.for_previews(data, images).bind(network)
+        return model(samples, torch.randint(0, 1000, (images,)), return_dict=False, **arguments)[0]
+
+    return choose_computation(
+        settings.machine,
+        unet,
+        state.device,
+        batch_size=optimization.train_batch_size,
+        batches=batches,
+        earlier=lambda: _earlier_precision(settings.output),
+        call=call,
+    )
+
+
+def _earlier_precision(output: OutputSettings) -> str | None:
+    resumed = find_checkpoint(output, Path(output.output_dir))
+    return read_manifest(resumed)["settings"].get("--mixed_precision") if resumed else None
+
+
+def _batches(optimization: OptimizationSettings, data: TrainingData, processes: int) -> int | None:
+    if optimization.max_train_steps is not None:
+        return optimization.max_train_steps * optimization.gradient_accumulation_steps
+    per_epoch = None if data.number is None else data.number // (optimization.train_batch_size * processes)
+    return per_epoch and optimization.num_epochs * max(per_epoch, 1)
 
 
 def _check_length(data: TrainingData, source: str | None, max_train_steps: int | None) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 
 from accelerate import PartialState
@@ -22,7 +23,7 @@ _OF_FIELDS = ("field_scale", "reg_units")
 
 
 def mathematical_settings(
-    settings: Settings, data: TrainingData, state: PartialState, mixed_precision: str, attention: str
+    settings: Settings, data: TrainingData, state: PartialState, computation: Mapping[str, str]
 ) -> dict:
     """Returns the settings that decide the result, by flag, as JSON.
 
@@ -37,7 +38,7 @@ def mathematical_settings(
         found = {name: value for name, value in found.items() if name not in _LENGTHS}
     for name in _OF_FIELDS if data.is_picture else [] if settings.loss.regularizer else ["reg_units"]:
         del found[name]
-    found |= {"mixed_precision": mixed_precision, "attention": attention}
+    found |= computation
     flags = {f"--{name}": value for name, value in found.items()}
     given = {**flags, "images": data.number, "shape": list(data.shape), "processes": state.num_processes}
     return json.loads(json.dumps(given, default=str))  # weight rules as text
