@@ -1,9 +1,14 @@
-"""Losses on the pixel values of x0_hat: differences of neighbours, range, mirror image, mean."""
+"""Losses on the pixel values of x0_hat: differences of neighbours, range, mirror image, mean.
+
+Inputs in half precision are computed in float32.
+"""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
+
+from .contract import at_least_float32
 
 __all__ = [
     "gradient_energy",
@@ -35,6 +40,7 @@ def total_variation(x0_hat: Tensor, /, *, isotropic: bool = False, smoothing: fl
     Returns:
         (B,), in pixel values per pixel; at most 4 for images in [-1, 1].
     """
+    x0_hat = at_least_float32(x0_hat)
     if not isotropic:
         return _mean(_difference(x0_hat, -1).abs()) + _mean(_difference(x0_hat, -2).abs())
     d_x = _difference(x0_hat, -1)[..., :-1, :]
@@ -60,6 +66,7 @@ def gradient_energy(x0_hat: Tensor, /) -> Tensor:
     Returns:
         (B,), in squared pixel values; at most 8 for images in [-1, 1].
     """
+    x0_hat = at_least_float32(x0_hat)
     return _mean(_difference(x0_hat, -1) ** 2) + _mean(_difference(x0_hat, -2) ** 2)
 
 
@@ -76,6 +83,7 @@ def laplacian_energy(x0_hat: Tensor, /) -> Tensor:
     Returns:
         (B,), in squared pixel values; at most 64 for images in [-1, 1].
     """
+    x0_hat = at_least_float32(x0_hat)
     curvature_x = _difference(_difference(x0_hat, -1), -1)[..., 1:-1, :]
     curvature_y = _difference(_difference(x0_hat, -2), -2)[..., :, 1:-1]
     return _mean((curvature_x + curvature_y) ** 2)
@@ -96,6 +104,7 @@ def out_of_range(x0_hat: Tensor, /, *, low: float = -1.0, high: float = 1.0) -> 
     Returns:
         (B,), in squared pixel values.
     """
+    x0_hat = at_least_float32(x0_hat)
     return _mean((x0_hat - x0_hat.clamp(low, high)) ** 2)
 
 
@@ -116,6 +125,7 @@ def high_frequency_energy(x0_hat: Tensor, /, *, cutoff: float = 0.5) -> Tensor:
     Returns:
         (B,), in squared pixel values; at most the mean square of the image.
     """
+    x0_hat = at_least_float32(x0_hat)
     height, width = x0_hat.shape[-2:]
     f_y = torch.fft.fftfreq(height, d=0.5, device=x0_hat.device, dtype=x0_hat.dtype)
     f_x = torch.fft.fftfreq(width, d=0.5, device=x0_hat.device, dtype=x0_hat.dtype)
@@ -139,6 +149,7 @@ def symmetry(x0_hat: Tensor, /, *, dim: int = -1) -> Tensor:
     Returns:
         (B,), in squared pixel values; at most 4 for images in [-1, 1].
     """
+    x0_hat = at_least_float32(x0_hat)
     return _mean((x0_hat - x0_hat.flip(dim)) ** 2)
 
 
@@ -156,7 +167,7 @@ def mean_intensity(x0_hat: Tensor, /, *, target: float = 0.0) -> Tensor:
     Returns:
         (B,), in squared pixel values.
     """
-    return (_mean(x0_hat) - target) ** 2
+    return (_mean(at_least_float32(x0_hat)) - target) ** 2
 
 
 def sparsity(x0_hat: Tensor, /, *, background: float = 0.0) -> Tensor:
@@ -174,7 +185,7 @@ def sparsity(x0_hat: Tensor, /, *, background: float = 0.0) -> Tensor:
     Returns:
         (B,), in pixel values.
     """
-    return _mean((x0_hat - background).abs())
+    return _mean((at_least_float32(x0_hat) - background).abs())
 
 
 def _difference(image: Tensor, dim: int) -> Tensor:
