@@ -29,7 +29,7 @@ def load_regularizer(spec: str) -> Regularizer:
             module, including modules in the current folder; either with literal arguments:
             "mean_intensity(target=0.2)", "my_losses:Contrast(wanted=0.5)". A class is instantiated with them, the
             keywords of a function are bound. They are parsed as literals, and never evaluated. "perceptual(...)" is
-            `Perceptual.from_pretrained(...)`.
+            `Perceptual.from_pretrained(...)`, "classifier(...)" is `Classifier.loss(...)`.
 
     Raises:
         ValueError: the name is unknown (known names are listed), the module or attribute does not exist, the object
@@ -43,6 +43,7 @@ def built_in_regularizers() -> dict[str, Regularizer]:
     laws = {f"physics.{name}": law for name, law in _exported(regularizers.physics).items()}
     classes = {
         "RadialSpectrum": regularizers.RadialSpectrum,
+        "classifier": regularizers.Classifier.loss,
         "perceptual": regularizers.Perceptual.from_pretrained,
     }
     return {**_exported(regularizers), **classes, **laws}

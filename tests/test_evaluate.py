@@ -23,12 +23,11 @@ from reg_diffusers import RegDDPMPipeline
 from reg_diffusers.cli import main
 from reg_diffusers.cli.bench import Bench
 from reg_diffusers.cli.judging import check_regularizers, recorded_regularizers, regularizers_of
-from reg_diffusers.evaluation import features
 from reg_diffusers.evaluation.distances import frechet, mean_of
 from reg_diffusers.evaluation.features import FeaturesError, named_features, pixels, train_classifier
 from reg_diffusers.evaluation.judgement import Row, compare_rows, find_copies, judge_samples
 from reg_diffusers.evaluation.measuring import SLICED
-from reg_diffusers.regularizers import total_variation
+from reg_diffusers.regularizers import classifier, total_variation
 from reg_diffusers.runtime.errors import UsageError
 
 pytestmark = pytest.mark.training
@@ -254,7 +253,7 @@ def test_images_are_brought_to_a_network_as_its_processor_does(network):
 
 
 def test_without_the_network_the_classifier_is_taken_and_said(folder, evaluate, monkeypatch):
-    monkeypatch.setattr(features, "_STEPS", 20)
+    monkeypatch.setattr(classifier, "_STEPS", 20)
     told = evaluate("--model", "A", *FLAGS)
     assert "features    a classifier of these data instead of facebook/dinov2-small: facebook/dinov2-small: " in told
     row = evaluation_result()["rows"]["A"]
@@ -275,13 +274,13 @@ def test_without_labels_it_is_pixels(folder, evaluate):
 
 
 def test_the_classifier_recognises_what_it_was_trained_on(monkeypatch):
-    monkeypatch.setattr(features, "_STEPS", 80)
+    monkeypatch.setattr(classifier, "_STEPS", 80)
     generator = torch.Generator().manual_seed(0)
     labels = torch.randint(3, (300,), generator=generator)
     images = 0.3 * torch.randn(300, 1, 8, 8, generator=generator) + (labels.float() - 1)[:, None, None, None]
-    classifier = train_classifier(images, labels, 3)
-    assert "100.0% of 30 held-out images" in classifier.description
-    vectors = classifier.extract(images)
+    found = train_classifier(images, labels, 3)
+    assert "100.0% of 30 held-out images" in found.description
+    vectors = found.extract(images)
     assert torch.equal(vectors, train_classifier(images, labels, 3).extract(images))  # the same seed
     one, other, different = vectors[labels == 0][:40], vectors[labels == 0][40:80], vectors[labels == 2][:40]
     assert frechet(one, other) < 0.1 * frechet(one, different)

@@ -51,7 +51,8 @@ LAYERS = [
 ]
 LOSS = LAYERS[0]
 LOSS_MAY_IMPORT = {"torch", "diffusers", "reg_diffusers"}
-LATE = {"conflictfree", "pytorch_msssim", "transformers"}  # imported in the function that needs it
+# imported in the function that needs it
+LATE = {"conflictfree", "pytorch_msssim", "safetensors", "transformers"}
 
 
 def module_of(path):

@@ -33,7 +33,7 @@ def recorded_regularizers(names: list[str]) -> list[str]:
     from .. import regularizers
     from ..specs import built_in_regularizers, name_of
 
-    safe = built_in_regularizers().keys() - {regularizers.RadialSpectrum.__name__, "perceptual"}
+    safe = built_in_regularizers().keys() - {regularizers.RadialSpectrum.__name__, "perceptual", "classifier"}
     terms = [term for name in names for term in _objective(name).get("terms", ())]
     found = [term.get("regularizer") for term in terms]
     named = [spec for spec in dict.fromkeys(found) if name_of(spec) in safe]
@@ -145,7 +145,7 @@ def choose_features(args: argparse.Namespace, bench: Bench, device):
 def _small_images(bench: Bench):
     import torch
 
-    from ..evaluation.features import classifier_input
+    from ..regularizers.classifier import classifier_input
 
     images, labels = [], []
     for places in _batches(bench.searched):

@@ -10,11 +10,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..regularizers.classifier import classifier_input, fit_classifier
+
 __all__ = [
     "DEFAULT_NETWORK",
     "Features",
     "FeaturesError",
-    "classifier_input",
     "named_features",
     "pixels",
     "train_classifier",
@@ -22,11 +23,7 @@ __all__ = [
 
 DEFAULT_NETWORK = "facebook/dinov2-small"
 _PICTURE_CHANNELS = (1, 3)
-_LARGEST_SIDE = 32  # of the classifier's input
-_STEPS = 500
-_BATCH_SIZE = 64
-_LEARNING_RATE = 2e-3
-_HELD_OUT = 10  # one image in this many is held out
+_WIDTH = 32  # other than that of the classifier of a loss, because a network must not judge what it was trained with
 _SECONDS_TO_ASK_THE_HUB = 10
 
 
@@ -141,7 +138,8 @@ def train_classifier(
     """Trains a small convolutional classifier on the labels, in seconds; the features are its penultimate layer.
 
     Its distances are valid for these data and this seed only: do not compare them with those of another network. It
-    is trained on both halves of the data, so it favours neither.
+    is trained on both halves of the data, so it favours neither. It is another network than that of the loss
+    `regularizers.Classifier`, narrower and from another seed.
 
     Args:
         images: (N, C, H, W) in [-1, 1]; images above 32 x 32 are downsampled to it.
@@ -156,60 +154,12 @@ def train_classifier(
     Raises:
         FeaturesError: if there are fewer than 2 classes or 20 images.
     """
-    if classes < 2 or len(images) < 2 * _HELD_OUT:
-        raise FeaturesError(f"a classifier needs at least 2 classes and {2 * _HELD_OUT} images")
-    images, labels = classifier_input(images), labels.to(images.device)
-    devices = [images.device] if images.device.type == "cuda" else []
-    with torch.random.fork_rng(devices), torch.enable_grad():
-        torch.manual_seed(seed)
-        order = torch.randperm(len(images)).to(images.device)
-        held_out, trained = order[: len(order) // _HELD_OUT], order[len(order) // _HELD_OUT :]
-        network = _classifier(images.shape[1], classes).to(images.device)
-        optimizer = torch.optim.AdamW(network.parameters(), _LEARNING_RATE, weight_decay=0.05)
-        schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, _LEARNING_RATE, total_steps=_STEPS)
-        for _ in progress(range(_STEPS)):
-            batch = trained[torch.randint(len(trained), (_BATCH_SIZE,)).to(trained.device)]
-            F.cross_entropy(network(images[batch]), labels[batch]).backward()
-            optimizer.step()
-            optimizer.zero_grad()
-            schedule.step()
-    network = network.eval().requires_grad_(False)
-    found = torch.cat([network(images[part]).argmax(1) for part in held_out.split(256)])
-    accuracy = (found == labels[held_out]).float().mean().item()
+    try:
+        network, accuracy, held_out = fit_classifier(images, labels, classes, seed, progress, _WIDTH)
+    except ValueError as error:
+        raise FeaturesError(str(error)) from error
     body = network[:-1]
-    description = (
-        f"a classifier of these data, seed {seed}: {accuracy:.1%} of {len(held_out)} held-out images recognised"
-    )
+    description = f"a classifier of these data, seed {seed}: {accuracy:.1%} of {held_out} held-out images recognised"
     return Features(
         lambda shown: body(classifier_input(shown.to(images.device))), description, "classifier FD", "classifier KD"
-    )
-
-
-def classifier_input(images: Tensor) -> Tensor:
-    """Downsamples images to at most 32 x 32 by averaging."""
-    images = images.float()
-    if max(images.shape[2:]) <= _LARGEST_SIDE:
-        return images
-    return F.interpolate(
-        images, [min(side, _LARGEST_SIDE) for side in images.shape[2:]], mode="bilinear", antialias=True
-    )
-
-
-def _classifier(channels: int, classes: int) -> nn.Sequential:
-    def block(before: int, after: int, stride: int) -> list[nn.Module]:
-        return [
-            nn.Conv2d(before, after, 3, stride, 1, bias=False),
-            nn.GroupNorm(8, after),
-            nn.SiLU(),
-        ]
-
-    return nn.Sequential(
-        *block(channels, 32, 1),
-        *block(32, 64, 2),
-        *block(64, 64, 2),
-        *block(64, 64, 1),
-        nn.AdaptiveAvgPool2d(1),
-        nn.Flatten(),
-        nn.Dropout(0.1),
-        nn.Linear(64, classes),
     )

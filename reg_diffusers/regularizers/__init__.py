@@ -15,12 +15,13 @@ A loss that needs more than x0_hat lists it in `needs` and receives it as keywor
 
 Losses with `original_samples` among their needs compare x0_hat with its own image (paired); the others judge x0_hat
 alone. The families: `pixels`, `frequency`, `similarity`, `physics`, and those of networks, `perceptual`,
-`self_perceptual` and `score`; `combinators` makes regularizers from others.
+`self_perceptual`, `classifier` and `score`; `combinators` makes regularizers from others.
 
 Bind fixed parameters with `functools.partial(mean_intensity, target=0.2)`.
 """
 
 from . import physics as physics
+from .classifier import Classifier as Classifier
 from .combinators import equality as equality
 from .combinators import inequality as inequality
 from .combinators import masked as masked
