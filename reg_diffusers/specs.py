@@ -45,6 +45,7 @@ def built_in_regularizers() -> dict[str, Regularizer]:
         "RadialSpectrum": regularizers.RadialSpectrum,
         "classifier": regularizers.Classifier.loss,
         "perceptual": regularizers.Perceptual.from_pretrained,
+        "prompt_similarity": regularizers.PromptSimilarity.from_pretrained,
     }
     return {**_exported(regularizers), **classes, **laws}
 

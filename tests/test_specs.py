@@ -220,7 +220,14 @@ def test_perceptual_is_loaded_by_the_name_of_its_network(tmp_path):
 
 def test_the_record_of_a_model_cannot_load_a_network(tmp_path):
     """A downloaded reg_config.json must not cause another download, nor the reading of a file."""
-    specs = ["total_variation", "perceptual('net')", "RadialSpectrum('spectrum.pt')", "classifier('net')", "os:abort"]
+    specs = [
+        "total_variation",
+        "perceptual('net')",
+        "RadialSpectrum('spectrum.pt')",
+        "classifier('net')",
+        "prompt_similarity('net', 'x')",
+    ]
+    specs.append("os:abort")
     record = {"objective": {"terms": [{"regularizer": spec} for spec in specs]}}
     (tmp_path / "reg_config.json").write_text(json.dumps(record))
     assert recorded_regularizers([str(tmp_path)]) == ["total_variation"]

@@ -33,7 +33,8 @@ def recorded_regularizers(names: list[str]) -> list[str]:
     from .. import regularizers
     from ..specs import built_in_regularizers, name_of
 
-    safe = built_in_regularizers().keys() - {regularizers.RadialSpectrum.__name__, "perceptual", "classifier"}
+    reading = {regularizers.RadialSpectrum.__name__, "perceptual", "classifier", "prompt_similarity"}
+    safe = built_in_regularizers().keys() - reading
     terms = [term for name in names for term in _objective(name).get("terms", ())]
     found = [term.get("regularizer") for term in terms]
     named = [spec for spec in dict.fromkeys(found) if name_of(spec) in safe]

@@ -15,7 +15,7 @@ A loss that needs more than x0_hat lists it in `needs` and receives it as keywor
 
 Losses with `original_samples` among their needs compare x0_hat with its own image (paired); the others judge x0_hat
 alone. The families: `pixels`, `frequency`, `similarity`, `physics`, and those of networks, `perceptual`,
-`self_perceptual`, `classifier` and `score`; `combinators` makes regularizers from others.
+`self_perceptual`, `classifier`, `score` and `prompt_similarity`; `combinators` makes regularizers from others.
 
 Bind fixed parameters with `functools.partial(mean_intensity, target=0.2)`.
 """
@@ -45,6 +45,7 @@ from .pixels import (
     symmetry,
     total_variation,
 )
+from .prompt_similarity import PromptSimilarity as PromptSimilarity
 from .score import Score as Score
 from .self_perceptual import SelfPerceptual as SelfPerceptual
 from .similarity import ssim

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-__all__ = ["NetworkInput", "RangeCheck", "checked_range", "in_colour"]
+__all__ = ["NetworkInput", "RangeCheck", "checked_range", "in_colour", "read_processor"]
 
 _RANGES = {"[-1, 1]": (-1.0, 1.0), "[0, 1]": (0.0, 1.0)}
 _BILINEAR = 2  # PIL.Image.Resampling.BILINEAR; all others are resized bicubically
@@ -93,6 +93,17 @@ class NetworkInput:
         short, long = min(height, width), max(height, width)
         longer = int(self.shortest_side * long / short)
         return (self.shortest_side, longer) if height <= width else (longer, self.shortest_side)
+
+
+def read_processor(name_or_folder: str):
+    """Loads an image processor, or its numbers where transformers cannot use it without torchvision."""
+    from transformers import AutoImageProcessor
+    from transformers.image_processing_base import ImageProcessingMixin
+
+    try:
+        return AutoImageProcessor.from_pretrained(name_or_folder, trust_remote_code=False)
+    except ImportError:
+        return ImageProcessingMixin.get_image_processor_dict(name_or_folder)[0]
 
 
 def _resizing(numbers: Mapping) -> dict:

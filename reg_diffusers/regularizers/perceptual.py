@@ -11,7 +11,7 @@ from torch.utils.checkpoint import checkpoint
 
 from ..frozen import FrozenNetworks
 from ..prediction import input_dtype
-from .network_input import NetworkInput, RangeCheck, in_colour
+from .network_input import NetworkInput, RangeCheck, in_colour, read_processor
 
 __all__ = ["Perceptual"]
 
@@ -134,7 +134,7 @@ class Perceptual(nn.Module):
         net = AutoModel.from_pretrained(name_or_folder, dtype=dtype, trust_remote_code=False)
         return cls(
             net,
-            _processor(name_or_folder),
+            read_processor(name_or_folder),
             layers=layers,
             distance=distance,
             pool=pool,
@@ -222,17 +222,6 @@ def _vision_model(net: nn.Module) -> nn.Module:
     if takes != "pixel_values":
         raise ValueError(f"{type(net).__name__} takes {takes}, not images: use a vision model")
     return net
-
-
-def _processor(name_or_folder: str):
-    """Loads an image processor, or its numbers where transformers cannot use it without torchvision."""
-    from transformers import AutoImageProcessor
-    from transformers.image_processing_base import ImageProcessingMixin
-
-    try:
-        return AutoImageProcessor.from_pretrained(name_or_folder, trust_remote_code=False)
-    except ImportError:
-        return ImageProcessingMixin.get_image_processor_dict(name_or_folder)[0]
 
 
 def _all_features(net: nn.Module, shown: Tensor) -> tuple[Sequence[Tensor], int | None]:
