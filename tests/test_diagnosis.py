@@ -144,6 +144,15 @@ def test_flow_matching_is_diagnosed_too(gaussian):
     assert all(np.isfinite([level.best.error, level.ratio, level.displacement]).all() for level in found.levels)
 
 
+@pytest.mark.parametrize("chosen", [weighting.gated(3), weighting.signal_power(2), weighting.snr])
+def test_every_weighting_can_be_diagnosed(gaussian, chosen):
+    """Those with arguments are named with them; those without are compared with each other."""
+    found = diagnose(EPSILON, Term(regularizers.sparsity, 0.1, chosen), gaussian[0][:300], num_levels=3)
+    name = "snr" if chosen is weighting.snr else str(chosen)
+    assert found.asked.weighting == name
+    assert weighting.matched.__name__ in str(found.affordable)
+
+
 def test_the_same_seed_says_the_same_and_leaves_the_generator_alone(gaussian):
     before = torch.get_rng_state()
     one, two = (diagnose(EPSILON, Term(regularizers.sparsity, 0.1), gaussian[0][:300], num_levels=4) for _ in range(2))

@@ -41,7 +41,9 @@ _SET_VALUES = 2**25  # most values in the images that guesses are computed from:
 _LEFTOVER_NOISE = 0.1  # in standard deviations of the data: like the error of an undertrained network
 _AFFORDABLE = (0.01, 0.05)
 _PERCENTILES = (1, 5, 25, 50, 75, 95, 99)
-_PLAIN_WEIGHTINGS = [name for name in weighting.__all__ if name != "gated"]  # weightings without arguments
+_PLAIN_WEIGHTINGS = [  # weightings without arguments
+    name for name in weighting.__all__ if not isinstance(getattr(weighting, name), type)
+]
 
 
 def diagnose(
@@ -138,10 +140,10 @@ def diagnose(
         )
         for index, ((best, of_model), weight) in enumerate(zip(found, level.denoising_weight.tolist(), strict=True))
     ]
-    gate = isinstance(term.weighting, weighting.gated)
-    name = str(term.weighting) if gate else getattr(term.weighting, "__name__", type(term.weighting).__name__)
+    has_arguments = isinstance(term.weighting, weighting.gated | weighting.signal_power)
+    name = str(term.weighting) if has_arguments else getattr(term.weighting, "__name__", type(term.weighting).__name__)
     weightings = {known_name: getattr(weighting, known_name) for known_name in _PLAIN_WEIGHTINGS}
-    if gate:
+    if has_arguments:
         weightings[name] = term.weighting
     elif weightings.get(name) is not term.weighting:
         name = f"{term.weighting.__module__}:{name}"  # its name on the command line
