@@ -3,22 +3,27 @@
 from __future__ import annotations
 
 import argparse
+import sys
 
+from .. import __version__
 from ..runtime.errors import exit_on_usage_error
-from . import demo, diagnose, evaluate, sample, sweep
+from ..settings.parser import Parser
+from . import demo, diagnose, environment, evaluate, sample, sweep, train
 
 __all__ = ["build_parser", "main"]
 
 
 def build_parser() -> argparse.ArgumentParser:
     """Builds the parser of all subcommands; a subcommand imports its dependencies only when it runs."""
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="reg-diffusers",
-        description="Use diffusion models that were trained with a loss on the image. For the training itself, see:"
-        " accelerate launch train_reg.py --help",
+        description="Train diffusion models with a loss on the image, and use them.",
+        epilog="reg-diffusers COMMAND --help lists the flags of a command.",
+        allow_abbrev=False,
     )
+    parser.add_argument("--version", action="version", version=f"reg-diffusers {__version__}")
     subparsers = parser.add_subparsers(title="subcommands", metavar="COMMAND", required=True)
-    for command in (demo, diagnose, evaluate, sample, sweep):
+    for command in (diagnose, train, evaluate, sweep, sample, demo, environment):
         command.add_parser(subparsers)
     return parser
 
@@ -26,5 +31,11 @@ def build_parser() -> argparse.ArgumentParser:
 @exit_on_usage_error
 def main(argv: list[str] | None = None) -> None:
     """Runs the subcommand of the command line; exits with status 2 and a one-line message on a usage error."""
-    args = build_parser().parse_args(argv)
-    args.run(args)
+    argv = sys.argv[1:] if argv is None else argv
+    if not argv:
+        build_parser().print_help()
+    elif argv[0] == "train":  # has a parser of its own, which train_reg.py uses, too
+        train.run(argv[1:])
+    else:
+        args = build_parser().parse_args(argv)
+        args.run(args)

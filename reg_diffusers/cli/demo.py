@@ -18,6 +18,7 @@ def add_parser(subparsers) -> argparse.ArgumentParser:
         help="sample in the browser, with and without guidance",
         description="Serves a page on this machine only, which samples from a model with and without guidance by a"
         ' loss on x0_hat. Needs gradio: pip install "reg_diffusers[demo]".',
+        allow_abbrev=False,
     )
     add_model_flag(parser)
     parser.add_argument(

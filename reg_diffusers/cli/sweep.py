@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import math
-import subprocess
 import sys
 from pathlib import Path
 
@@ -30,10 +29,10 @@ def add_parser(subparsers) -> argparse.ArgumentParser:
     parser = subparsers.add_parser(
         "sweep",
         help="which weight? Runs the same short training for several weights and weightings, draws the Pareto front",
-        description="Runs train_reg.py once per weight and weighting (weight 0 once), measures the loss L' and the"
+        description="Trains once per weight and weighting (weight 0 once), measures the loss L' and the"
         " distance to the data of each run, and draws the runs that no other run beats in both. Run the same command"
         " again to continue after an interruption, or with more weights to add them.",
-        usage="reg-diffusers sweep [flags] -- [flags of train_reg.py]",
+        usage="reg-diffusers sweep [flags] -- [flags of reg-diffusers train]",
         allow_abbrev=False,
     )
     add = parser.add_argument
@@ -53,9 +52,9 @@ def add_parser(subparsers) -> argparse.ArgumentParser:
         help="weightings to try: built-in names or my_module:my_weighting (default: matched constant)",
     )
     add("--output", default="sweep", metavar="FOLDER", help="folder for runs and results (default: %(default)s)")
-    add("--script", default="train_reg.py", metavar="FILE", help="the training script (default: ./train_reg.py)")
+    add("--script", metavar="FILE", help="a training script of your own (default: the installed train_reg.py)")
     add_measuring_flags(parser)
-    add("training", nargs="*", metavar="-- FLAG", help="flags of train_reg.py, equal for all runs")
+    add("training", nargs="*", metavar="-- FLAG", help="flags of reg-diffusers train, equal for all runs")
     parser.set_defaults(run=run)
     return parser
 
@@ -127,8 +126,8 @@ def _check(args: argparse.Namespace) -> None:
         name = word.partition("=")[0].removeprefix("--")
         if word.startswith("--") and name in _OWN_FLAGS:
             raise UsageError(f"--{name} {_DECIDED}")
-    if not Path(args.script).is_file():
-        raise UsageError(f"--script {args.script}: no such file; name the path of train_reg.py")
+    if args.script is not None and not Path(args.script).is_file():
+        raise UsageError(f"--script {args.script}: no such file; drop the flag to use the installed train_reg.py")
     try:
         for name in args.reg_weightings:
             load_weighting(name)
@@ -196,15 +195,15 @@ def _is_finished(folder: Path) -> bool:
 
 
 def _train(args: argparse.Namespace, folder: Path, weighting: str, weight: float) -> None:
+    from ..runtime.child import run_to_its_end
     from ..runtime.errors import UsageError
+    from ..runtime.interruption import SIGNALS
 
-    command = [sys.executable, args.script, *args.training, "--reg_weight", str(weight), "--reg_weighting", weighting]
+    script = ["-m", "train_reg"] if args.script is None else [args.script]
+    command = [sys.executable, *script, *args.training, "--reg_weight", str(weight), "--reg_weighting", weighting]
     command += ["--no-compare", "--output_dir", str(folder), "--resume", "auto"]
-    process = subprocess.Popen(command)
-    try:
-        status = process.wait()
-    except KeyboardInterrupt:
-        process.wait()  # it received the signal, too, and saves a checkpoint
+    status = run_to_its_end(command)
+    if status - 128 in SIGNALS:  # before the training could save
         _stop(Path(args.output))
     if status:
         raise UsageError(f"the training in {folder} failed with exit status {status}; see its message above")

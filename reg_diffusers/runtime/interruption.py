@@ -17,9 +17,10 @@ from accelerate import PartialState
 from . import processes
 from .errors import warn
 
-__all__ = ["Interruption", "Stopped", "stopped_at_once"]
+__all__ = ["SIGNALS", "Interruption", "Stopped", "stopped_at_once"]
 
-_SIGNALS = ("SIGINT", "SIGTERM", "SIGUSR1", "SIGHUP")  # where they exist; Windows has the first two only
+# The signals that end a run; Windows has the first two only.
+SIGNALS = tuple(getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGUSR1", "SIGHUP") if hasattr(signal, name))
 
 
 class Stopped(KeyboardInterrupt):
@@ -142,7 +143,7 @@ def _handle(handler: Callable) -> dict:
     if threading.current_thread() is not threading.main_thread():
         return {}
     before = {}
-    for number in (getattr(signal, name) for name in _SIGNALS if hasattr(signal, name)):
+    for number in SIGNALS:
         if number.name == "SIGHUP" and signal.getsignal(number) == signal.SIG_IGN:  # nohup
             continue
         before[number] = signal.signal(number, handler)

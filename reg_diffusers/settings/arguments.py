@@ -9,8 +9,9 @@ from __future__ import annotations
 import argparse
 import sys
 
+from .. import __version__
 from ..runtime.errors import UsageError, warn
-from .config_file import flags_of_file
+from .config_file import flags_of_file, split_file
 from .data import DataSettings
 from .flag_values import auto
 from .flags import add_flags, section_of
@@ -20,6 +21,7 @@ from .machine import MachineSettings
 from .model import ModelSettings
 from .optimization import OptimizationSettings
 from .output import OutputSettings
+from .parser import Parser
 from .run import Settings
 
 __all__ = ["add_objective_flags", "as_flags", "build_parser", "complete", "parse_args"]
@@ -48,19 +50,26 @@ DEMO_DEFAULTS = {
 DEMO_MODEL_DEFAULTS = {"resolution": 16, "prediction_type": "v_prediction"}
 
 
-def parse_args(argv: list[str] | None = None) -> Settings:
+def parse_args(argv: list[str] | None = None, program: str = "train_reg.py") -> Settings:
     """Parses the settings of a run: defaults, then the YAML file if there is one, then flags.
 
     Exits with status 2 and a one-line message for a setting that cannot work.
+
+    Args:
+        argv: the command line; None for that of this process.
+        program: the name of the command in --help and in messages.
     """
     argv = sys.argv[1:] if argv is None else argv
-    parser = build_parser()
+    parser = build_parser(program)
     try:
-        if argv and not argv[0].startswith("-"):
-            argv = flags_of_file(argv[0], parser) + argv[1:]
+        file, argv = split_file(argv)
+        if file is not None:
+            argv = flags_of_file(file, parser) + argv
         args = parser.parse_args(argv)
-        if args.config is not None:
-            raise UsageError(f"unexpected argument {args.config!r}: a YAML file must come before all flags")
+        if args.file is not None:
+            raise UsageError(
+                f"unexpected argument {args.file!r}: a YAML file must come before all flags, or be named by --config"
+            )
         if _is_demonstration(args):
             parser.set_defaults(**_demonstration_defaults(args))
             args = parser.parse_args(argv)
@@ -73,11 +82,12 @@ def parse_args(argv: list[str] | None = None) -> Settings:
     return settings
 
 
-def build_parser() -> argparse.ArgumentParser:
+def build_parser(program: str = "train_reg.py") -> argparse.ArgumentParser:
     """Builds the parser of `parse_args` and of the documentation page on the flags."""
-    parser = argparse.ArgumentParser(
-        prog="train_reg.py",
-        usage="accelerate launch train_reg.py [config.yaml] [flags]",
+    command = "accelerate launch train_reg.py" if program == "train_reg.py" else program
+    parser = Parser(
+        prog=program,
+        usage=f"{command} [config.yaml] [flags]",
         description="Train a diffusion model with L = ||o - target||^2 + sum_k weight_k lambda_k(t) L'_k(x0_hat):"
         " x0_hat is the image that the prediction implies, L' any loss on images. Without flags: a demonstration on"
         " embedded images, with and without total variation, in a few minutes.",
@@ -85,9 +95,13 @@ def build_parser() -> argparse.ArgumentParser:
         formatter_class=_HelpFormatter,
         allow_abbrev=False,
     )
+    parser.add_argument("file", nargs="?", metavar="config.yaml", help="the same as --config, before all flags")
     parser.add_argument(
-        "config", nargs="?", help="YAML file with flags as keys, before all flags; a run writes its own"
+        "--config",
+        metavar="FILE",
+        help="YAML file with flags as keys; other flags override it. A run writes its own, reg_settings.yaml",
     )
+    parser.add_argument("--version", action="version", version=f"reg_diffusers {__version__}")
     for name in _SECTIONS:
         _add_section(parser, name)
     return parser

@@ -3,14 +3,36 @@
 from __future__ import annotations
 
 import argparse
-import difflib
 from pathlib import Path
 
 import yaml
 
 from ..runtime.errors import UsageError
+from .parser import did_you_mean
 
-__all__ = ["flags_of_file"]
+__all__ = ["flags_of_file", "split_file"]
+
+_FLAG = "--config"
+
+
+def split_file(argv: list[str]) -> tuple[str | None, list[str]]:
+    """Returns the YAML file of a command line, named by --config or as its first word, and the other words."""
+    words = list(argv)
+    files = [words.pop(0)] if words and not words[0].startswith("-") else []
+    kept = []
+    while words:
+        word = words.pop(0)
+        if word == _FLAG:
+            if not words:
+                raise UsageError(f"{_FLAG}: name a YAML file after it")
+            files.append(words.pop(0))
+        elif word.startswith(f"{_FLAG}="):
+            files.append(word.removeprefix(f"{_FLAG}="))
+        else:
+            kept.append(word)
+    if len(files) > 1:
+        raise UsageError(f"{_FLAG} {files[1]}: one YAML file only, and {files[0]} is given")
+    return next(iter(files), None), kept
 
 
 def flags_of_file(path: str, parser: argparse.ArgumentParser) -> list[str]:
@@ -23,12 +45,11 @@ def flags_of_file(path: str, parser: argparse.ArgumentParser) -> list[str]:
         raise UsageError(f"{path}: not YAML: {' '.join(str(error).split())}") from None
     if not isinstance(settings, dict):
         raise UsageError(f"{path}: must hold entries like 'resolution: 32'")
-    known = {name.lstrip("-"): action for action in parser._actions for name in action.option_strings}
+    known = {name.lstrip("-"): action for action in parser._actions for name in action.option_strings if name != _FLAG}
     flags = []
     for name, value in settings.items():
         if name not in known:
-            close = difflib.get_close_matches(str(name), known, n=1)
-            raise UsageError(f"{path}: unknown entry {name!r}" + (f"; did you mean {close[0]!r}?" if close else ""))
+            raise UsageError(f"{path}: unknown entry {name!r}{did_you_mean(str(name), list(known))}")
         try:
             flags += _as_flag(known[name], value)
         except ValueError as error:

@@ -11,7 +11,7 @@ from tqdm.auto import tqdm
 
 from ..runtime.errors import UsageError
 from ..runtime.interruption import Stopped, stopped_at_once
-from ..runtime.launch import launch_command
+from ..runtime.launch import start_command
 from ..runtime.output_streams import lasting_output
 from ..trial.tracing import line_of_error
 
@@ -27,11 +27,13 @@ class Ending:
     Attributes:
         command: command that continues the run; replaced as soon as there is something to resume from.
         failures: descriptions of what failed.
+        is_stopped: whether a signal or the time limit ended the run.
     """
 
     def __init__(self, command: str):
         self.command = command
         self.failures: list[str] = []
+        self.is_stopped = False
 
     def attempt(self, what: str, fix: str, work: Callable[[], object]) -> bool:
         """Calls `work`; a failure prints one line on stderr and makes the exit status 1.
@@ -59,19 +61,22 @@ class Ending:
 def ended_well(argv: list[str] | None, state: PartialState) -> Iterator[Ending]:
     """Wraps a whole run: lost output and failures beside the training end it with status 1, a signal with 0.
 
+    Ctrl-C also ends the programs after a `|`, such as `tee`: after a signal, lost output is no failure.
+
     Args:
         argv: arguments of the script; None: those of this process.
         state: processes of the launch.
     """
-    ending = Ending(launch_command(argv, state))
+    ending = Ending(start_command(argv, state))
     with lasting_output() as streams:
         try:
             with stopped_at_once():
                 yield ending
         except Stopped as stopped:
+            ending.is_stopped = True
             if state.is_local_main_process:
                 print(f"\nstopped by {stopped}; continue with: {ending.command}")
         if ending.failures:
             print(f"failed      {', '.join(dict.fromkeys(ending.failures))}; the rest is saved: see the lines above")
-    if ending.failures or any(stream.is_lost for stream in streams):
+    if ending.failures or (any(stream.is_lost for stream in streams) and not ending.is_stopped):
         sys.exit(1)

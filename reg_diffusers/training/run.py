@@ -158,6 +158,7 @@ class Run:
 
     def publish(self) -> None:
         """Writes the card, prints where the files are, and uploads them, on the main process."""
+        self.ending.is_stopped = bool(self.interruption)
         if not self.state.is_main_process:
             return
         output_dir, uploads = self.output_dir, self.uploads
