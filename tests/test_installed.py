@@ -10,6 +10,7 @@ import time
 import venv
 import zipfile
 
+import numpy as np
 import pytest
 from runs import QUICK, ROOT, metrics
 
@@ -19,6 +20,7 @@ pytestmark = [pytest.mark.training, pytest.mark.slow]
 
 RUN = [*QUICK, *"--no-compare --max_train_steps 100000 --preview_steps 100000 --lr_scheduler constant".split()]
 RUN += [*"--mixed_precision no --output_dir out --num_threads 1".split()]
+DATA = [*"--train_data_dir fields.npy --model_config_name_or_path tiny".split()]
 
 
 @pytest.fixture(scope="module")
@@ -57,8 +59,10 @@ def programs(wheel, tmp_path_factory):
 
 
 @pytest.fixture
-def environment(programs, tmp_path):
-    """An empty home, the programs on the PATH, and nothing of the checkout."""
+def environment(programs, tmp_path, tiny_unet):
+    """An empty home, the programs on the PATH, small data and a tiny network, and nothing of the checkout."""
+    np.save(tmp_path / "fields.npy", np.random.default_rng(0).normal(size=(48, 1, 8, 8)).astype(np.float32))
+    tiny_unet().save_config(tmp_path / "tiny")
     kept = {name: value for name, value in os.environ.items() if not name.startswith(("PYTHON", "ACCELERATE"))}
     home = {"HOME": str(tmp_path / "home"), "HF_HOME": str(tmp_path / "home" / "hf"), "PYTHONUNBUFFERED": "1"}
     return kept | home | {"PATH": f"{programs}{os.pathsep}{os.environ['PATH']}"}
@@ -73,7 +77,7 @@ def test_the_wheel_has_the_training_script_and_the_marker_of_its_types(wheel):
 def test_ctrl_c_with_tee_saves_and_the_printed_command_continues_when_pasted(programs, environment, tmp_path):
     out = tmp_path / "out"
     training = subprocess.Popen(
-        ["reg-diffusers", "train", *RUN], executable=programs / "reg-diffusers",
+        ["reg-diffusers", "train", *DATA, *RUN], executable=programs / "reg-diffusers",
         cwd=tmp_path, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
     )  # fmt: skip
     tee = subprocess.Popen(
@@ -93,7 +97,7 @@ def test_ctrl_c_with_tee_saves_and_the_printed_command_continues_when_pasted(pro
     assert log.startswith("data  ") and "The following values were not passed" not in error
     (checkpoint,) = out.glob("checkpoint-*")
     command = re.search(r"stopped by SIGINT; continue with: (.*)", error).group(1)
-    assert command.startswith("reg-diffusers train --resolution 8") and command.endswith("--resume auto")
+    assert command.startswith("reg-diffusers train --train_data_dir fields.npy") and command.endswith("--resume auto")
     step = int(checkpoint.name.split("-")[1])
     again = subprocess.run(
         f"{command} --max_train_steps {step + 2}",
@@ -110,10 +114,10 @@ def test_ctrl_c_with_tee_saves_and_the_printed_command_continues_when_pasted(pro
 
 def test_a_sweep_needs_no_checkout_and_finds_losses_in_the_current_folder(environment, tmp_path):
     (tmp_path / "my_losses.py").write_text("def mean(x, /):\n    return x.flatten(1).mean(1) ** 2\n")
-    flags = "--reg_weights 0.1 --reg_weightings matched --num_images 8 --num_inference_steps 2 --features pixels"
+    flags = "--reg_weights 0.1 --reg_weightings matched --num_images 20 --num_inference_steps 2 --features pixels"
     training = "--max_train_steps 2 --preview_steps 100 --regularizer my_losses:mean --mixed_precision no"
     done = subprocess.run(
-        ["reg-diffusers", "sweep", *flags.split(), "--", *QUICK, *training.split()],
+        ["reg-diffusers", "sweep", *flags.split(), "--", *DATA, *QUICK, *training.split()],
         cwd=tmp_path, env=environment, capture_output=True, text=True,
     )  # fmt: skip
     assert done.returncode == 0, done.stdout + done.stderr
