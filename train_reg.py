@@ -82,8 +82,9 @@ def fit(run: Run, output_dir, terms=()):
         means_on_data,
         settings.optimization,
         settings.output.checkpointing_steps,
+        run.title(terms),
     )
-    saves = Saves(run, training, monitors, output_dir, terms, means_on_data)
+    saves = Saves(run, training, monitors, output_dir)
     batches = batches_of(training, data, random_flip=settings.data.random_flip)
     unet.train()
     with monitors.start(progress.step):

@@ -34,7 +34,7 @@ def main() -> None:
     torch.manual_seed(0)
     keep_freed_memory(torch.device("cpu"))
     precision = choose_mixed_precision()
-    unet = UNet2DModel(sample_size=32, in_channels=3, out_channels=3, **new_unet_config(32))
+    unet = UNet2DModel(sample_size=32, in_channels=3, out_channels=3, **new_unet_config(32, is_large=True))
     if prefers_explicit_attention(unet, BATCH_SIZE, "cpu", precision):
         use_explicit_attention(unet)
     optimizer = torch.optim.AdamW(unet.parameters(), fused=True)
@@ -69,7 +69,7 @@ def main() -> None:
         term_times.append(time.perf_counter() - start)
     step, term = statistics.median(without for without, _ in times), statistics.median(term_times)
     lines = [
-        f"UNet2DModel {new_unet_config(32)['block_out_channels']}, {unet.num_parameters() / 1e6:.2f}M parameters,"
+        f"UNet2DModel {unet.config.block_out_channels}, {unet.num_parameters() / 1e6:.2f}M parameters,"
         f" 3 x 32 x 32, batch {BATCH_SIZE}, {'bfloat16' if precision == 'bf16' else 'float32'}, AdamW",
         f"torch {torch.__version__}, diffusers {diffusers.__version__}, {platform.machine()},"
         f" {torch.get_num_threads()} threads, {torch.backends.cpu.get_cpu_capability()}",

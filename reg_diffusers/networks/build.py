@@ -19,6 +19,8 @@ from ..settings.model import ModelSettings
 __all__ = ["GivenModel", "build_noise_scheduler", "build_unet", "load_given_model"]
 __all__ += ["new_unet_config"]
 
+LARGE = "large"  # the name of the built-in config
+
 
 @dataclass(frozen=True)
 class GivenModel:
@@ -29,12 +31,14 @@ class GivenModel:
         scheduler: the noise scheduler saved with it.
         config: the config of a network to train from scratch.
         normalization: the field normalization of the pipeline.
+        is_large: whether a new network is the large one for the size of the images.
     """
 
     unet: UNet2DModel | None = None
     scheduler: DDPMScheduler | FlowMatchEulerDiscreteScheduler | None = None
     config: dict | None = None
     normalization: Normalization | None = None
+    is_large: bool = False
 
     @property
     def channels(self) -> int | None:
@@ -96,6 +100,8 @@ def _load(settings: ModelSettings, cache_dir: str | None, named: str) -> GivenMo
                 normalization=_given_normalization(path, cache_dir),
             )
         path = settings.model_config_name_or_path
+        if path == LARGE and not Path(path).exists():
+            return GivenModel(is_large=True)
         if path is not None and Path(path).is_file():
             config = json.loads(Path(path).read_text())
             if not isinstance(config, dict):
@@ -160,7 +166,8 @@ def build_unet(machine: MachineSettings, given: GivenModel, data: TrainingData) 
         _check_classes(unet.config.num_class_embeds, data)
         unet.register_to_config(sample_size=size)  # samples get the size of the latest training
     else:
-        config = dict(given.config) if given.config is not None else new_unet_config(min(height, width))
+        new = new_unet_config(min(height, width), given.is_large)
+        config = new if given.config is None else dict(given.config)
         config.update(in_channels=channels + data.condition_channels, out_channels=channels, sample_size=size)
         config["num_class_embeds"] = None if data.classes is None else len(data.classes)
         try:
@@ -184,14 +191,20 @@ def build_unet(machine: MachineSettings, given: GivenModel, data: TrainingData) 
     return unet
 
 
-def new_unet_config(resolution: int) -> dict:
+def new_unet_config(resolution: int, is_large: bool = False) -> dict:
     """Returns a UNet2DModel config for a resolution, with attention at the second coarsest level and 64-channel heads.
 
-    Up to 16 pixels, the network is small enough for a CPU; from 64 pixels on, the channels are those of diffusers'
-    training script.
+    Up to 64 pixels, the network is small enough for a CPU. From 65 pixels on, the channels are those of diffusers'
+    training script; the large network has them from 64 pixels on.
+
+    Args:
+        resolution: the side of the images.
+        is_large: whether to return the network of --model_config_name_or_path large.
     """
     if resolution <= 16:
         channels, layers = (32, 64), 1
+    elif resolution <= 64 and not is_large:
+        channels, layers = (32, 64, 128) if resolution <= 32 else (32, 64, 128, 256), 1
     elif resolution <= 32:
         channels, layers = (64, 128, 128), 2
     elif resolution < 64:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from .flag_values import duration, inner_folder, positive_int
+from .flag_values import duration, inner_folder, natural, positive_int
 from .flags import flag
 
 __all__ = ["OutputSettings"]
@@ -32,9 +32,7 @@ class OutputSettings:
     checkpointing_steps: int = flag(
         500, "steps between checkpoints to resume from", parse=positive_int, mathematics=False
     )
-    checkpoints_total_limit: int | None = flag(
-        None, "number of checkpoints kept; default: all", parse=positive_int, mathematics=False
-    )
+    checkpoints_total_limit: int = flag(3, "number of checkpoints kept; 0 keeps all", parse=natural, mathematics=False)
     resume_from_checkpoint: str | None = flag(
         None,
         "checkpoint folder to resume from, or 'latest' for the newest in --output_dir",

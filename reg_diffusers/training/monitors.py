@@ -44,6 +44,7 @@ class Monitors:
         means_on_data: mean of L' on the data, by term.
         optimization: settings with the length of the warmup and the number of bad steps that ends a training.
         checkpointing_steps: steps between checkpoints; `look` reads before each of them.
+        title: what the progress bar begins with.
 
     Attributes:
         weights: weights of the terms.
@@ -60,6 +61,7 @@ class Monitors:
         means_on_data: dict[str, float],
         optimization: OptimizationSettings,
         checkpointing_steps: int,
+        title: str = "training",
     ):
         accelerator, names = training.accelerator, regularization.names
         limit = optimization.max_bad_steps
@@ -73,11 +75,11 @@ class Monitors:
         self._loss_parts = LossParts(accelerator, names, means_on_data)
         self._dropped = DroppedImages(accelerator, regularization.nonfinite, names, limit)
         self._scheduled = [term for term in regularization.terms if term.schedule is not None]
-        self._training = training
+        self._training, self._means_on_data = training, means_on_data
         self._checkpointing_steps = checkpointing_steps
         self.bar = None
         self._bar_settings = {
-            "desc": " + ".join(["denoising", *names]),
+            "desc": title,
             "total": training.max_train_steps,
             "disable": not accelerator.is_local_main_process,
             "dynamic_ncols": True,
@@ -142,7 +144,19 @@ class Monitors:
             **self._weights(step),
         )
         self._training.trackers.log(means, step)
-        self.bar.set_postfix({name: f"{means[name]:.4f}" for name in ("denoising", *self.weights.rules)})
+        self.bar.set_postfix(self._shown(means))
+
+    def _shown(self, means: dict[str, float]) -> dict[str, str]:
+        """Returns what the bar shows: the denoising loss, L' beside that of the data, the learning rate.
+
+        Not weight * lambda * L', which jumps with the noise levels of a batch and looks like a divergence.
+        """
+        shown = {"denoising": f"{means['denoising']:.4f}"}
+        for name in self.weights.rules:
+            value = means.get(f"raw/{name}")
+            data = f" (data {self._means_on_data[name]:.3g})" if name in self._means_on_data else ""
+            shown[name] = "no active image" if value is None else f"{value:.3g}{data}"
+        return {**shown, "lr": f"{means['lr']:.1e}"}
 
     def _weights(self, step: int) -> dict[str, float]:
         """Returns what to log of the weights; one with a schedule times its mean factor since the last line."""

@@ -31,7 +31,7 @@ from .ending import Ending
 from .preview import draw_samples, grid
 from .terms import units_note, weight_rules
 
-__all__ = ["compare", "describe", "describe_machine", "describe_result"]
+__all__ = ["compare", "describe", "describe_machine", "describe_result", "images_measured"]
 
 _IMAGES_MEASURED = 256
 _IMAGES_SHOWN = 36
@@ -45,10 +45,24 @@ def describe(
     loss: LossSettings,
     terms: tuple[Term, ...],
     on_data: dict[str, OnData],
+    estimates: tuple[str, str],
     machine: list[str],
     output_dir: str,
 ) -> str:
-    """Describes the run in a few lines: data, model, objective and machine."""
+    """Describes the run: data, model, objective, time and disk in five lines, then details.
+
+    Args:
+        data: data of the training.
+        source: name of the data; None for the embedded data.
+        unet: network.
+        noise_scheduler: scheduler of the training.
+        loss: settings of the loss.
+        terms: terms of the loss.
+        on_data: L' of each term on the data, by name.
+        estimates: time and disk that the run needs.
+        machine: what was chosen for this machine.
+        output_dir: output folder.
+    """
     channels, height, width = data.shape
     source = source or "embedded Fashion-MNIST"
     kind = "images" if data.is_picture else "fields"
@@ -65,13 +79,15 @@ def describe(
     return "\n".join(
         [
             f"data       {number} of {channels} x {height} x {width} from {source}",
+            f"model      UNet2DModel, {parameters:.2f}M parameters, {type(noise_scheduler).__name__},"
+            f" {prediction_type(noise_scheduler)}",
+            f"objective  {' + '.join(['denoising loss', *extra])}",
+            f"time       {estimates[0]}",
+            f"disk       {estimates[1]}",
             *([f"data       {data.note}"] if data.note else []),
             *(f"data       {name} {values}" for name, values in on_data.items()),
             *([f"classes    {classes}"] if classes else []),
             *([f"condition  images of {data.condition_channels} channels"] if data.condition_channels else []),
-            f"model      UNet2DModel, {parameters:.2f}M parameters, {type(noise_scheduler).__name__},"
-            f" {prediction_type(noise_scheduler)}",
-            f"objective  {' + '.join(['denoising loss', *extra])}",
             *([f"units      {note}"] if extra and (note := units_note(data, loss.reg_units)) else []),
             *(f"target     {_target(target, on_data[target.name].mean)}" for target in targets),
             *(f"machine    {line}" for line in machine),
@@ -111,6 +127,11 @@ def _target(named: NamedTarget, mean_on_data: float) -> str:
     return f"mean {named.name} of x0_hat at most {target.bound(mean_on_data):.4g}{origin}"
 
 
+def images_measured(data: TrainingData) -> int:
+    """Returns the number of samples of each model that `compare` measures: at most half of the data."""
+    return min(_IMAGES_MEASURED, len(data.examples) // 2) or len(data.examples)
+
+
 def compare(
     data: TrainingData,
     loss: LossSettings,
@@ -147,7 +168,7 @@ def _compare(
     Prints a table, and writes comparison.json, comparison.png and, if there are terms, evaluation.png. Samples have
     the conditions of the images that they are compared with.
     """
-    number = min(_IMAGES_MEASURED, len(data.examples) // 2) or len(data.examples)
+    number = images_measured(data)
     order = torch.randperm(len(data.examples), generator=torch.Generator().manual_seed(seed)).tolist()
     reference, conditions = _images(data, order[:number], trained.device)
     other_half, _ = _images(data, order[-number:], trained.device)

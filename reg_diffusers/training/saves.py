@@ -8,7 +8,6 @@ from ..networks.sharded import SampledNetwork
 from ..pipeline import RegDDPMPipeline
 from ..runs.checkpoint import Checkpoints
 from ..runtime.errors import UsageError
-from ..term import Term
 from .monitors import Monitors
 from .output import save_pipeline
 from .preparation import Training
@@ -28,8 +27,6 @@ class Saves:
         training: training before its first step.
         monitors: monitors of the training; a checkpoint holds their states.
         output_dir: folder of the model.
-        terms: terms of the loss; their values are shown below each sample.
-        means_on_data: mean of L' on the data, by term, for the heading of the previews.
 
     Attributes:
         pipeline: pipeline with the weights to sample from.
@@ -44,8 +41,6 @@ class Saves:
         training: Training,
         monitors: Monitors,
         output_dir: Path,
-        terms: tuple[Term, ...],
-        means_on_data: dict[str, float],
     ):
         output, accelerator = run.settings.output, training.accelerator
         self._run, self._training, self._monitors = run, training, monitors
@@ -56,7 +51,7 @@ class Saves:
             output_dir,
             training.states | monitors.states,
             run.mathematics,
-            output.checkpoints_total_limit,
+            output.checkpoints_total_limit or None,
             monitors.counters | streams,
             run.ending.command,
         )
@@ -72,8 +67,8 @@ class Saves:
             *grids,
             run.data,
             output_dir,
-            terms,
-            means_on_data,
+            run.terms,  # also for the plain model of a comparison, so that its captions are alike
+            run.means_on_data(run.terms),
             run.interruption,
             run.ending,
         )

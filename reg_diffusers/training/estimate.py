@@ -1,0 +1,202 @@
+"""Estimates how long a run takes and how much space its files need, before the first step."""
+
+from __future__ import annotations
+
+import math
+import shutil
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from accelerate import PartialState
+from accelerate.utils import parse_flag_from_env
+from torch import nn
+
+from ..data.training_data import TrainingData
+from ..networks.attention import use_explicit_attention
+from ..networks.conditions import Conditions
+from ..objective import RegularizedLoss, draw_timesteps
+from ..runtime.amounts import duration_text, size_text
+from ..runtime.errors import warn
+from ..settings.optimization import OptimizationSettings
+from ..settings.output import OutputSettings
+from ..trial.checks import random_numbers_as_before
+
+__all__ = ["Speed", "describe_disk", "describe_time", "measure_speed", "number_of_steps"]
+
+_SECONDS = 2.0  # of a measured step: a large network gets fewer images than a batch has
+_BYTES = 4  # of a number: weights, moments of AdamW and averages are kept in float32
+
+
+@dataclass(frozen=True)
+class Speed:
+    """Seconds per image.
+
+    Attributes:
+        step: forward and backward pass with the losses.
+        call: one call of the network without a gradient, as in sampling.
+    """
+
+    step: float
+    call: float
+
+
+def number_of_steps(settings: OptimizationSettings, number: int | None, processes: int) -> tuple[int, float]:
+    """Returns the steps of a training, and those of one epoch; the latter are infinite for a stream.
+
+    Args:
+        settings: settings with the length of the training and the size of a batch.
+        number: number of images; None for a stream of unknown length, which needs --max_train_steps.
+        processes: number of processes.
+    """
+    if number is None:
+        return settings.max_train_steps, math.inf
+    per_batch = settings.train_batch_size * processes
+    batches = number // per_batch or 1  # an incomplete last batch is left out
+    per_epoch = math.ceil(batches / settings.gradient_accumulation_steps)
+    steps = math.ceil(settings.num_epochs * batches / settings.gradient_accumulation_steps)
+    return settings.max_train_steps or steps, per_epoch
+
+
+def measure_speed(
+    loss_fn: RegularizedLoss,
+    unet: nn.Module,
+    noise_scheduler,
+    data: TrainingData,
+    state: PartialState,
+    *,
+    mixed_precision: str,
+    is_explicit: bool,
+    batch_size: int,
+) -> Speed | str:
+    """Times one step on the first images, after a warm-up; returns the reason if that is not possible.
+
+    The network is left on the device of the training, with gradients removed and weights unchanged. The global random
+    generators are left unchanged.
+
+    Args:
+        loss_fn: loss of the training.
+        unet: a network like that of the training.
+        noise_scheduler: scheduler of the training.
+        data: data of the training.
+        state: processes of the launch; with several on CPUs, the others are idle meanwhile.
+        mixed_precision: precision of the training.
+        is_explicit: whether attention is computed by explicit matrix products.
+        batch_size: images per process and step.
+    """
+    if any(parse_flag_from_env(f"ACCELERATE_USE_{engine}") for engine in ("FSDP", "DEEPSPEED")):
+        return "the network is sharded"
+    device = state.device
+    if is_explicit:
+        use_explicit_attention(unet)
+    unet.to(device).train()
+    dtype = {"fp16": torch.float16, "bf16": torch.bfloat16}.get(mixed_precision)
+    batch = data.examples.__getitems__(list(range(min(batch_size, len(data.examples)))))
+    batch = {name: tensor.to(device) for name, tensor in batch.items()}
+    samples, conditions = data.normalization.normalize(batch["values"]), Conditions.of_batch(data, batch)
+
+    def step(number: int, with_gradient: bool = True) -> float:
+        rows = torch.arange(number, device=device) % len(samples)
+        chosen, given = samples[rows], conditions.of_images(rows)
+        model, arguments = given.bind(unet)
+        timesteps, noise = draw_timesteps(noise_scheduler, number), torch.randn_like(chosen)
+        arguments["return_dict"] = False
+        start = time.perf_counter()
+        with torch.set_grad_enabled(with_gradient), torch.autocast(device.type, dtype, enabled=dtype is not None):
+            if with_gradient:
+                needed = {name: given[name] for name in loss_fn.regularization.needs if name in given}
+                output = loss_fn(model, chosen, noise=noise, timesteps=timesteps, model_kwargs=arguments, **needed)
+                output.loss.backward()
+            else:
+                model(chosen, timesteps.to(device), **arguments)
+        if device.type != "cpu":
+            torch.accelerator.synchronize()
+        return (time.perf_counter() - start) / number
+
+    try:
+        with random_numbers_as_before(device):
+            number = max(min(batch_size, int(_SECONDS / step(1))), 1)
+            if number > 1:
+                step(number)
+            return Speed(step(number), step(number, with_gradient=False))
+    except Exception as error:  # the training itself reports it, with the step
+        return f"a step failed: {' '.join(str(error).split())[:80] or type(error).__name__}"
+    finally:
+        unet.zero_grad(set_to_none=True)
+        if device.type == "cuda":
+            torch.cuda.empty_cache()
+
+
+def describe_time(
+    speed: Speed | str,
+    optimization: OptimizationSettings,
+    output: OutputSettings,
+    data: TrainingData,
+    processes: int,
+    *,
+    models: int,
+    measured: int,
+) -> str:
+    """Returns the line about the time of a run.
+
+    Args:
+        speed: the measured speed, or why there is none.
+        optimization: settings of the optimization.
+        output: settings of the output.
+        data: data of the training.
+        processes: number of processes.
+        models: number of trainings.
+        measured: samples of each model that are measured at the end.
+    """
+    steps, per_epoch = number_of_steps(optimization, data.number, processes)
+    trained = f"{models} x {steps:,} steps" if models > 1 else f"{steps:,} steps"
+    if isinstance(speed, str):
+        return f"{trained}; not estimated: {speed}"
+    of_a_step = speed.step * optimization.train_batch_size * optimization.gradient_accumulation_steps
+    interval = output.preview_steps or output.save_images_epochs * per_epoch
+    previews = steps // interval + 1
+    calls = output.ddpm_num_inference_steps * (previews * output.eval_batch_size + measured)
+    seconds = models * (steps * of_a_step + calls * speed.call)
+    each = f"{of_a_step:.2g} s" if of_a_step >= 0.1 else f"{1000 * of_a_step:.2g} ms"
+    comparison = f", {measured} samples to measure" if measured else ""
+    number = f"{previews:.0f} previews" if previews > 1 else "a preview"
+    return f"about {duration_text(seconds)}: {trained} of {each}, {number}{' each' * (models > 1)}{comparison}"
+
+
+def describe_disk(
+    unet: nn.Module,
+    trained: int,
+    optimization: OptimizationSettings,
+    output: OutputSettings,
+    steps: int,
+    *,
+    models: int,
+) -> str:
+    """Returns the line about the space of the files of a run, and warns if the disk has less.
+
+    Args:
+        unet: the network.
+        trained: number of its trained parameters.
+        optimization: settings of the optimization.
+        output: settings of the output.
+        steps: steps of a training.
+        models: number of trainings.
+    """
+    pipeline = _BYTES * sum(parameter.numel() for parameter in unet.parameters())
+    checkpoint = pipeline + _BYTES * trained * (2 + optimization.use_ema)
+    written = steps // output.checkpointing_steps + (models > 1 and steps % output.checkpointing_steps > 0)
+    kept = min(output.checkpoints_total_limit or written, written)
+    needed = models * (pipeline + kept * checkpoint)
+    folder = Path(output.output_dir).absolute()
+    free = shutil.disk_usage(next(place for place in (folder, *folder.parents) if place.exists())).free
+    # A new checkpoint is complete before the oldest is deleted.
+    if not output.resume_from_checkpoint and needed + (checkpoint if kept < written else 0) > free:
+        warn(
+            f"--output_dir {output.output_dir}: {size_text(needed)} are needed, {size_text(free)} are free: name"
+            " another disk, or a smaller --checkpoints_total_limit"
+        )
+    checkpoints = f"{kept} checkpoint{'s' * (kept != 1)} of {size_text(checkpoint)}"
+    each = f"{checkpoints}, a pipeline of {size_text(pipeline)}"
+    each = f"{models} x ({each})" if models > 1 else each
+    return f"about {size_text(needed)}: {each}; {size_text(free)} free"
