@@ -437,6 +437,29 @@ def test_the_command_judges_each_regularizer_and_writes_what_it_found(folder, mo
     assert json.loads((written / "total_variation.json").read_text())["asked"]["weight"] == 0.03
 
 
+def test_the_same_command_again_replaces_its_own_files_and_no_others(folder, monkeypatch, capsys):
+    monkeypatch.chdir(folder)
+    again = "diagnose --train_data_dir fields.npy --regularizer sparsity --num_levels 2 --output again".split()
+    main(again)
+    first = capsys.readouterr().out
+    (folder / "again" / "sparsity.png").write_bytes(b"old")
+    main([*again, "--verbose"])
+    second = capsys.readouterr().out
+    assert (folder / "again" / "sparsity.png").stat().st_size > 1000
+    assert "shift     how far the loss moves D" in second and "shift  " not in first
+    assert first.splitlines()[2].startswith("Verdict: sparsity ") and len(first) < len(second)
+    for content in ("{}", "no JSON", '["verdict"]'):
+        (folder / "again" / "sparsity.json").write_text(content)
+        for flags in ([], ["--overwrite"]):
+            with pytest.raises(SystemExit, match=r"^2$"):
+                main([*again, *flags])
+            assert "holds sparsity.json, which no diagnosis wrote" in capsys.readouterr().err
+    (folder / "again" / "sparsity.json").unlink()
+    with pytest.raises(SystemExit, match=r"^2$"):
+        main(again)
+    assert "holds sparsity.png, which no diagnosis wrote" in capsys.readouterr().err
+
+
 @pytest.mark.slow
 def test_the_command_finds_the_weight_of_a_share(folder):
     flags = ("--train_data_dir", "fields.npy", "--regularizer", "sparsity", "--num_levels", 4, "--output", "share")

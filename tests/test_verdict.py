@@ -71,6 +71,13 @@ def test_a_white_border_on_dark_borders_is_named(digits, wishes):
     assert verdict.reasons[0].startswith("Your data do not satisfy this")
     assert f"threshold {SMALLEST_EFFECT:.0%}" in verdict.reasons[0]
     assert describe(found, verdict).startswith("Verdict: border contradicts the data.\n  - Your data do not satisfy")
+    short = describe(found, verdict, verbose=False).splitlines()
+    trades = [line for line in short if line.startswith("Not recommended: ")]
+    assert [line.split()[2] for line in trades] == ["1%", "5%"]
+    for line, costs in zip(trades, found.affordable.values(), strict=True):
+        own = next(cost for cost in costs if cost.weighting == "matched")
+        assert f"{own.fall:.1%} (--reg_weighting matched --reg_weight {own.weight:.2g})" in line
+    assert not any("shift" in line for line in short)
 
 
 def test_a_wish_that_the_data_fulfil_about_too_few_pixels_has_no_effect():

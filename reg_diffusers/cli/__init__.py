@@ -38,4 +38,5 @@ def main(argv: list[str] | None = None) -> None:
         train.run(argv[1:])
     else:
         args = build_parser().parse_args(argv)
+        args.argv = argv  # for the records of a command
         args.run(args)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import argparse
-import sys
+import json
 from dataclasses import replace
 from pathlib import Path
 
@@ -27,8 +27,8 @@ def add_parser(subparsers) -> argparse.ArgumentParser:
         help="does this loss make sense on these data? At which noise levels, with which weight, at what cost?",
         description="Measures what a loss on the image would do to the best possible model of the data, without"
         " training: whether lowering the loss leads towards real images, at which noise levels, at what cost, and"
-        " which weight is affordable. Takes the data, model and regularization flags of train_reg.py. Writes a"
-        " verdict, a table, a figure (PNG, SVG) and a JSON file for each --regularizer.",
+        " which weight is affordable. Takes the data, model and regularization flags of reg-diffusers train. Prints a"
+        " verdict and the recommended weights, and writes a figure (PNG, SVG) and a JSON file for each --regularizer.",
         allow_abbrev=False,
     )
     add = parser.add_argument
@@ -59,7 +59,12 @@ def add_parser(subparsers) -> argparse.ArgumentParser:
         help="seed of the choice of images and of the noise (default: %(default)s)",
     )
     add("--output", default="diagnosis", metavar="FOLDER", help="folder for figures and JSON (default: %(default)s)")
-    add("--overwrite", action="store_true", help="replace the files of an earlier diagnosis")
+    add(
+        "--overwrite",
+        action="store_true",
+        help="replace the files of a diagnosis by another command; those of the same command are replaced anyway",
+    )
+    add("--verbose", action="store_true", help="also print the table by timestep and the effect of each weighting")
     add_objective_flags(parser)
     parser.set_defaults(run=run)
     return parser
@@ -90,7 +95,7 @@ def run(args: argparse.Namespace) -> None:
         raise UsageError("--num_levels must be at least 2")
     terms = build_terms(loss, settings.data)
     output = Path(args.output)
-    _check_output(output, [term.name for term in terms], args.overwrite)
+    _check_output(output, [term.name for term in terms], args)
     pipeline = _pipeline(args)
     given = load_given_model(settings.model, settings.data.cache_dir)
     data = _load_data(settings.data, args.model, given, pipeline)
@@ -155,7 +160,7 @@ def _diagnose(args, snr_gamma, term, weight, scheduler, images, context: dict, p
     except ValueError as error:
         raise UsageError(str(error)) from error
     verdict = judge(diagnosis)
-    print(describe(diagnosis, verdict))
+    print(describe(diagnosis, verdict, verbose=args.verbose))
     for suffix in ("png", "svg"):
         write_whole(output / f"{term.name}.{suffix}", lambda path: draw_diagnosis(path, diagnosis, verdict))
     write_whole(output / f"{term.name}.json", lambda path: write_json(path, diagnosis, verdict, **_settings(args)))
@@ -176,17 +181,39 @@ def _report_unusable(args, name: str, reason: str, output: Path) -> None:
 
 
 def _settings(args) -> dict:
-    return {"command": sys.argv[1:], "seed": args.seed, "model": args.model}
+    return {"command": args.argv, "seed": args.seed, "model": args.model}
 
 
-def _check_output(output: Path, names: list[str], overwrite: bool) -> None:
+def _check_output(output: Path, names: list[str], args) -> None:
+    """Raises `UsageError` for files that are not those of a diagnosis, or of one by another command."""
     from ..runtime.errors import UsageError
 
     check_folder(output)
-    files = [output / f"{name}.{suffix}" for name in names for suffix in ("json", "png", "svg")]
-    there = [file for file in files if file.exists()]
-    if there and not overwrite:
-        raise UsageError(f"--output {output} already holds {there[0].name}: name another folder, or add --overwrite")
+    for name in names:
+        there = [file for suffix in ("json", "png", "svg") if (file := output / f"{name}.{suffix}").exists()]
+        if not there:
+            continue
+        command = _command_of(output / f"{name}.json")
+        if command is None:
+            raise UsageError(f"--output {output} holds {there[0].name}, which no diagnosis wrote: name another folder")
+        if command != _without_switches(args.argv) and not args.overwrite:
+            raise UsageError(
+                f"--output {output} already holds the diagnosis of {name} by another command: name another folder, or"
+                " add --overwrite"
+            )
+
+
+def _command_of(file: Path) -> list[str] | None:
+    """Returns the command that a diagnosis recorded; None if the file is not that of a diagnosis."""
+    try:
+        found = json.loads(file.read_text(encoding="utf-8"))
+        return _without_switches(found["settings"]["command"]) if "verdict" in found else None
+    except (OSError, ValueError, TypeError, KeyError, RecursionError):
+        return None
+
+
+def _without_switches(command: list[str]) -> list[str]:
+    return [word for word in command if word not in ("--overwrite", "--verbose")]
 
 
 def _pipeline(args):

@@ -8,7 +8,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 from .result import Diagnosis, Guesses, LevelDiagnosis
-from .verdict import SMALLEST_EFFECT, Verdict
+from .verdict import CONTRADICTS, SMALLEST_EFFECT, Verdict
 
 __all__ = ["describe", "describe_verdict", "write_json"]
 
@@ -20,13 +20,27 @@ _LEGEND = """\
   decided   share of a sample that is decided at that t"""
 
 
-def describe(diagnosis: Diagnosis, verdict: Verdict) -> str:
-    """Formats the verdict with its reasons, the table by timestep, and the effect of each weighting."""
+def describe(diagnosis: Diagnosis, verdict: Verdict, *, verbose: bool = True) -> str:
+    """Formats the verdict with its reasons and the recommended weights.
+
+    Args:
+        diagnosis: the diagnosis.
+        verdict: its verdict.
+        verbose: whether the table by timestep and the effect of each weighting follow.
+    """
+    answer = [
+        describe_verdict(diagnosis.name, verdict),
+        *_recommended(diagnosis, verdict),
+        *_trade(diagnosis, verdict),
+    ]
+    if not verbose:
+        return "\n".join([*answer, "--verbose prints the table by noise level; the figure shows it."])
     channels, height, width = diagnosis.shape
     data = diagnosis.data
     percentiles = ", ".join(f"{percent} %: {value:.3g}" for percent, value in data.percentiles.items())
-    lines = [describe_verdict(diagnosis.name, verdict), *_recommended(diagnosis, verdict), ""]
-    lines += [
+    lines = [
+        *answer,
+        "",
         f"{diagnosis.name} on {diagnosis.images:,} images of {channels} x {height} x {width}, measured on"
         f" {diagnosis.held_out} others",
         f"L' of real images: {data.mean:.4g}, percentiles {percentiles}",
@@ -50,6 +64,24 @@ def _recommended(diagnosis: Diagnosis, verdict: Verdict) -> list[str]:
         f" {cost.rise:+.1%}, L' {-cost.fall:+.1%}, both predicted; acts up to t={cost.last_timestep:g})"
         for cost in same
     ]
+
+
+def _trade(diagnosis: Diagnosis, verdict: Verdict) -> list[str]:
+    """Returns what a rise of the denoising loss buys where the data contradict the loss, for those who want that."""
+    if verdict.answer != CONTRADICTS:
+        return []
+    lines = []
+    for rise, costs in diagnosis.affordable.items():
+        bought = [cost for cost in costs if cost.largest_rise <= 1 and cost.fall > 0]
+        own = [cost for cost in bought if cost.weighting == diagnosis.asked.weighting]
+        for cost in (own or bought)[:1]:
+            lines.append(
+                f"Not recommended: {rise:.0%} of the denoising loss buys a fall of L' by {cost.fall:.1%}"
+                f" (--reg_weighting {cost.weighting} --reg_weight {cost.weight:.2g})"
+            )
+        if not bought:
+            lines.append(f"Not recommended: no weight buys a fall of L' for {rise:.0%} of the denoising loss")
+    return lines
 
 
 def describe_verdict(name: str, verdict: Verdict) -> str:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from .result import Cost, Diagnosis, Effect
 
-__all__ = ["SMALLEST_EFFECT", "Verdict", "judge"]
+__all__ = ["CONTRADICTS", "SMALLEST_EFFECT", "Verdict", "judge"]
 
 SMALLEST_EFFECT = 0.02
 """Net share of an error that the best gradient step on L' must remove for a loss to make sense, see `effect`.
@@ -23,7 +23,8 @@ _SMALL_SHARE = 0.02
 _DEAR = 0.05  # rise of the denoising loss above which a weight is too expensive
 _NO_FALL = 1e-3
 _FAR = 20.0  # in standard deviations of the data
-_HELPS, _CONTRADICTS, _IDLE = "makes sense", "contradicts the data", "has no effect"
+CONTRADICTS = "contradicts the data"
+_HELPS, _IDLE = "makes sense", "has no effect"
 
 
 @dataclass(frozen=True)
@@ -69,7 +70,7 @@ def judge(diagnosis: Diagnosis) -> Verdict:
     if bad := max(level.best.nonfinite for level in diagnosis.levels):
         reasons.append(f"It is non-finite on up to {bad} of {diagnosis.held_out} best guesses, which it skips.")
     if limit is not None and limit < diagnosis.levels[0].timestep:
-        answer = _CONTRADICTS
+        answer = CONTRADICTS
         reasons.append(f"Already at t={diagnosis.levels[0].timestep:g} the best guess is a blur for L'.")
     if answer != _HELPS:
         return Verdict(answer, (*reasons, _shift(diagnosis)), None, limit)
@@ -127,9 +128,9 @@ def _effect(diagnosis: Diagnosis) -> tuple[str, str]:
     if effect.net >= SMALLEST_EFFECT and effect.net > _STANDARD_ERRORS * effect.net_error:
         return _HELPS, f"Lowering L' leads towards real images: {numbers}."
     if cosine < -_STANDARD_ERRORS * cosine_error:
-        return _CONTRADICTS, f"Lowering L' leads away from real images: {numbers}."
+        return CONTRADICTS, f"Lowering L' leads away from real images: {numbers}."
     if effect.clean_pull > _UNFULFILLED:
-        return _CONTRADICTS, (
+        return CONTRADICTS, (
             f"Your data do not satisfy this: its squared gradient at clean images is {effect.clean_pull:.0%} of that"
             f" at images with {what}; {numbers}."
         )
