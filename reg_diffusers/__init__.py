@@ -6,8 +6,77 @@ Names are imported on first use, so `import reg_diffusers` is fast.
 """
 
 from importlib import import_module
+from typing import TYPE_CHECKING
 
 from . import moved
+
+if TYPE_CHECKING:  # for editors and type checkers, which do not follow __getattr__
+    from .affine_schedule import AffineSchedule as AffineSchedule
+    from .balancing import BalancedLoss as BalancedLoss
+    from .balancing import balance as balance
+    from .conditioning import takes_condition as takes_condition
+    from .conditioning import with_condition as with_condition
+    from .context import Shared as Shared
+    from .diagnosis import diagnose as diagnose
+    from .diagnosis import judge as judge
+    from .estimators import (
+        Ddim as Ddim,
+    )
+    from .estimators import (
+        KnownNoise as KnownNoise,
+    )
+    from .estimators import (
+        MonteCarlo as MonteCarlo,
+    )
+    from .estimators import (
+        Prediction as Prediction,
+    )
+    from .estimators import (
+        one_step as one_step,
+    )
+    from .guidance import Guidance as Guidance
+    from .loss_output import LossOutput as LossOutput
+    from .objective import RegularizedLoss as RegularizedLoss
+    from .objective import draw_timesteps as draw_timesteps
+    from .paired import Paired as Paired
+    from .pipeline import RegDDPMPipeline as RegDDPMPipeline
+    from .prediction import (
+        NoiseLevel as NoiseLevel,
+    )
+    from .prediction import (
+        add_noise as add_noise,
+    )
+    from .prediction import (
+        model_output_for as model_output_for,
+    )
+    from .prediction import (
+        noise_level as noise_level,
+    )
+    from .prediction import (
+        predict_original_sample as predict_original_sample,
+    )
+    from .prediction import (
+        prediction_target as prediction_target,
+    )
+    from .prediction import (
+        scale_model_input as scale_model_input,
+    )
+    from .regularization import X0Regularization as X0Regularization
+    from .regularizers import Regularizer as Regularizer
+    from .specs import (
+        load_estimator as load_estimator,
+    )
+    from .specs import (
+        load_regularizer as load_regularizer,
+    )
+    from .specs import (
+        load_weighting as load_weighting,
+    )
+    from .term import Term as Term
+    from .term import TermError as TermError
+    from .term import needs_of as needs_of
+    from .weight_rules import AutoWeight as AutoWeight
+    from .weight_rules import Target as Target
 
 __version__ = "0.4.0.dev0"
 

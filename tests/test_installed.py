@@ -70,7 +70,7 @@ def environment(programs, tmp_path, tiny_unet):
 
 def test_the_wheel_has_the_training_script_and_the_marker_of_its_types(wheel):
     names = zipfile.ZipFile(wheel).namelist()
-    assert "train_reg.py" in names and "reg_diffusers/data/LICENSE.fashion-mnist" in names
+    assert {"train_reg.py", "reg_diffusers/py.typed", "reg_diffusers/data/LICENSE.fashion-mnist"} <= set(names)
     assert not [name for name in names if name.startswith("tests")]
 
 

@@ -1,0 +1,69 @@
+"""What the package says about itself: metadata, citation, types, image, workflow."""
+
+import ast
+import configparser
+import re
+from pathlib import Path
+
+import pytest
+import yaml
+
+import reg_diffusers
+
+pytestmark = pytest.mark.project
+
+ROOT = Path(__file__).parents[1]
+
+
+@pytest.fixture(scope="module")
+def metadata():
+    setup = configparser.ConfigParser()
+    setup.read(ROOT / "setup.cfg")
+    return setup["metadata"]
+
+
+def test_editors_know_the_names_that_are_imported_on_first_use():
+    tree = ast.parse((ROOT / "reg_diffusers" / "__init__.py").read_text())
+    (block,) = (node for node in tree.body if isinstance(node, ast.If) and node.test.id == "TYPE_CHECKING")
+    known = {alias.name: node.module for node in block.body for alias in node.names if alias.asname == alias.name}
+    assert known == reg_diffusers._HOME
+    assert (ROOT / "reg_diffusers" / "py.typed").is_file()
+
+
+def test_one_address_is_given_everywhere(metadata):
+    address = metadata["url"]
+    readme = (ROOT / "README.md").read_text()
+    assert f"git clone {address} && cd reg_diffusers" in readme and f"url = {{{address}}}" in readme
+    assert yaml.safe_load((ROOT / "CITATION.cff").read_text())["repository-code"] == address
+    assert all(line.split(" = ")[1].startswith(address) for line in metadata["project_urls"].strip().splitlines())
+    text = (ROOT / "CONTRIBUTING.md").read_text()
+    placeholder, files = re.search(r"`sed -i 's\|(.*)\|.*\|' (.*?)`", text).groups()
+    holders = {path.name for path in ROOT.iterdir() if path.is_file() and placeholder in path.read_text()}
+    filled = set(files.split()) if placeholder in address else set()
+    assert holders == filled | {"CONTRIBUTING.md"}
+
+
+def test_the_citation_has_what_its_format_requires(metadata):
+    citation = yaml.safe_load((ROOT / "CITATION.cff").read_text())
+    assert {"cff-version", "message", "title", "authors"} <= set(citation)
+    assert citation["license"] == metadata["license"]
+    assert citation["authors"] == [{"name": metadata["author"]}]
+
+
+def test_the_image_takes_the_versions_of_the_constraints():
+    text = (ROOT / "docs" / "Dockerfile").read_text()
+    for line in re.findall(r"^COPY (.*) \S+$", text, re.MULTILINE):
+        assert all((ROOT / name).exists() for name in line.split()), line
+    chosen, left_out = re.findall(r'grep -v?iE "(.*?)" constraints.txt', text)
+    lines = [line for line in (ROOT / "constraints.txt").read_text().splitlines() if not line.startswith("#")]
+    torch = [line for line in lines if re.search(chosen, line, re.IGNORECASE)]
+    assert len(torch) == 1 and torch[0].startswith("torch==")
+    others = [line for line in lines if not re.search(left_out, line, re.IGNORECASE)]
+    assert set(lines) - set(others) == set(torch)
+
+
+def test_the_workflow_runs_the_checks_of_this_repository():
+    workflow = yaml.safe_load((ROOT / "docs" / "ci" / "github.yml").read_text())
+    steps = workflow["jobs"]["checks"]["steps"]
+    (command,) = (step["run"] for step in steps if "run" in step)
+    assert (ROOT / command).is_file()
