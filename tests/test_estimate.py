@@ -76,7 +76,7 @@ def test_a_disk_that_is_too_small_is_reported(train, image_folder, monkeypatch, 
 
 def test_measuring_the_speed_changes_no_random_number(train, image_folder, monkeypatch):
     whole = train("--train_data_dir", image_folder(), *CACHE, "--max_train_steps", 2, output="whole")
-    monkeypatch.setattr("reg_diffusers.training.run.measure_speed", lambda *_, **__: "not wanted")
+    monkeypatch.setattr("reg_diffusers.training.estimate.measure_speed", lambda *_, **__: "not wanted")
     part = train("--train_data_dir", image_folder(), *CACHE, "--max_train_steps", 2, output="part")
     assert not differ(weights(whole), weights(part))
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import shutil
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -15,15 +15,20 @@ from torch import nn
 
 from ..data.training_data import TrainingData
 from ..networks.attention import use_explicit_attention
+from ..networks.computation import Computation
 from ..networks.conditions import Conditions
+from ..networks.trained import trained_parameters
 from ..objective import RegularizedLoss, draw_timesteps
 from ..runtime.amounts import duration_text, size_text
 from ..runtime.errors import warn
+from ..settings import Settings
 from ..settings.optimization import OptimizationSettings
 from ..settings.output import OutputSettings
+from ..term import Term
 from ..trial.checks import random_numbers_as_before
+from .report import images_measured
 
-__all__ = ["Speed", "describe_disk", "describe_time", "measure_speed", "number_of_steps"]
+__all__ = ["Speed", "describe_needs", "measure_speed", "number_of_steps"]
 
 _SECONDS = 2.0  # of a measured step: a large network gets fewer images than a batch has
 _BYTES = 4  # of a number: weights, moments of AdamW and averages are kept in float32
@@ -40,6 +45,36 @@ class Speed:
 
     step: float
     call: float
+
+
+def describe_needs(
+    settings: Settings,
+    state: PartialState,
+    data: TrainingData,
+    unet,
+    noise_scheduler,
+    terms: tuple[Term, ...],
+    computation: Computation,
+) -> tuple[str, str]:
+    """Returns the lines about the time and the disk that a run needs."""
+    loss, optimization, output = settings.loss, settings.optimization, settings.output
+    models = 2 if loss.compare and terms else 1
+    measured = images_measured(data) if loss.compare or settings.hub.push_to_hub else 0
+    active = tuple(replace(term, weight=term.weight or 1.0) for term in terms)  # a measured weight starts at 0
+    speed = measure_speed(
+        RegularizedLoss(noise_scheduler, active, snr_gamma=loss.snr_gamma, max_nonfinite_steps=None).to(state.device),
+        unet,
+        noise_scheduler,
+        data,
+        state,
+        mixed_precision=computation.mixed_precision.value,
+        is_explicit=computation.attention.value == "explicit",
+        batch_size=optimization.train_batch_size,
+    )
+    steps, _ = number_of_steps(optimization, data.number, state.num_processes)
+    needed = _time(speed, optimization, output, data, state.num_processes, models=models, measured=measured)
+    trained = sum(parameter.numel() for parameter in trained_parameters(unet))
+    return needed, _disk(unet, trained, optimization, output, steps, models=models)
 
 
 def number_of_steps(settings: OptimizationSettings, number: int | None, processes: int) -> tuple[int, float]:
@@ -128,7 +163,7 @@ def measure_speed(
             torch.cuda.empty_cache()
 
 
-def describe_time(
+def _time(
     speed: Speed | str,
     optimization: OptimizationSettings,
     output: OutputSettings,
@@ -164,7 +199,7 @@ def describe_time(
     return f"about {duration_text(seconds)}: {trained} of {each}, {number}{' each' * (models > 1)}{comparison}"
 
 
-def describe_disk(
+def _disk(
     unet: nn.Module,
     trained: int,
     optimization: OptimizationSettings,

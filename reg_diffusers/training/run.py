@@ -26,8 +26,6 @@ from ..hub.uploads import Uploads, check_upload
 from ..networks.build import GivenModel, build_noise_scheduler, build_unet, load_given_model
 from ..networks.computation import Computation, choose_computation
 from ..networks.conditions import Conditions
-from ..networks.trained import trained_parameters
-from ..objective import RegularizedLoss
 from ..pipeline import RegDDPMPipeline
 from ..runs.lineage import find_checkpoint
 from ..runs.manifest import read_manifest
@@ -50,13 +48,13 @@ from ..trial.checks import OnData, check_terms
 from ..weight_rules import WeightRule
 from .conflict_free import check_balance
 from .ending import Ending, ended_well
-from .estimate import describe_disk, describe_time, measure_speed, number_of_steps
+from .estimate import describe_needs
 from .metrics import check_logger
 from .output import claim_output_dir, remove_earlier_run, write_settings
 from .preparation import Training, prepare
 from .preview import inference_steps
 from .record import record_of_data, record_of_objective, record_weights, recorded_command, write_record
-from .report import compare, describe, describe_machine, describe_result, images_measured
+from .report import compare, describe, describe_machine, describe_result
 from .settings import check_settings, mathematical_settings
 from .term_weights import measured_steps
 from .terms import build_terms, check_rules, check_schedules, in_units, weight_rules, with_weights
@@ -273,7 +271,7 @@ def open_run(launch: Launch) -> Run:
         )
         lines = describe_machine(machine, state, computation, keeps_memory)
         source, folder = settings.data.source, output.output_dir
-        estimates = _estimates(settings, state, data, unet, noise_scheduler, terms, computation)
+        estimates = describe_needs(settings, state, data, unet, noise_scheduler, terms, computation)
         print(
             describe(data, source, unet, noise_scheduler, loss, terms, on_data, estimates, lines, folder), flush=True
         )
@@ -314,36 +312,6 @@ def _batches(optimization: OptimizationSettings, data: TrainingData, processes: 
         return optimization.max_train_steps * optimization.gradient_accumulation_steps
     per_epoch = None if data.number is None else data.number // (optimization.train_batch_size * processes)
     return per_epoch and optimization.num_epochs * max(per_epoch, 1)
-
-
-def _estimates(
-    settings: Settings,
-    state: PartialState,
-    data: TrainingData,
-    unet,
-    noise_scheduler,
-    terms: tuple[Term, ...],
-    computation: Computation,
-) -> tuple[str, str]:
-    """Returns the lines about the time and the disk that the run needs."""
-    loss, optimization, output = settings.loss, settings.optimization, settings.output
-    models = 2 if loss.compare and terms else 1
-    measured = images_measured(data) if loss.compare or settings.hub.push_to_hub else 0
-    active = tuple(replace(term, weight=term.weight or 1.0) for term in terms)  # a measured weight starts at 0
-    speed = measure_speed(
-        RegularizedLoss(noise_scheduler, active, snr_gamma=loss.snr_gamma, max_nonfinite_steps=None).to(state.device),
-        unet,
-        noise_scheduler,
-        data,
-        state,
-        mixed_precision=computation.mixed_precision.value,
-        is_explicit=computation.attention.value == "explicit",
-        batch_size=optimization.train_batch_size,
-    )
-    steps, _ = number_of_steps(optimization, data.number, state.num_processes)
-    needed = describe_time(speed, optimization, output, data, state.num_processes, models=models, measured=measured)
-    trained = sum(parameter.numel() for parameter in trained_parameters(unet))
-    return needed, describe_disk(unet, trained, optimization, output, steps, models=models)
 
 
 def _check_length(data: TrainingData, source: str | None, max_train_steps: int | None) -> None:
