@@ -49,6 +49,7 @@ def test_nothing_beside_the_training_costs_a_trained_model(train, tmp_path, monk
     place = r"RuntimeError: no samples, please \(losses_of_images.py, line 7: raise RuntimeError.*\)"
     assert re.findall(r"error: (.*) failed: " + place, printed.err) == [
         *(f"the preview of step {step}" for step in (10, 20)),
+        *(f"the preview of step {step}" for step in (10, 20)),  # of the plain model, with the same captions
         "the comparison",
     ]
     assert "error: out/README.md failed: ValueError: the metadata of its README.md" in printed.err
