@@ -4,15 +4,18 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
+from types import SimpleNamespace
 
 import pytest
 import torch
+import transformers
 from diffusers import DDPMScheduler
 from torch import nn
 
 from reg_diffusers import needs_of, regularizers
 from reg_diffusers.regularizers import (
     Perceptual,
+    PromptSimilarity,
     RadialSpectrum,
     Score,
     SelfPerceptual,
@@ -62,6 +65,29 @@ def classifier(channels):
     return nn.Sequential(features(channels, 4), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 3).double())
 
 
+class ImagesAndText(nn.Module):
+    """What a CLIPModel has, for one text."""
+
+    device = "cpu"
+    config = SimpleNamespace(
+        vision_config=SimpleNamespace(image_size=24), text_config=SimpleNamespace(max_position_embeddings=4)
+    )
+
+    def __init__(self):
+        super().__init__()
+        self.classifier = classifier(3)
+
+    def get_image_features(self, pixel_values, interpolate_pos_encoding):
+        return self.classifier(pixel_values)
+
+    def get_text_features(self, input_ids):
+        return torch.tensor([[0.1, -0.2, 0.3]])
+
+
+def tokens(text, **options):
+    return transformers.BatchEncoding({"input_ids": torch.ones(1, 3)})
+
+
 class Denoiser(nn.Module):
     """The part of a diffusion model that its features need."""
 
@@ -105,6 +131,9 @@ LOSSES = {
     "physics.poisson": Loss(law("poisson", source=0.3)),
     "physics.unit_norm": Loss(lambda size, channels: physics.unit_norm),
     "Perceptual": Loss(lambda size, channels: Perceptual(features(3, 4), PREPARED), (1, 3)),
+    "PromptSimilarity": Loss(
+        lambda size, channels: PromptSimilarity(ImagesAndText(), tokens, PREPARED, "a cat"), (1, 3)
+    ),
     "RadialSpectrum": Loss(lambda size, channels: RadialSpectrum([0.1, 0.2]), half=None),
     "Score": Loss(lambda size, channels: Score(classifier(3), 1, processor=PREPARED), (1, 3)),
     "SelfPerceptual": Loss(of_the_model, half=None),
@@ -139,7 +168,8 @@ def small(case, channels=None, number=2):
 
 
 def test_the_table_has_every_loss():
-    modules = {name for name in vars(regularizers) if isinstance(getattr(regularizers, name), type)} - {"Regularizer"}
+    classes = {name for name in vars(regularizers) if isinstance(getattr(regularizers, name), type)}
+    modules = classes - {"Regularizer", "Classifier"}  # the losses of a classifier are Perceptual and Score
     assert set(LOSSES) == {*regularizers.__all__, *(f"physics.{name}" for name in physics.__all__), *modules}
 
 
