@@ -86,7 +86,7 @@ def test_a_step_that_fails_is_no_estimate_but_the_training_decides(train, image_
 
     monkeypatch.setattr(estimate, "draw_timesteps", lambda *_: 1 / 0)
     train("--train_data_dir", image_folder(), *CACHE, "--max_train_steps", 1)
-    assert lines_of(capsys.readouterr().out)["time"] == "1 steps; not estimated: a step failed: division by zero"
+    assert lines_of(capsys.readouterr().out)["time"] == "1 step; not estimated: a step failed: division by zero"
 
 
 class Data:

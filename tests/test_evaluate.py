@@ -15,7 +15,7 @@ import numpy as np
 import PIL.Image
 import pytest
 import torch
-from diffusers import DDPMScheduler
+from diffusers import DDPMScheduler, UNet2DModel
 from in_processes import in_processes
 from runs import evaluation_result
 
@@ -96,6 +96,28 @@ def test_samples_in_bfloat16_are_the_same_to_its_precision_and_another_evaluatio
     evaluate("--model", "A", *PIXELS, "--mixed_precision", "bf16", "--output", "fast")
     plain, fast = (np.load(f"{output}/samples/A.npz")["arr_0"] for output in ("evaluation", "fast"))
     assert 0 < np.abs(plain - fast).max() < 2**-6 * np.abs(plain).max()
+
+
+def test_the_time_is_said_before_the_first_sample_and_is_about_right(folder, evaluate, monkeypatch):
+    """A clock that advances by one second per call of a network; a measured step is one."""
+    from reg_diffusers.sampling import sampler
+
+    calls, forward = [], UNet2DModel.forward
+
+    def counted(self, *args, **kwargs):
+        calls.append(len(args[0]))
+        return forward(self, *args, **kwargs)
+
+    monkeypatch.setattr(UNet2DModel, "forward", counted)
+    monkeypatch.setattr(sampler.time, "perf_counter", lambda: len(calls))
+    flags = ("--model", "A", "--model", "B", *PIXELS, "--batch_size", 10, "--num_inference_steps", 30)
+    lines = evaluate(*flags).splitlines()
+    place = next(number for number, line in enumerate(lines) if line.startswith("time "))
+    assert (
+        lines[place] == "time        about 2 min to draw 20 + 20 images; then they are measured"
+    )  # 2 x 2 batches x 30
+    assert lines[place + 1].startswith("sampling    A: 20 images")
+    assert "to draw" not in evaluate(*flags, "--reuse")
 
 
 class Page(HTMLParser):

@@ -384,7 +384,7 @@ def test_names_are_those_of_the_log_in_tensorboard_too(train):
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     out = train("--max_train_steps", 2, "--logger", "tensorboard", "--reg_weight", "auto:0.1")
-    (file,) = (out / "logs").rglob("events.out.tfevents.*")
+    (file,) = (out / "logs" / "train_reg").glob("events.out.tfevents.*")
     events = EventAccumulator(str(file)).Reload()
     assert set(events.Tags()["scalars"]) == set(metrics(out)[-1]) - {"step"}
     assert {"raw/total_variation", "gradient_ratio/total_variation", "denoising/snr_0.1_to_1"} <= set(metrics(out)[-1])

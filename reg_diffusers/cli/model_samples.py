@@ -64,6 +64,8 @@ def draw_samples_of(args: argparse.Namespace, samplers: dict, state) -> None:
     from ..runtime.errors import UsageError
     from ..sampling.drawing import draw_missing
 
+    if state.is_main_process and (line := _time(samplers, args.batch_size, state.num_processes)):
+        print(line, flush=True)
     for title, (sampler, store, missing) in samplers.items():
         if not missing:
             continue
@@ -75,6 +77,29 @@ def draw_samples_of(args: argparse.Namespace, samplers: dict, state) -> None:
             raise UsageError(f"--batch_size {args.batch_size}: too large for the memory of {state.device}") from error
         except PermissionError as error:
             raise UsageError(f"--output {store.path} cannot be written: {error.strerror}") from error
+
+
+def _time(samplers: dict, batch_size: int, processes: int) -> str:
+    """Returns a line about the time that the missing samples take; empty if none is missing."""
+    import torch
+
+    from ..runtime.amounts import duration_text
+
+    seconds, numbers = 0.0, []
+    for sampler, _, missing in samplers.values():
+        share = missing[::processes]
+        if not share:
+            continue
+        numbers.append(f"{len(missing):,}")
+        batch = share[:batch_size]
+        try:
+            of_an_image = sampler.seconds_per_step(batch) / len(batch)
+        except torch.OutOfMemoryError:  # reported where the samples are drawn
+            return ""
+        seconds += of_an_image * sampler.settings.num_inference_steps * len(share)
+    if not numbers:
+        return ""
+    return f"time        about {duration_text(seconds)} to draw {' + '.join(numbers)} images; then they are measured"
 
 
 def read_samples(bench: Bench, samplers: dict) -> dict:

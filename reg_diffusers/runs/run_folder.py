@@ -31,6 +31,7 @@ _MARKS = {
 ABANDONED = "abandoned-"  # prefix of the checkpoints and sample images of an abandoned branch
 
 _LOGGING_DIR = "{logging_dir}"
+TENSORBOARD_FOLDER = "train_reg"
 _CHECKPOINT_FILES = (
     *("manifest.json", "counters_#.json", "random_states_#.pkl", "scaler.pt", "*.safetensors", "*.bin"),
     *("*.safetensors.index.json", "*.distcp", ".metadata", "*_states.pt", "latest", "zero_to_fp32.py"),
@@ -88,7 +89,7 @@ _MAIN = (
         "", (SETTINGS_FILE,), "settings", deleted=False
     ),  # overwritten; without it, the folder would not be recognized
     Left("", (CARD_FILE,), deleted=False),  # it may hold text of the owner
-    Left(_LOGGING_DIR + "/train_reg/**", ("events.out.tfevents.*",), "logs", **_PRIVATE),
+    Left(f"{_LOGGING_DIR}/{TENSORBOARD_FOLDER}/**", ("events.out.tfevents.*", "hparams.yml"), "logs", **_PRIVATE),
     Left("checkpoint-#/**", _CHECKPOINT_FILES, **_PRIVATE),
     Left(f"{ABANDONED}checkpoint-#/**", (*_CHECKPOINT_FILES, *LOGS), deleted=False, **_PRIVATE),
     Left("samples", (f"{ABANDONED}step-#.png",), deleted=False, **_PRIVATE),

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 
@@ -108,6 +110,19 @@ class Sampler:
         ).images
         return images.to(torch.promote_types(images.dtype, torch.float32)).cpu()
 
+    def seconds_per_step(self, indices: Sequence[int]) -> float:
+        """Times one of the first steps of a batch with these indices, after a warm-up."""
+        times = [time.perf_counter()]
+
+        def note(pipeline, index: int, timestep, tensors: dict) -> None:
+            times.append(time.perf_counter())
+            if index == 1:
+                raise _EnoughStepsError
+
+        with contextlib.suppress(_EnoughStepsError):
+            self.draw(indices, note)
+        return times[-1] - times[-2]
+
     def _conditions_of(self, indices: Sequence[int]) -> dict[str, Tensor]:
         """What the samples of these numbers are conditioned on, by argument of the pipeline; what is given in turn."""
         labels, images = self.settings.class_labels, self._conditions
@@ -151,6 +166,10 @@ class Sampler:
             raise ValueError(f"condition is missing, but the model is conditioned on images of {channels} channels")
         if not channels and self._conditions is not None:
             raise ValueError("condition is given, but the model is not conditioned on images")
+
+
+class _EnoughStepsError(Exception):
+    """Ends a timed batch."""
 
 
 class _InBfloat16(nn.Module):

@@ -165,6 +165,8 @@ def _add_section(parser: argparse.ArgumentParser, name: str) -> None:
             help="auto: continue from the newest intact checkpoint in --output_dir, or start if there is none; so the"
             " same command starts a run and continues it",
         )
+        logger = next(action for action in group._group_actions if action.dest == "logger")
+        group.add_argument("--report_to", dest="logger", choices=logger.choices, help="the same as --logger")
 
 
 def _settings(values: dict) -> Settings:

@@ -55,8 +55,14 @@ class OutputSettings:
     )
     logger: str | None = flag(
         None,
-        "additional logger; metrics.jsonl is always written",
+        "additional logger, of numbers, pictures and settings; metrics.jsonl is always written",
         choices=["tensorboard", "wandb", "trackio"],
+        mathematics=False,
+    )
+    tracker_project_name: str = flag(
+        "train_reg",
+        "project in wandb and trackio; the run there has the name of the output folder, and TensorBoard has folders",
+        metavar="NAME",
         mathematics=False,
     )
     profile: int | None = flag(

@@ -185,7 +185,7 @@ def _time(
         measured: samples of each model that are measured at the end.
     """
     steps, per_epoch = number_of_steps(optimization, data.number, processes)
-    trained = f"{models} x {steps:,} steps" if models > 1 else f"{steps:,} steps"
+    trained = f"{models} x " * (models > 1) + f"{steps:,} step{'s' * (steps > 1)}"
     if isinstance(speed, str):
         return f"{trained}; not estimated: {speed}"
     of_a_step = speed.step * optimization.train_batch_size * optimization.gradient_accumulation_steps

@@ -90,6 +90,7 @@ def prepare(
     output: OutputSettings,
     cache_dir: str | None = None,
     workers: int = 0,
+    hyperparameters: dict | None = None,
 ) -> Training:
     """Builds one training; its weights, order of the data and noise depend on the seed only.
 
@@ -106,6 +107,7 @@ def prepare(
         output: settings of the logger and the profile.
         cache_dir: folder of downloads.
         workers: number of data loading workers per process.
+        hyperparameters: settings to pass to the logger, by name.
 
     Raises:
         UsageError: the model does not fit the data, or the logger cannot be started.
@@ -117,7 +119,14 @@ def prepare(
         output.logger,
         output_dir / output.logging_dir,
     )
-    trackers = Trackers(accelerator, output.logger, ending)
+    trackers = Trackers(
+        accelerator,
+        output.logger,
+        ending,
+        output_dir=output_dir,
+        project=output.tracker_project_name,
+        hyperparameters=hyperparameters or {},
+    )
     set_seed(optimization.seed)
     given = load_given_model(model, cache_dir)
     noise_scheduler = build_noise_scheduler(model, given)

@@ -23,6 +23,7 @@ from ..sampling.inference_steps import available_steps
 from ..term import Term, score
 from ..trial.checks import random_numbers_as_before
 from .ending import Ending
+from .trackers import Trackers
 
 __all__ = ["Previews", "captioned_grid", "draw_samples", "grid", "inference_steps"]
 __all__ += ["sampling_pipeline"]
@@ -91,6 +92,7 @@ class Previews:
         means_on_data: mean of L' on the data by the names of the terms, for the heading.
         interruption: interruption of the run.
         ending: ending of the run.
+        trackers: logger, which gets the pictures, too.
     """
 
     def __init__(
@@ -106,12 +108,13 @@ class Previews:
         means_on_data: dict[str, float],
         interruption: Interruption,
         ending: Ending,
+        trackers: Trackers,
     ):
         self._accelerator, self._pipeline = accelerator, pipeline
         self._number, self._num_inference_steps, self._seed = number, num_inference_steps, seed
         self._folder = output_dir / "samples"
         self._terms, self._means_on_data = terms, means_on_data
-        self._interruption, self._ending = interruption, ending
+        self._interruption, self._ending, self._trackers = interruption, ending, trackers
         self._conditions = Conditions.for_previews(data, number)
 
     def draw(self, step: int) -> None:
@@ -125,6 +128,7 @@ class Previews:
         values = _values(samples.to(self._accelerator.device), self._terms, self._conditions)
         picture = captioned_grid(samples, values, f"step {step:,}", self._means_on_data) if values else grid(samples)
         write_whole(self._folder / f"step-{step:06d}.png", picture.save)
+        self._trackers.log_picture("samples", picture, step)
 
 
 def _values(samples: Tensor, terms: tuple[Term, ...], conditions: Conditions) -> dict[str, list[float]]:

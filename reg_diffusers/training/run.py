@@ -120,6 +120,7 @@ class Run:
             output=settings.output,
             cache_dir=settings.data.cache_dir,
             workers=settings.data.dataloader_num_workers,
+            hyperparameters=settings.kept(),
         )
 
     def rules(self, terms: tuple[Term, ...]) -> dict[str, WeightRule]:

@@ -71,6 +71,7 @@ class Saves:
             run.means_on_data(run.terms),
             run.interruption,
             run.ending,
+            training.trackers,
         )
 
     def stop(self, step: int, problem: UsageError) -> None:
