@@ -108,7 +108,7 @@ class AdaptiveWeights(nn.Module):
             row += [torch.where(known, lambdas * values, 0).sum(), (lambdas * known).sum()]
             row += _on_data(self._terms[name], prediction.original_samples, context) if is_measuring else [0.0, 0.0]
             rows.append(torch.stack([torch.as_tensor(part).to(self.means) for part in row]))
-        for name, found in zip(due, _over_processes(torch.stack(rows), output.loss.device), strict=True):
+        for name, found in zip(due, _over_processes(torch.stack(rows), prediction.model_output.device), strict=True):
             self._set(name, found, due[name])
 
     def _due(self, factors: dict[str, float]) -> dict[str, bool]:

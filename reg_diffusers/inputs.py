@@ -71,6 +71,8 @@ def one_per_image(timesteps, batch_size: int) -> Tensor:
         ValueError: there are neither 1 nor B timesteps.
     """
     timesteps = torch.as_tensor(timesteps)
+    if timesteps.shape == (batch_size,):
+        return timesteps
     if timesteps.numel() not in (1, batch_size):
         shape = tuple(timesteps.shape)
         raise ValueError(f"timesteps of shape {shape} for a batch of {batch_size}: pass one per image, or a scalar")
@@ -92,8 +94,10 @@ def weightings_of(
         TermError: a weighting does not return a finite (B,) tensor.
         ValueError: the mask has another dtype or shape.
     """
-    nothing = torch.zeros_like(level.snr)
-    lambdas = {term.name: nothing if factors.get(term.name) == 0 else checked_weights(term, level) for term in terms}
+    lambdas = {
+        term.name: torch.zeros_like(level.snr) if factors.get(term.name) == 0 else checked_weights(term, level)
+        for term in terms
+    }
     if image_mask is None:
         return lambdas
     mask = checked_mask(image_mask, level)

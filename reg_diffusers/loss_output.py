@@ -2,12 +2,44 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
-__all__ = ["LossOutput", "alias"]
+__all__ = ["LossOutput", "Records", "alias"]
+
+
+class Records(Mapping):
+    """Tensors by name, each computed when it is first read, because most steps of a training read none.
+
+    Args:
+        makers: function that computes the tensor, by name.
+    """
+
+    def __init__(self, makers: Mapping[str, Callable[[], Tensor]]):
+        self._makers = dict(makers)
+        self._made: dict[str, Tensor] = {}
+
+    def __getitem__(self, name: str) -> Tensor:
+        if name not in self._made:
+            self._made[name] = self._makers[name]()
+            self._makers[name] = None  # releases what it was computed from
+        return self._made[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._makers)
+
+    def __len__(self) -> int:
+        return len(self._makers)
+
+    def __repr__(self) -> str:
+        return repr(dict(self))
+
+    def with_first(self, name: str, make: Callable[[], Tensor]) -> Records:
+        """Returns these records behind another one."""
+        return Records({name: make, **{key: lambda key=key: self[key] for key in self}})
 
 
 @dataclass(frozen=True)
@@ -19,7 +51,8 @@ class LossOutput:
         terms: scalars by name, attached to the graph: "denoising" as it enters the loss, if the objective has it, and
             for every `Term` the mean of weighting * L', before `weight`.
         per_image: by the same names, detached values per image, (B,): "denoising" as it enters the loss, and L' for
-            every `Term`, nan for an image that was left out or dropped.
+            every `Term`, nan for an image that was left out or dropped. Computed when read: read it before images or
+            noise of the step are overwritten.
         weightings: by term, the weighting of each image, (B,), on the device of the timesteps; 0 for an image that
             `image_mask` leaves out.
         snr: (B,) signal-to-noise ratio of each image, on the device of the timesteps.
@@ -34,7 +67,7 @@ class LossOutput:
 
     loss: Tensor
     terms: dict[str, Tensor]
-    per_image: dict[str, Tensor] = field(default_factory=dict)
+    per_image: Mapping[str, Tensor] = field(default_factory=dict)
     weightings: dict[str, Tensor] = field(default_factory=dict)
     snr: Tensor | None = None
     model_output: Tensor | None = None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import threading
 import warnings
 from collections.abc import Callable, Mapping
@@ -10,8 +11,9 @@ import torch
 from torch import Tensor
 
 from .context import cut
+from .precision import at_least_float32
 
-__all__ = ["GuardedCall", "NonFiniteGuard", "ViewGuard", "advice", "are_finite"]
+__all__ = ["GuardedCall", "NonFiniteGuard", "ViewGuard", "advice", "are_finite", "finite_images"]
 
 
 _COUNTING = threading.Lock()  # global, because a guard with a lock could not be copied or pickled
@@ -43,16 +45,17 @@ class NonFiniteGuard:
         self._last: dict[tuple[int, str], GuardedCall] = {}  # by thread and term
         self._steps = 0
 
-    def begin(self, name: str, timesteps: Tensor) -> GuardedCall:
+    def begin(self, name: str, timesteps: Tensor, places: Tensor | None = None) -> GuardedCall:
         """Returns the guard for the next evaluation of a term; called once per step and term.
 
         Args:
             name: name of the term.
-            timesteps: (n,) timesteps of the images, for the error message.
+            timesteps: (B,) timesteps of the batch, for the error message.
+            places: (n,) positions of the images in the batch; None: all.
         """
         key = threading.get_ident(), name
         before = self._last[key].in_a_row if key in self._last else 0
-        self._last[key] = call = GuardedCall(name, timesteps, before, self._count)
+        self._last[key] = call = GuardedCall(name, timesteps, places, before, self._count)
         return call
 
     def last_timesteps(self, name: str) -> list[float]:
@@ -89,9 +92,12 @@ class NonFiniteGuard:
                 self._warned.add(name)
                 warnings.warn(f"an image without finite L' was left out of {name!r}; {remedy}", stacklevel=6)
 
-    def _count(self, name: str, images: Tensor) -> None:
+    def _count(self, name: str, images: Tensor | None) -> None:
         with _COUNTING:
-            self.dropped[name] = self.dropped.get(name, 0) + images
+            if images is not None:
+                self.dropped[name] = self.dropped.get(name, 0) + images
+            elif name not in self.dropped:
+                self.dropped[name] = torch.zeros((), dtype=torch.long, device="cpu")
 
 
 class GuardedCall:
@@ -99,23 +105,33 @@ class GuardedCall:
 
     Args:
         name: name of the term.
-        timesteps: (n,) timesteps of the images.
+        timesteps: (B,) timesteps of the batch.
+        places: (n,) positions of the images in the batch; None: all.
         before: number of consecutive non-finite steps before this one, a number or a scalar tensor.
-        count: `count(name, images)`, called with the number of dropped images, a scalar tensor.
+        count: `count(name, images)`, called with the number of dropped images, a scalar tensor; None for none.
 
     Attributes:
         timesteps: as given.
+        places: as given.
         before: as given.
         in_a_row: number of consecutive non-finite steps including this one, as far as known.
     """
 
-    def __init__(self, name: str, timesteps: Tensor, before: Tensor | int, count: Callable[[str, Tensor], None]):
+    def __init__(
+        self,
+        name: str,
+        timesteps: Tensor,
+        places: Tensor | None,
+        before: Tensor | int,
+        count: Callable[[str, Tensor | None], None],
+    ):
         self.timesteps = timesteps
+        self.places = places
         self.before = before
         self.in_a_row = before
         self._name = name
         self._count = count
-        self._given: Tensor | None = None  # (n,) whether the input of L' was finite
+        self._given: Tensor | None = None  # (n,) whether the input of L' was finite; None if all was
         self._dropped: Tensor | None = None  # (n,) whether L' made it non-finite
 
     @property
@@ -124,19 +140,24 @@ class GuardedCall:
         counts = (self.in_a_row, self.before)
         return any(isinstance(count, Tensor) and count.device.type != "cpu" for count in counts)
 
-    def drop_values(self, values: Tensor, given: Tensor) -> tuple[Tensor, Tensor]:
+    def drop_values(self, values: Tensor, given: Tensor | None) -> tuple[Tensor, Tensor]:
         """Replaces non-finite values of L', (n,): by 0, and in a second, detached tensor by nan.
 
         An image whose x0_hat was non-finite is dropped but not counted, because the network is the cause.
 
         Args:
             values: (n,) L' of each image.
-            given: (n,) whether x0_hat was finite, before the view.
+            given: (n,) whether x0_hat was finite, before the view; None if all were.
         """
         self._given = given
-        bad = ~values.detach().isfinite()
-        self._drop(bad & self._given)
-        return torch.where(bad, 0, values), values.detach().masked_fill(bad, torch.nan)
+        detached = values.detach()
+        if _are_known_finite(detached):
+            self._count(self._name, None)
+            self.in_a_row = 0
+            return values, detached
+        bad = ~detached.isfinite()
+        self._drop(self._caused(bad))
+        return torch.where(bad, 0, values), detached.masked_fill(bad, torch.nan)
 
     def drop_gradients(self, gradients: Tensor) -> Tensor:
         """Sets the gradients of L', (n, C, H, W), to 0 for every image with a non-finite gradient.
@@ -144,19 +165,26 @@ class GuardedCall:
         Zeroing the value is not enough, because its gradient is 0 times an infinite derivative. An image that was
         dropped for its value is not counted again.
         """
+        if _are_known_finite(gradients):
+            return gradients
         bad = ~are_finite(gradients)
-        self._drop(bad & self._given)
+        self._drop(self._caused(bad))
         return torch.where(bad.reshape(-1, *(1,) * (gradients.ndim - 1)), 0, gradients)
 
     def drop_images(self, images: Tensor) -> None:
         """Counts images whose gradients the view has made non-finite, (n,) bool."""
-        self._drop(images & self._given)
+        self._drop(self._caused(images))
 
     def dropped_timesteps(self) -> list[float]:
         """Returns the timesteps of the dropped images. Waits for the accelerator."""
         if self._dropped is None:
             return []
-        return self.timesteps[self._dropped.to(self.timesteps.device)].tolist()
+        timesteps = self.timesteps if self.places is None else self.timesteps[self.places]
+        return timesteps[self._dropped.to(timesteps.device)].tolist()
+
+    def _caused(self, bad: Tensor) -> Tensor:
+        """Selects bad images whose x0_hat was finite, (n,) bool."""
+        return bad if self._given is None else bad & self._given
 
     def _drop(self, images: Tensor) -> None:
         already = torch.zeros_like(images) if self._dropped is None else self._dropped
@@ -176,11 +204,11 @@ class ViewGuard:
         images: (n, C', ...) its output.
 
     Attributes:
-        given: (n,) whether x0_hat is finite.
+        given: (n,) whether x0_hat is finite; None if all are known to be.
     """
 
     def __init__(self, x0_hat: Tensor, images: Tensor):
-        self.given = are_finite(x0_hat.detach())
+        self.given = finite_images(x0_hat.detach())
         self._calls: list[tuple[GuardedCall, Tensor | None]] = []
         if images.requires_grad and x0_hat.requires_grad:
             x0_hat.register_hook(self._drop)
@@ -195,10 +223,27 @@ class ViewGuard:
         self._calls.append((call, among))
 
     def _drop(self, gradients: Tensor) -> Tensor:
+        if _are_known_finite(gradients):
+            return gradients
         bad = ~are_finite(gradients)
         for call, among in self._calls:
             call.drop_images(bad if among is None else cut(bad, among, len(bad)))
         return torch.where(bad.reshape(-1, *(1,) * (gradients.ndim - 1)), 0, gradients)
+
+
+def finite_images(images: Tensor) -> Tensor | None:
+    """Whether all values of each image are finite, (n,); None if that is known of all, at once and without waiting."""
+    return None if _are_known_finite(images) else are_finite(images)
+
+
+def _are_known_finite(values: Tensor) -> bool:
+    """Whether all values are finite, as far as one sum shows without waiting for an accelerator."""
+    if values.device.type != "cpu" or torch.compiler.is_compiling():
+        return False
+    try:
+        return math.isfinite(values.sum(dtype=at_least_float32(values.dtype)).item())
+    except RuntimeError:  # values cannot be read under vmap
+        return False
 
 
 def are_finite(images: Tensor) -> Tensor:
@@ -206,7 +251,7 @@ def are_finite(images: Tensor) -> Tensor:
 
     A sum that overflows float32 counts as infinite: for N values, magnitudes above about 3e38 / N.
     """
-    return images.flatten(1).sum(1, dtype=torch.promote_types(images.dtype, torch.float32)).isfinite()
+    return images.flatten(1).sum(1, dtype=at_least_float32(images.dtype)).isfinite()
 
 
 def advice(name: str, steps: int, images: int, timesteps: list[float], remedy: str = "") -> str:

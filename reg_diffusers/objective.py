@@ -25,7 +25,9 @@ from .context import unwrap
 from .estimators import Prediction
 from .inputs import one_per_image, refuse_unknown
 from .loss_output import LossOutput, alias
+from .precision import at_least_float32
 from .prediction import (
+    NoiseLevel,
     add_noise,
     input_dtype,
     noise_level,
@@ -40,7 +42,7 @@ from .prediction import (
 )
 from .regularization import X0Regularization
 from .schedule import FirstTimesteps, is_edm, unit_of_time
-from .term import Term, TermError
+from .term import Term, TermError, version_of
 
 __all__ = ["LossOutput", "RegularizedLoss", "Term", "TermError", "X0Regularization", "draw_timesteps"]
 __all__ += ["timesteps_of_training"]
@@ -144,8 +146,7 @@ class RegularizedLoss(nn.Module):
         model_output = alias(tensor_of(model(model_input, on_device, **unwrap(model_kwargs or {}))))
         target = prediction_target(self.scheduler, original_samples, noise, level)
         in_training = self.regularization.in_training(level)
-        weights = in_training.denoising_weight / output_weight(self.scheduler, level)
-        denoising, per_image = self._denoising(model_output, target, weights)
+        denoising, per_image = self._denoising(model_output, target, in_training)
         prediction = Prediction(
             self.scheduler, model_output, timesteps, noisy_samples, model, model_kwargs, noise, original_samples
         )
@@ -156,28 +157,41 @@ class RegularizedLoss(nn.Module):
             )
         return replace(
             extra,
-            loss=denoising + extra.loss,
+            loss=denoising + extra.loss if extra.terms else denoising,
             terms={"denoising": denoising, **extra.terms},
-            per_image={"denoising": per_image, **extra.per_image},
-            model_output=model_output,  # not its alias in `extra`, on which the denoising loss does not depend
+            per_image=extra.per_image.with_first("denoising", per_image),
             counts={"denoising": len(original_samples), **extra.counts},
         )
 
-    def _denoising(self, model_output: Tensor, target: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
-        """Computes the denoising loss, a scalar, and its value for each image, (B,), detached.
+    def _denoising(
+        self, model_output: Tensor, target: Tensor, level: NoiseLevel
+    ) -> tuple[Tensor, Callable[[], Tensor]]:
+        """Computes the denoising loss, a scalar, and a function for its value of each image, (B,), detached.
 
-        `weights`, (B,), are those of min-SNR or of an `AffineSchedule`; else they are 1 and not multiplied.
+        Min-SNR and an `AffineSchedule` have weights of their own; else the weight is 1 and not multiplied.
         """
         model_output = without_learned_variance(self.scheduler, model_output, target)
-        model_output = model_output.to(torch.promote_types(target.dtype, torch.float32))
+        model_output = model_output.to(at_least_float32(target.dtype))
         target = target.to(model_output.dtype)
         if self.snr_gamma is None and getattr(self.scheduler, "denoising_weight", None) is None:
-            with torch.no_grad():
-                per_image = F.mse_loss(model_output, target, reduction="none").flatten(1).mean(1)
-            return F.mse_loss(model_output, target), per_image
+            return F.mse_loss(model_output, target), _errors_later(model_output, target)
+        weights = level.denoising_weight / output_weight(self.scheduler, level)
         squared_error = F.mse_loss(model_output, target, reduction="none").flatten(1).mean(1)
         per_image = weights.to(squared_error, non_blocking=True) * squared_error
-        return per_image.mean(), per_image.detach()
+        return per_image.mean(), per_image.detach
+
+
+def _errors_later(model_output: Tensor, target: Tensor) -> Callable[[], Tensor]:
+    """Returns a function that computes the mean squared error of each image, (B,), without gradient."""
+    versions = [version_of(tensor) for tensor in (model_output, target)]
+
+    @torch.no_grad()
+    def errors() -> Tensor:
+        if versions != [version_of(tensor) for tensor in (model_output, target)]:
+            raise RuntimeError("per_image was read after the images, noise or output of its step were overwritten")
+        return F.mse_loss(model_output, target, reduction="none").flatten(1).mean(1)
+
+    return errors
 
 
 def draw_timesteps(scheduler, batch_size: int) -> Tensor:

@@ -32,13 +32,19 @@ class Factors:
 
 
 class Parameterization:
-    """The meaning of a network's output o."""
+    """The meaning of a network's output o.
+
+    Attributes:
+        target_uses_level: whether the target depends on the noise level; else `target` takes None in its place.
+    """
+
+    target_uses_level = True
 
     def x0_hat(self, output: Tensor, sample: Tensor, at: Factors) -> Tensor:
         """Converts an output to the image that it implies."""
         raise NotImplementedError
 
-    def target(self, original_samples: Tensor, noise: Tensor, at: Factors) -> Tensor:
+    def target(self, original_samples: Tensor, noise: Tensor, at: Factors | None) -> Tensor:
         """Computes the output for which x0_hat = x_0."""
         raise NotImplementedError
 
@@ -52,6 +58,8 @@ class Parameterization:
 
 
 class _Epsilon(Parameterization):
+    target_uses_level = False
+
     def x0_hat(self, output, sample, at):
         return (sample - at.sigma * output) / at.alpha
 
@@ -63,6 +71,8 @@ class _Epsilon(Parameterization):
 
 
 class _Sample(Parameterization):
+    target_uses_level = False
+
     def x0_hat(self, output, sample, at):
         return output
 
@@ -96,6 +106,8 @@ class _ExplodingV(_V):
 
 
 class _Flow(Parameterization):
+    target_uses_level = False
+
     def x0_hat(self, output, sample, at):
         return sample - at.sigma * output
 

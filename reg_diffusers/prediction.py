@@ -37,8 +37,10 @@ import torch
 from torch import Tensor, nn
 
 from .learned_variance import image_channels, learns_variance, output_for_step, without_learned_variance
+from .level_table import levels_at
 from .parameterization import Factors, parameterization
-from .schedule import alpha_sigma, checked_timesteps, is_edm, is_variance_exploding, prediction_type
+from .precision import at_least_float32
+from .schedule import alpha_sigma, checked_timesteps, is_affine, is_edm, is_variance_exploding, prediction_type
 
 __all__ = [
     "NoiseLevel",
@@ -92,10 +94,21 @@ def noise_level(scheduler, timesteps) -> NoiseLevel:
         ValueError: the scheduler is not supported, or a timestep is out of its range (checked on the CPU only).
     """
     timesteps = checked_timesteps(scheduler, timesteps)
+    parts = _from_table(scheduler, timesteps)
+    return NoiseLevel(*(_parts(scheduler, timesteps) if parts is None else parts))
+
+
+def _from_table(scheduler, timesteps: Tensor) -> tuple[Tensor, ...] | None:
+    """Looks up the parts of a noise level, (B,) float32 each; None for a schedule without a table."""
+    return levels_at(scheduler, timesteps, lambda every: torch.stack(_parts(scheduler, every)))
+
+
+def _parts(scheduler, timesteps: Tensor) -> list[Tensor]:
+    """Computes the parts of a noise level, (B,) float32 each."""
     alpha, sigma = alpha_sigma(scheduler, timesteps)
     at = Factors(timesteps.to(alpha), alpha, sigma)
     parts = (timesteps, alpha, sigma, (alpha / sigma) ** 2, parameterization(scheduler).denoising_weight(at))
-    return NoiseLevel(*(part.float() for part in parts))
+    return [part.float() for part in parts]
 
 
 def output_weight(scheduler, timesteps) -> Tensor:
@@ -139,7 +152,7 @@ def predict_original_sample(scheduler, model_output, timesteps, sample: Tensor) 
     if prediction_type(scheduler) == "epsilon":
         refuse_zero_terminal_snr(scheduler)
     model_output = without_learned_variance(scheduler, tensor_of(model_output), sample)
-    dtype = torch.promote_types(torch.promote_types(model_output.dtype, sample.dtype), torch.float32)
+    dtype = at_least_float32(model_output.dtype, sample.dtype)
     model_output, sample = model_output.to(dtype), sample.to(dtype)
     return parameterization(scheduler).x0_hat(model_output, sample, _factors_like(scheduler, timesteps, sample))
 
@@ -198,9 +211,10 @@ def prediction_target(scheduler, original_samples: Tensor, noise: Tensor, timest
     Returns:
         (B, C, ...): eps, x_0, alpha eps - sigma x_0 or eps - x_0, depending on `prediction_type`.
     """
-    return parameterization(scheduler).target(
-        original_samples, noise, _factors_like(scheduler, timesteps, original_samples)
-    )
+    kind = parameterization(scheduler)
+    level = _level_of(scheduler, timesteps, original_samples)
+    at = _shaped(scheduler, level, original_samples) if kind.target_uses_level else None
+    return kind.target(original_samples, noise, at)
 
 
 def add_noise(scheduler, original_samples: Tensor, noise: Tensor, timesteps) -> Tensor:
@@ -250,16 +264,34 @@ def _factors_like(scheduler, timesteps, sample: Tensor) -> Factors:
 
     A scalar timestep gives (1, 1, ...).
     """
+    return _shaped(scheduler, _level_of(scheduler, timesteps, sample), sample)
+
+
+def _level_of(scheduler, timesteps, sample: Tensor) -> Factors:
+    """Returns the factors of each image, (B,) or (1,)."""
     timesteps = _checked(scheduler, timesteps)
     if isinstance(timesteps, NoiseLevel):
-        factors = timesteps.timesteps, timesteps.alpha, timesteps.sigma
+        level = Factors(timesteps.timesteps, timesteps.alpha, timesteps.sigma)
+    elif (parts := _from_table(scheduler, timesteps)) is not None:
+        level = Factors(*parts[:3])
     else:
-        factors = timesteps, *alpha_sigma(scheduler, timesteps)
-    if len(factors[0]) not in (1, len(sample)):
-        raise ValueError(f"{len(factors[0])} timesteps for a batch of {len(sample)}: pass one per image, or a scalar")
+        level = Factors(timesteps, *alpha_sigma(scheduler, timesteps))
+    if (count := len(level.timesteps)) not in (1, len(sample)):
+        raise ValueError(f"{count} timesteps for a batch of {len(sample)}: pass one per image, or a scalar")
+    return level
+
+
+def _shaped(scheduler, level: Factors, sample: Tensor) -> Factors:
+    """Returns the factors in a shape that broadcasts against images, in their precision and on their device."""
     shape = (-1,) + (1,) * (sample.ndim - 1)
-    dtype = torch.promote_types(sample.dtype, torch.float32)
-    return Factors(*(factor.to(sample.device, dtype, non_blocking=True).reshape(shape) for factor in factors))
+    dtype = at_least_float32(sample.dtype)
+
+    def like(factor: Tensor) -> Tensor:
+        return factor.to(sample.device, dtype, non_blocking=True).reshape(shape)
+
+    # The time itself matters to an `AffineSchedule` only.
+    time = like(level.timesteps) if is_affine(scheduler) else level.timesteps
+    return Factors(time, like(level.alpha), like(level.sigma))
 
 
 def tensor_of(model_result) -> Tensor:

@@ -22,8 +22,9 @@ from .description import describe
 from .estimators import Prediction, calls_model, mean_of_draws, one_step
 from .frozen import FrozenNetworks
 from .inputs import checked_loss_weight, handed_over, refuse_unknown, weightings_of
-from .loss_output import LossOutput, alias
+from .loss_output import LossOutput, Records, alias
 from .nonfinite import NonFiniteGuard
+from .precision import at_least_float32
 from .prediction import NoiseLevel, noise_level, output_weight
 from .seeding import SeedGuard
 from .shown import Shown, by_draw, show
@@ -150,7 +151,14 @@ class X0Regularization(nn.Module):
         self._first_batch.check(self.scheduler, timesteps, sample, context.get("original_samples"), noise, image_mask)
         level = self.noise_level(timesteps, loss_weight, is_image=x0_hat is not None)
         prediction = Prediction(
-            self.scheduler, given, timesteps, sample, model, model_kwargs, noise, context.get("original_samples")
+            self.scheduler,
+            alias(given),
+            timesteps,
+            sample,
+            model,
+            model_kwargs,
+            noise,
+            context.get("original_samples"),
         )
         how = {"image_mask": image_mask, "is_image": x0_hat is not None, "training_step": training_step}
         output = self.at_level(level, prediction, context, **how)
@@ -224,10 +232,9 @@ class X0Regularization(nn.Module):
             is_image: whether the loop passed x0_hat instead of the model output.
         """
         factors = factors_of(self.terms, training_step)
-        prediction = replace(prediction, model_output=alias(prediction.model_output))
         extra = {"timesteps": prediction.timesteps, "noise": prediction.noise}
         context = {**context, **{name: value for name, value in extra.items() if value is not None}}
-        dtype = torch.promote_types(prediction.model_output.dtype, torch.float32)
+        dtype = at_least_float32(prediction.model_output.dtype)
         lambdas = weightings_of(self.terms, level, image_mask, factors)
         shown = show(self.terms, lambdas, prediction, context, is_image=is_image, tried=self._tried)
         terms, per_image, counts = {}, {}, {}
@@ -237,11 +244,11 @@ class X0Regularization(nn.Module):
             total, per_image[name] = self._sum(term, weights, shown[name], context, prediction.timesteps)
             terms[name] = (total / counts[name]).to(dtype)
         self.nonfinite.check()
-        zero = torch.zeros((), dtype=dtype, device=prediction.model_output.device)
+        loss = None if terms else torch.zeros((), dtype=dtype, device=prediction.model_output.device)
         output = LossOutput(
-            loss=zero,
+            loss=loss,  # with terms: set below
             terms=terms,
-            per_image=per_image,
+            per_image=Records(per_image),
             weightings=lambdas,
             snr=level.snr,
             model_output=prediction.model_output,
@@ -251,7 +258,8 @@ class X0Regularization(nn.Module):
         )
         self.adaptive.update(output, prediction, level, context, is_image)
         weights = {name: weight * factors.get(name, 1) for name, weight in self.adaptive.current().items()}
-        loss = sum((weights[name] * value for name, value in terms.items()), start=zero)
+        for name, value in terms.items():
+            loss = weights[name] * value if loss is None else loss + weights[name] * value
         return replace(output, loss=loss, weights=weights)
 
     def noise_level(self, timesteps, loss_weight: Tensor | float | None = None, is_image: bool = False) -> NoiseLevel:
@@ -304,21 +312,26 @@ class X0Regularization(nn.Module):
 
     def _sum(
         self, term: Term, weights: Tensor, shown: Shown, context: dict, timesteps: Tensor
-    ) -> tuple[Tensor, Tensor]:
+    ) -> tuple[Tensor, Callable[[], Tensor]]:
         """Computes sum_i weight_i L'(x0_hat_i) over images with non-zero weight.
 
-        Also returns L' of each image of the batch, (B,), nan if the image was left out or dropped.
+        Also returns a function for L' of each image of the batch, (B,), nan if the image was left out or dropped.
         """
         shown = shown.to(weights)
         active = shown.places
         if len(active) == 0:
-            return shown.images.new_zeros(()), shown.images.new_full((len(weights),), torch.nan)
+            empty = shown.images.detach()
+            return empty.new_zeros(()), lambda: empty.new_full((len(weights),), torch.nan)
         own = shown.context_of(term, context, len(weights))
-        values, active_values = self._evaluate(term, shown, own, timesteps[active])
-        per_image = active_values
-        if len(active) < len(weights):
-            per_image = active_values.new_full((len(weights),), torch.nan)
-            per_image[active.to(values.device, non_blocking=True)] = active_values
+        values, active_values = self._evaluate(term, shown, own, timesteps)
+
+        def per_image() -> Tensor:  # holds detached tensors only, so that graphs are freed
+            if len(active) == len(weights):
+                return active_values
+            found = active_values.new_full((len(weights),), torch.nan)
+            found[active.to(found.device, non_blocking=True)] = active_values
+            return found
+
         return (cut(weights, active, len(weights)).to(values, non_blocking=True) * values).sum(), per_image
 
     def _evaluate(self, term: Term, shown: Shown, context: dict, timesteps: Tensor) -> tuple[Tensor, Tensor]:
@@ -327,7 +340,7 @@ class X0Regularization(nn.Module):
         L' is averaged over the draws of an image, which are dropped together.
         """
         images = shown.by_image()  # an alias: zeroing its gradients leaves the other terms alone
-        guarded = self.nonfinite.begin(term.name, timesteps)
+        guarded = self.nonfinite.begin(term.name, timesteps, shown.places)
         if images.requires_grad:
             images.register_hook(guarded.drop_gradients)
         given = shown.guard_with(guarded)

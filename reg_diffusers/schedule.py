@@ -15,6 +15,7 @@ __all__ = [
     "FirstTimesteps",
     "alpha_sigma",
     "checked_timesteps",
+    "has_fixed_levels",
     "is_affine",
     "is_edm",
     "is_variance_exploding",
@@ -68,7 +69,7 @@ def checked_timesteps(scheduler, timesteps) -> Tensor:
         ValueError: the scheduler has no noise level for a timestep; the message names the likely cause.
     """
     timesteps = torch.as_tensor(timesteps)
-    flat = timesteps.reshape(-1)
+    flat = timesteps if timesteps.ndim == 1 else timesteps.reshape(-1)
     if flat.dtype == torch.bool or flat.is_complex():
         raise ValueError(f"timesteps must be numbers, not {flat.dtype}")
     if flat.device.type != "cpu" or torch.compiler.is_compiling():
@@ -303,6 +304,17 @@ def is_variance_exploding(scheduler) -> bool:
     """Whether `step` works on x_0 + sigma eps (Euler, Heun, LMS, K-diffusion) instead of alpha x_0 + sigma eps."""
     has_own_scale = hasattr(scheduler, "alphas_cumprod") and hasattr(scheduler, "sigmas")
     return has_own_scale and float(scheduler.init_noise_sigma) != 1.0
+
+
+def has_fixed_levels(scheduler) -> bool:
+    """Whether the noise level of a timestep is its entry in alphas_cumprod, whatever the sampling schedule."""
+    return (
+        not is_affine(scheduler)
+        and unit_of_time(scheduler) == "index"
+        and not hasattr(scheduler, "sigmas")
+        and type(scheduler).__name__ != "DDIMInverseScheduler"
+        and scheduler.alphas_cumprod.dtype == torch.float32
+    )
 
 
 def is_affine(scheduler) -> bool:

@@ -10,7 +10,8 @@ from torch import Tensor
 
 from .context import cut, repeat
 from .estimators import Prediction, calls_model, one_step
-from .nonfinite import GuardedCall, ViewGuard, are_finite
+from .nonfinite import GuardedCall, ViewGuard, finite_images
+from .precision import at_least_float32
 from .prediction import model_output_for, predict_original_sample
 from .term import Term, TermError, draw, term_context, viewed
 
@@ -71,17 +72,17 @@ class Shown:
         """Returns an alias of the images with the draws of an image together, (n, draws, C', ...)."""
         return by_image(self.images, self.draws)
 
-    def guard_with(self, call: GuardedCall) -> Tensor:
+    def guard_with(self, call: GuardedCall) -> Tensor | None:
         """Reports gradients that the view makes non-finite to the guard of a term.
 
         Returns:
-            (n,) whether x0_hat of each image is finite, before the view.
+            (n,) whether x0_hat of each image is finite, before the view; None if all are known to be.
         """
         if self.guard is None:
-            return are_finite(self.by_image().detach())
+            return finite_images(self.images.detach() if self.draws == 1 else self.by_image().detach())
         self.guard.report_to(call, self.among)
         given = self.guard.given
-        return given if self.among is None else cut(given, self.among, len(given))
+        return given if self.among is None or given is None else cut(given, self.among, len(given))
 
 
 def by_image(images: Tensor, draws: int) -> Tensor:
@@ -132,13 +133,13 @@ def show(
     found, drawn = {}, []
     for estimator in _distinct(term.estimator for term in terms):
         sharing = [term for term in terms if term.estimator == estimator]
-        draws, places = _draws(estimator), _active(lambdas, sharing).nonzero().flatten()
+        draws, places = _draws(estimator), _active(lambdas, sharing)
         x0_hat = _estimate(estimator, prediction, places, is_image)
         for view in _distinct(term.view for term in sharing):
             looking = [term for term in sharing if term.view == view]
             theirs, images = places, x0_hat
             if len(looking) < len(sharing):
-                among = _active(lambdas, looking)[places].nonzero().flatten()
+                among = _is_active(lambdas, looking)[places].nonzero().flatten()
                 theirs, images = places[among], _cut_draws(x0_hat, among, len(places), draws)
             if len(theirs) > 0 and view not in drawn:
                 draw(view, images)
@@ -163,6 +164,12 @@ def _draws(estimator: Callable) -> int:
 
 
 def _active(lambdas: dict[str, Tensor], terms: Sequence[Term]) -> Tensor:
+    """Returns the positions of the images with a non-zero weighting in at least one term, (n,)."""
+    weightings = lambdas[terms[0].name] if len(terms) == 1 else _is_active(lambdas, terms)
+    return weightings.nonzero().flatten()
+
+
+def _is_active(lambdas: dict[str, Tensor], terms: Sequence[Term]) -> Tensor:
     """Whether the weighting of an image is non-zero in at least one term, (B,)."""
     return torch.stack([lambdas[term.name] != 0 for term in terms]).any(0)
 
@@ -171,7 +178,7 @@ def _estimate(
     estimator: Callable[[Prediction], Tensor], prediction: Prediction, places: Tensor, is_image: bool
 ) -> Tensor:
     """Computes x0_hat of the chosen images, (draws n, C, ...), in at least float32."""
-    dtype = torch.promote_types(prediction.model_output.dtype, torch.float32)
+    dtype = at_least_float32(prediction.model_output.dtype)
     if len(places) == 0:
         return prediction.model_output.detach()[:0].to(dtype)
     if estimator is one_step and is_image:

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from .context import tensors_in, unwrap
 from .estimators import Prediction, one_step
+from .precision import all_finite, at_least_float32
 from .prediction import NoiseLevel
 from .regularizers.contract import Regularizer, TermError, needs_of, regularizer_name
 from .weight_rules import AutoWeight, Target, rule_of
@@ -34,6 +35,7 @@ __all__ = [
     "score",
     "seen_through",
     "term_context",
+    "version_of",
     "viewed",
 ]
 
@@ -150,7 +152,7 @@ def checked_weights(term: Term, level: NoiseLevel) -> Tensor:
         raise TermError(
             f"the weighting of {term.name!r} must return one value per image, ({len(level.snr)},), not {got}"
         )
-    if weights.device.type == "cpu" and not weights.isfinite().all():  # elsewhere this would wait for the device
+    if weights.device.type == "cpu" and not all_finite(weights):  # elsewhere this would wait for the device
         at = level.timesteps[~weights.isfinite()]
         raise TermError(f"the weighting of {term.name!r} is not finite at timesteps {at.min():g} to {at.max():g}")
     return weights
@@ -192,7 +194,7 @@ def viewed(term: Term, images: Tensor) -> Tensor:
             f"the view of {term.name!r} returns images that are detached from x0_hat: no gradient can reach the model."
             " Look for torch.no_grad, .detach() or numpy in it"
         )
-    return seen.to(torch.promote_types(seen.dtype, torch.float32))
+    return seen.to(at_least_float32(seen.dtype))
 
 
 def checked_values(term: Term, images: Tensor, context: dict, *, compare: bool = False) -> Tensor:
@@ -210,13 +212,13 @@ def checked_values(term: Term, images: Tensor, context: dict, *, compare: bool =
             place, which would affect the other terms and the caller.
     """
     given = [images, *tensors_in(context)]
-    versions = [_version(tensor) for tensor in given]
+    versions = [version_of(tensor) for tensor in given]
     copies = [tensor.detach().clone() for tensor in given] if compare else []
     with _outside_autocast(images.device):
         # An alias, because a regularizer may differentiate with respect to its argument.
         values = term.regularizer(images.view_as(images), **context)
     unchanged = all(_same(*pair) for pair in zip(copies, given, strict=False))
-    if not unchanged or versions != [_version(tensor) for tensor in given]:
+    if not unchanged or versions != [version_of(tensor) for tensor in given]:
         raise TermError(
             f"regularizer {term.name!r} modifies its arguments in place, which affects other terms and the caller: use"
             " the functions without a trailing underscore (clamp for clamp_), and x = x + 1 for x += 1"
@@ -308,5 +310,6 @@ def _same(one: Tensor, other: Tensor) -> bool:
     return other.is_meta or bool(((one == other) | (one.isnan() & other.isnan())).all())
 
 
-def _version(tensor: Tensor) -> int:
+def version_of(tensor: Tensor) -> int:
+    """Returns a number that changes when a tensor is modified in place."""
     return 0 if tensor.is_inference() else tensor._version

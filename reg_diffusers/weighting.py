@@ -59,8 +59,8 @@ def matched(level: NoiseLevel, *, snr0: float = 10.0, cap: float = 100.0, thresh
         cap: upper limit of w_d.
         threshold: gate value below which an image is left out.
     """
-    gate = 1 / (1 + (snr0 / level.snr) ** 2)
-    return torch.where(gate < threshold, 0, level.denoising_weight.clamp(max=cap) * gate)
+    gate = (1 + (snr0 / level.snr) ** 2).reciprocal()
+    return (level.denoising_weight.clamp(max=cap) * gate).masked_fill(gate < threshold, 0)
 
 
 @dataclass(frozen=True)

@@ -22,6 +22,8 @@ LAYERS = [
     | {
         "schedule",
         "adaptive_weights",
+        "level_table",
+        "precision",
         "conflict_free",
         "weight_rules",
         "weight_schedules",
