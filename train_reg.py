@@ -85,7 +85,8 @@ def fit(run: Run, output_dir, terms=()):
         run.title(terms),
     )
     saves = Saves(run, training, monitors, output_dir)
-    batches = batches_of(training, data, random_flip=settings.data.random_flip)
+    flips, dropout = settings.data.random_flip, settings.data.condition_dropout
+    batches = batches_of(training, data, random_flip=flips, condition_dropout=dropout)
     unet.train()
     with monitors.start(progress.step):
         while progress.step < training.max_train_steps:

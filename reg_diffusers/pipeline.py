@@ -1,8 +1,9 @@
 """Sampling from a UNet2DModel: unconditional, by class or by image.
 
 `RegDDPMPipeline` extends diffusers' `DDPMPipeline` to every scheduler, conditions, guidance by losses on x0_hat,
-scores of the samples, and fields that are not pictures. Each of the two loads models saved by the other: on disk the
-class is named "DDPMPipeline", and additional entries are under a private key of model_index.json.
+scores of the samples, latents, and fields that are not pictures. Each of the two loads models saved by the other. On
+disk the class is named "DDPMPipeline", or "LDMPipeline" with an autoencoder; other entries are under a private key of
+model_index.json.
 """
 
 from __future__ import annotations
@@ -12,9 +13,10 @@ import json
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import ClassVar
 
 import torch
-from diffusers import DDIMScheduler, DiffusionPipeline, FlowMatchEulerDiscreteScheduler, SchedulerMixin, UNet2DModel
+from diffusers import DiffusionPipeline, ModelMixin, SchedulerMixin, UNet2DModel
 from diffusers.utils import logging
 from diffusers.utils.torch_utils import randn_tensor
 from huggingface_hub import HfApi
@@ -25,7 +27,7 @@ from .guidance import Guidance
 from .hub.card import write_card
 from .hub.model_index import as_saved, check_components, check_saved_schedule, check_weights, saved_normalization
 from .hub.repository import STALE, check_source, fetch_evidence, open_repository, remote_card
-from .prediction import image_channels, output_for_step, predict_original_sample, prediction_type
+from .prediction import output_for_step, predict_original_sample
 from .regularizers.contract import Regularizer
 from .runs.run_folder import CARD_FILE
 from .sampling.call_inputs import (
@@ -38,29 +40,20 @@ from .sampling.call_inputs import (
     checked_generator,
     refuse_keywords,
 )
+from .sampling.fast_scheduler import fast_scheduler
+from .sampling.image_space import ImageSpace
 from .sampling.inference_steps import available_steps
 from .sampling.pipeline_output import RegDDPMPipelineOutput, rendered
 from .sampling.step_callback import CALLBACK_TENSORS, StepCallback
 from .standalone import standalone_source
 from .term import Term, score
-from .views import Affine
 
 __all__ = ["RegDDPMPipeline", "RegDDPMPipelineOutput", "fast_scheduler"]
 
 _logger = logging.get_logger(__name__)
 
 
-def fast_scheduler(scheduler) -> DDIMScheduler | FlowMatchEulerDiscreteScheduler:
-    """Creates a deterministic sampler for tens of steps, with the noise schedule and prediction type of `scheduler`.
-
-    DDIM (Song et al. 2021, arXiv:2010.02502) with trailing timesteps, or Euler's method for flow matching.
-    """
-    if prediction_type(scheduler) == "flow_prediction":
-        return FlowMatchEulerDiscreteScheduler.from_config(scheduler.config)
-    return DDIMScheduler.from_config(scheduler.config, timestep_spacing="trailing")
-
-
-class RegDDPMPipeline(DiffusionPipeline):
+class RegDDPMPipeline(ImageSpace, DiffusionPipeline):
     """Generates images with a UNet2DModel and any diffusers scheduler.
 
         pipeline = RegDDPMPipeline.from_pretrained("folder or Hub id")
@@ -68,21 +61,31 @@ class RegDDPMPipeline(DiffusionPipeline):
         output = pipeline(batch_size=4, num_inference_steps=50, regularizers=[total_variation])
         output.images[0], output.scores["total_variation"]
 
-    With the same scheduler, steps and generator, the images equal those of `DDPMPipeline` bit for bit.
+    With the same scheduler, steps and generator, the images equal those of `DDPMPipeline` bit for bit, and in latents
+    those of `LDMPipeline` up to rounding. Losses see images: latents are decoded for scores and guidance.
 
     Args:
         unet: the denoising network; input channels in addition to those of its images are for a `condition`.
         scheduler: a diffusers scheduler with the prediction_type of the network.
         normalization: for fields that are not pictures, {"offset": [C numbers], "scale": [C numbers]} with field =
             offset + scale * sample; None for pictures.
+        vqvae: the autoencoder of a network for latents, such as an AutoencoderKL, named as in `LDMPipeline`; None for
+            a network for images. It is frozen.
     """
 
-    model_cpu_offload_seq = "unet"
+    model_cpu_offload_seq = "unet->vqvae"
+    _optional_components: ClassVar[list[str]] = ["vqvae"]
     _callback_tensor_inputs = CALLBACK_TENSORS
 
-    def __init__(self, unet: UNet2DModel, scheduler: SchedulerMixin, normalization: dict | None = None):
+    def __init__(
+        self,
+        unet: UNet2DModel,
+        scheduler: SchedulerMixin,
+        normalization: dict | None = None,
+        vqvae: ModelMixin | None = None,
+    ):
         super().__init__()
-        self.register_modules(unet=unet, scheduler=scheduler)
+        self.register_modules(unet=unet, scheduler=scheduler, vqvae=vqvae)
         self.register_to_config(normalization=normalization)
         self._interrupt = False
         self._num_timesteps = 0
@@ -126,8 +129,8 @@ class RegDDPMPipeline(DiffusionPipeline):
             generator: random generator; with a list of one per image, each image is independent of the batch.
             num_inference_steps: number of network calls; reduced, with a log message, to the number of noise levels.
             output_type: "pil"; "np" for an array (B, H, W, C); "pt" for a tensor (B, C, H, W); "latent" for the tensor
-                (B, C, H, W) after the last step, about [-1, 1], not clipped and without units. Pictures are in [0, 1]
-                as "np" and "pt". Fields of a model with `normalization` are in their own units, see `views.Affine`.
+                (B, C, H, W) after the last step, not clipped, not decoded and without units. Pictures are in [0, 1] as
+                "np" and "pt". Fields of a model with `normalization` are in their own units, see `views.Affine`.
             return_dict: return a `RegDDPMPipelineOutput`; otherwise (images, scores), and x0_hat with `return_x0_hat`.
             regularizers: sequence or dictionary of losses that score the samples before clipping (fields: own units).
             class_labels: (B,) or one for all, for a class-conditional network.
@@ -146,7 +149,7 @@ class RegDDPMPipeline(DiffusionPipeline):
                 `pipeline._interrupt = True`. `pipeline.num_timesteps` is the number of steps.
             callback_on_step_end_tensor_inputs: tensors passed to it: latents (the sample after the step), model_output
                 (after guidance), x0_hat.
-            return_x0_hat: also return the predicted image of each step, after guidance and before clipping.
+            return_x0_hat: also return the predicted image of each step, after guidance, neither clipped nor decoded.
             **kwargs: rejected. `guidance_scale` is reserved for classifier-free guidance, which this pipeline lacks.
 
         Raises:
@@ -160,8 +163,9 @@ class RegDDPMPipeline(DiffusionPipeline):
         batch_size = at_least_one("batch_size", batch_size)
         num_inference_steps = at_least_one("num_inference_steps", num_inference_steps)
         generator = checked_generator(generator, batch_size)
-        check_output_type(output_type, self._channels)
-        steering = Guidance(guidance, regularizer_scale, guidance_method, guidance_samples, self._units)
+        check_output_type(output_type, self.image_shape[0])
+        view = self._view
+        steering = Guidance(guidance, regularizer_scale, guidance_method, guidance_samples, view)
         context = self._context(class_labels, condition, batch_size)
         regularizers = by_name(regularizers)
         check_needs([*regularizers.items(), *((term.name, term.regularizer) for term in steering.terms)], context)
@@ -189,9 +193,10 @@ class RegDDPMPipeline(DiffusionPipeline):
             sample = callback.latents(self, index, t, latents=sample, model_output=model_output, x0_hat=x0_hat)
             if self.interrupt:
                 break
-        terms = {name: Term(regularizer, 1.0, view=self._units) for name, regularizer in regularizers.items()}
+        terms = {name: Term(regularizer, 1.0, view=view) for name, regularizer in regularizers.items()}
         scores = {name: score(term, sample, context) for name, term in terms.items()}
-        images = rendered(sample, output_type, self.config.normalization)
+        shown = sample if output_type == "latent" else self.decode(sample)
+        images = rendered(shown, output_type, self.config.normalization)
         self.maybe_free_model_hooks()
         trajectory = torch.stack(intermediate) if return_x0_hat else None
         if not return_dict:
@@ -199,7 +204,7 @@ class RegDDPMPipeline(DiffusionPipeline):
         return RegDDPMPipelineOutput(images=images, scores=scores, x0_hat=trajectory)
 
     def to_json_string(self) -> str:
-        """Returns model_index.json in a form that `DDPMPipeline` and `DiffusionPipeline` load without a warning."""
+        """Returns model_index.json in a form that the pipelines of diffusers load."""
         return json.dumps(as_saved(json.loads(super().to_json_string())), indent=2, sort_keys=True) + "\n"
 
     def save_pretrained(
@@ -304,23 +309,6 @@ class RegDDPMPipeline(DiffusionPipeline):
         check_components(config_dict)
         return super().extract_init_dict({**config_dict, "normalization": saved_normalization(config_dict)}, **kwargs)
 
-    @property
-    def _channels(self) -> int:
-        """Channels of the images, without those of a learned variance."""
-        return image_channels(self.unet.config.out_channels, self.scheduler.config)
-
-    @property
-    def _units(self) -> Affine | None:
-        """Conversion from the model's units to those of its fields; None for pictures."""
-        normalization = self.config.normalization
-        return None if normalization is None else Affine(normalization["scale"], normalization["offset"])
-
-    @property
-    def _size(self) -> tuple[int, int]:
-        """Height and width of the images."""
-        size = self.unet.config.sample_size
-        return (size, size) if isinstance(size, int) else tuple(size)
-
     def _context(self, class_labels, condition, batch_size: int) -> dict[str, Tensor]:
         """Returns the conditions of the network by name; regularizers may list them in `needs`."""
         config, device = self.unet.config, self._execution_device
@@ -347,4 +335,6 @@ class RegDDPMPipeline(DiffusionPipeline):
 
 
 # diffusers reads the components' classes from these annotations, and up to 0.35 does not resolve strings.
-RegDDPMPipeline.__init__.__annotations__.update(unet=UNet2DModel, scheduler=SchedulerMixin, normalization=dict)
+RegDDPMPipeline.__init__.__annotations__.update(
+    unet=UNet2DModel, scheduler=SchedulerMixin, normalization=dict, vqvae=ModelMixin
+)

@@ -23,15 +23,31 @@ _MODULES = (
         "guidance",
         "frozen",
         "views",
+        "autoencoder",
         "sampling/inference_steps",
+        "sampling/fast_scheduler",
         "hub/model_index",
         "runs/measurement",
     ),
-    *("runtime/files", "runtime/links", "runs/run_folder", "hub/card_text", "hub/card", "hub/repository"),
-    *("sampling/call_inputs", "sampling/step_callback", "sampling/pipeline_output", "pipeline"),
+    *(
+        "runtime/files",
+        "runtime/links",
+        "runs/run_folder",
+        "hub/card_text",
+        "hub/card",
+        "hub/repository",
+    ),
+    *(
+        "sampling/call_inputs",
+        "sampling/step_callback",
+        "sampling/pipeline_output",
+        "sampling/image_space",
+        "pipeline",
+    ),
 )
 _PUBLIC = ("weighting", "regularizers/pixels", "pipeline")  # all that these export is in the file
 _DOCUMENTED = "pipeline"
+_PART_OF_IT = "sampling/fast_scheduler"  # which it exports
 
 _HEAD = '''"""RegDDPMPipeline of reg_diffusers {version} in one file, generated from its sources; licence: Apache-2.0.
 
@@ -83,7 +99,7 @@ def standalone_source() -> str:
             elif (defined := _defined(node)) == {"__all__"}:
                 roots |= set(ast.literal_eval(node.value)) if module in _PUBLIC else set()
             else:
-                text = _text(node, source.splitlines(), is_documented=module == _DOCUMENTED)
+                text = _text(node, source.splitlines(), is_documented=module in (_DOCUMENTED, _PART_OF_IT))
                 statements.append(_Statement(module, text, defined, _used(node)))
     reached = _reached(statements, roots)
     used = frozenset({"Path"}).union(*(statement.uses for statement in reached))

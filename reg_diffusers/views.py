@@ -23,7 +23,7 @@ from torch.utils.checkpoint import checkpoint
 
 from .frozen import FrozenNetworks
 
-__all__ = ["Affine", "DecodedImage"]
+__all__ = ["Affine", "DecodedImage", "latent_coordinates"]
 
 _LARGEST_RATIO = 2**12  # of offset to scale in float32, which then resolves 2^-12 of the scale
 
@@ -61,11 +61,21 @@ class Affine:
         return x.to(dtype) * scale + offset
 
     @property
+    def inverse(self) -> Affine:
+        """The conversion from the user's units to those of the model; no scale may be 0."""
+        scales, offsets = zip(*((1 / scale, -offset / scale) for scale, offset in self._per_channel), strict=True)
+        return Affine(*(values if len(values) > 1 else values[0] for values in (scales, offsets)))
+
+    @property
     def _needs_float64(self) -> bool:
+        return any(abs(offset) > _LARGEST_RATIO * abs(scale) for scale, offset in self._per_channel)
+
+    @property
+    def _per_channel(self) -> list[tuple[float, float]]:
+        """Scale and offset of each channel; one pair if both are equal for all channels."""
         scales, offsets = _as_tuple(self.scale), _as_tuple(self.offset)
         length = max(len(scales), len(offsets))
-        pairs = zip(_to_length(scales, length), _to_length(offsets, length), strict=True)
-        return any(abs(offset) > _LARGEST_RATIO * abs(scale) for scale, offset in pairs)
+        return list(zip(_to_length(scales, length), _to_length(offsets, length), strict=True))
 
 
 class DecodedImage(nn.Module):
@@ -125,7 +135,7 @@ class DecodedImage(nn.Module):
         for name, value in (("chunk", chunk), ("crop", 1 if crop is None else crop)):
             if not (isinstance(value, int) and value >= 1):
                 raise ValueError(f"{name} must be a positive integer, not {value!r}")
-        self._denormalize, self._patch = _coordinates(vae)
+        self._denormalize, self._patch = latent_coordinates(vae)
         if dtype not in ("auto", vae.dtype):
             vae = nn.Module.to(copy.deepcopy(vae), dtype)  # the loop may still encode with the original
         if checkpointing and _has_blocks_to_checkpoint(vae):
@@ -250,7 +260,7 @@ class DecodedImage(nn.Module):
         return self.vae.decode(latents, return_dict=False)[0]
 
 
-def _coordinates(vae: nn.Module) -> tuple[Affine, tuple[int, int] | None]:
+def latent_coordinates(vae: nn.Module) -> tuple[Affine, tuple[int, int] | None]:
     """Returns the conversion from the model's coordinates to the autoencoder's, and the size of patches if it has any.
 
     Raises:

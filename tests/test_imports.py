@@ -18,7 +18,17 @@ SCRIPT = PACKAGE.parent / "train_reg.py"
 # From the bottom to the top: a module imports from its own layer and those before it. A package counts as one module.
 LAYERS = [
     {"prediction", "weighting", "regularizers", "term", "estimators", "objective", "nonfinite", "balancing", "specs"}
-    | {"conditioning", "context", "views", "regularization", "seeding", "inputs", "shown", "loss_output"}
+    | {
+        "conditioning",
+        "context",
+        "views",
+        "autoencoder",
+        "regularization",
+        "seeding",
+        "inputs",
+        "shown",
+        "loss_output",
+    }
     | {
         "schedule",
         "adaptive_weights",

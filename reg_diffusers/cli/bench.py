@@ -51,11 +51,8 @@ def _titles(names: list[str]) -> list[str]:
 
 
 def _kind(pipeline) -> tuple:
-    config = pipeline.unet.config
-    size = config.sample_size
-    height, width = (size, size) if isinstance(size, int) else size
-    channels = pipeline._channels
-    return (channels, height, width), pipeline.config.normalization, config.in_channels - channels
+    condition_channels = pipeline.unet.config.in_channels - pipeline._channels
+    return pipeline.image_shape, pipeline.config.normalization, condition_channels
 
 
 def _shape(what) -> str:

@@ -91,6 +91,8 @@ def run(args: argparse.Namespace) -> None:
         raise UsageError("--reg_target: only a training finds its weight; drop the flag to see the effect of weights")
     if settings.data.streaming:
         raise UsageError("--streaming: a diagnosis reads --num_images images only; drop the flag")
+    if settings.model.vae:
+        raise UsageError("--vae: a diagnosis in latents is not supported: drop the flag")
     if args.num_levels < 2:
         raise UsageError("--num_levels must be at least 2")
     terms = build_terms(loss, settings.data)
@@ -233,6 +235,8 @@ def _load_data(settings: DataSettings, model: str | None, given, pipeline):
     channels, resolution, normalization = given.channels, given.resolution, given.normalization
     if pipeline is not None:
         config = pipeline.unet.config
+        if pipeline.vqvae is not None:
+            raise UsageError(f"--model {model} draws latents, which a diagnosis does not support: drop the flag")
         channels = image_channels(config.out_channels, pipeline.scheduler.config)
         if config.num_class_embeds or config.in_channels != channels:
             raise UsageError(

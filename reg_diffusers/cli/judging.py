@@ -255,9 +255,8 @@ def judge_models(
             some = {name: value[:_IMAGES_OF_LOSS] for name, value in conditions.items()}
             pipeline = models[title]
             some["snr_gamma"] = args.snr_gamma
-            losses = denoising_losses(
-                pipeline.unet, pipeline.scheduler, reference[:_IMAGES_OF_LOSS], args.seed, **some
-            )
+            encoded = pipeline.encode(reference[:_IMAGES_OF_LOSS])
+            losses = denoising_losses(pipeline.unet, pipeline.scheduler, encoded, args.seed, **some)
             loss = losses.mean().item()
         rows[title] = judge_samples(
             drawn.to(device),

@@ -41,6 +41,8 @@ def load_pipeline(model: str, device=None, *, mixed_precision: str = "no"):
         ) from error
     if device is None:
         device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else "cpu"
+    if pipeline.vqvae is not None:
+        pipeline.vqvae.requires_grad_(False)
     pipeline.unet.requires_grad_(False)  # guidance needs the gradient of the image only
     device = torch.device(device)
     keep_freed_memory(device)

@@ -48,6 +48,7 @@ class StreamedPictures:
 
     normalization = PICTURES
     is_picture = True
+    prompts = None
 
     def __init__(
         self,

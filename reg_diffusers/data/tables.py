@@ -19,6 +19,7 @@ from .source import Source, check_parquet
 __all__ = [
     "EMBEDDED",
     "LabelsError",
+    "caption_column",
     "image_column",
     "label_column",
     "number_of_rows",
@@ -230,6 +231,20 @@ def image_column(table, wanted: str | None, *, flag: str = "--image_column", oth
     no_other = f"no column of images other than {other_than}" if images else "no column of images"
     problem = no_other if wanted is None else f"{flag} {wanted!r} is not a column of images"
     raise UsageError(f"{problem}; the columns are: {columns}")
+
+
+def caption_column(table, column: str) -> str:
+    """Returns the column of the texts of the images.
+
+    Raises:
+        UsageError: it does not exist, or holds no texts; the message lists the columns.
+    """
+    columns = ", ".join(f"{name} ({_kind(feature)})" for name, feature in table.features.items())
+    if column not in table.features:
+        raise UsageError(f"--caption_column {column}: there is no such column; the columns are: {columns}")
+    if _kind(table.features[column]) not in ("string", "large_string", "string_view"):
+        raise UsageError(f"--caption_column {column} holds no texts; the columns are: {columns}")
+    return column
 
 
 def label_column(table, settings: DataSettings) -> str:

@@ -20,83 +20,36 @@ from ..runtime.errors import UsageError, warn
 from ..settings.data import DataSettings
 from ..settings.optimization import OptimizationSettings
 from .fields import check_order, field_file, read_fields
-from .normalization import PICTURES, Normalization, field_normalization
+from .latents import LatentData
+from .normalization import Normalization, field_normalization
 from .pictures import decode_table, depth_of_table, is_grey
+from .pictures_data import PictureData
 from .source import FLAGS_OF_TRAINING, Naming, Source, source_of
 from .stream_batches import stream_dataloader
 from .streaming import StreamedPictures
-from .tables import EMBEDDED, LabelsError, image_column, label_column, number_of_rows, read_rows, with_class_labels
+from .tables import (
+    EMBEDDED,
+    LabelsError,
+    caption_column,
+    image_column,
+    label_column,
+    number_of_rows,
+    read_rows,
+    with_class_labels,
+)
 
 __all__ = [
     "FieldData",
     "LabelsError",
+    "LatentData",
     "Naming",
     "Normalization",
     "PictureData",
     "TrainingData",
+    "cache_folder",
     "load_training_data",
     "make_dataloader",
 ]
-
-
-class PictureData(torch.utils.data.Dataset):
-    """Images as uint8, with class labels and conditioning images if requested.
-
-    Attributes:
-        shape: (C, H, W).
-        normalization: from 0..255 to [-1, 1], also for the conditioning images.
-        classes: names of the classes, or None.
-        condition_channels: channels K of the conditioning images, 0 without.
-        note: a line to print at the start, next to the number and shape of the data.
-        number: number of images.
-        examples: images for repeated use: all of them.
-    """
-
-    normalization = PICTURES
-    is_picture = True
-
-    def __init__(
-        self,
-        table,
-        shape: tuple[int, int, int],
-        classes: list[str] | None,
-        condition_channels: int = 0,
-        note: str = "",
-    ):
-        self._table = table.with_format("arrow")
-        self.shape = shape
-        self.classes = classes
-        self.condition_channels = condition_channels
-        self.note = note
-
-    def __len__(self) -> int:
-        return len(self._table)
-
-    @property
-    def number(self) -> int:
-        return len(self)
-
-    @property
-    def examples(self) -> PictureData:
-        return self
-
-    def __getitems__(self, indices: list[int]) -> dict[str, Tensor]:
-        """Reads the batch of these indices at once.
-
-        {"values": (B, C, H, W) uint8, "ids": (B,), "condition": (B, K, H, W) uint8, "class_labels": (B,)}
-        """
-        rows = self._table[indices]
-        batch = {"values": _pixels(rows["pixels"], self.shape), "ids": torch.tensor(indices)}
-        if self.condition_channels:
-            batch["condition"] = _pixels(rows["condition"], (self.condition_channels, *self.shape[1:]))
-        if self.classes is not None:
-            batch["class_labels"] = torch.from_numpy(rows["class_label"].to_numpy().copy())
-        return batch
-
-
-def _pixels(column, shape: tuple[int, int, int]) -> Tensor:
-    """Converts a column of flattened images to a tensor (B, *shape)."""
-    return torch.from_numpy(column.combine_chunks().flatten().to_numpy().copy()).reshape(-1, *shape)
 
 
 class FieldData(torch.utils.data.Dataset):
@@ -113,6 +66,7 @@ class FieldData(torch.utils.data.Dataset):
     """
 
     is_picture = False
+    prompts = None
     classes = None
     condition_channels = 0
 
@@ -143,7 +97,7 @@ class FieldData(torch.utils.data.Dataset):
         return {"values": torch.from_numpy(values), "ids": torch.tensor(indices)}
 
 
-TrainingData = PictureData | FieldData | StreamedPictures
+TrainingData = PictureData | FieldData | StreamedPictures | LatentData
 
 
 def load_training_data(
@@ -265,7 +219,8 @@ def _load_pictures(
         wanted = next(wanted for _, wanted in columns.values() if wanted not in (None, 1, 3))
         raise UsageError(f"{naming.model} has {wanted} channels, but images have 1 or 3: use .npy fields (N, C, H, W)")
     images = [name for name, _ in columns.values()]
-    table = table.select_columns(images + ([label] if label else []))
+    caption = None if settings.caption_column is None else caption_column(table, settings.caption_column)
+    table = table.select_columns(images + [name for name in (label, caption) if name])
     for name in images:
         table = table.cast_column(name, Image(decode=False))
     if not settings.streaming:
@@ -275,6 +230,13 @@ def _load_pictures(
     return StreamedPictures(
         rows, columns, label, classes, resolution, number, source, skip_bad_images=settings.skip_bad_images
     )
+
+
+def cache_folder(cache_dir: str | None) -> Path:
+    """Returns the folder of decoded and encoded images."""
+    from datasets.config import HF_DATASETS_CACHE
+
+    return Path(cache_dir or HF_DATASETS_CACHE) / "reg_diffusers"
 
 
 def _check_cache_dir(cache_dir: str | None) -> None:
@@ -295,9 +257,7 @@ def _decoded(
     settings: DataSettings, table, columns: dict, classes: list[str] | None, resolution: int, source: Source
 ) -> PictureData:
     """Decodes all images of a table into a cache."""
-    from datasets.config import HF_DATASETS_CACHE
-
-    cache_dir = Path(settings.cache_dir or HF_DATASETS_CACHE) / "reg_diffusers"
+    cache_dir = cache_folder(settings.cache_dir)
     channels, notes = {}, {}
     for into, (name, wanted) in columns.items():
         channels[into] = wanted or (1 if is_grey(table, name, source) else 3)
@@ -308,7 +268,7 @@ def _decoded(
             skip_bad_images=settings.skip_bad_images,
         )
     shape = (channels["pixels"], resolution, resolution)
-    return PictureData(table, shape, classes, channels.get("condition", 0), notes["pixels"])
+    return PictureData(table, shape, classes, channels.get("condition", 0), notes["pixels"], settings.caption_column)
 
 
 def _shown(numbers: tuple[float, ...]) -> str:

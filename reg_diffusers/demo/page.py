@@ -57,6 +57,8 @@ class Demonstration:
         self.most_steps = min(_MOST_STEPS, pipeline.scheduler.config.num_train_timesteps)
         self.regularizers = dict(regularizers)
         self._newest: dict[str | None, object] = {}  # the latest drawing of each visitor
+        if pipeline.vqvae is not None:
+            raise ValueError("the model draws latents, which the demo does not support: use reg-diffusers sample")
         self._check(image_channels(pipeline.unet.config.out_channels, pipeline.scheduler.config))
 
     def draw(

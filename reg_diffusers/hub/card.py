@@ -22,15 +22,12 @@ from .card_text import CardFacts, card_text
 from .model_index import saved_normalization
 
 __all__ = [
-    "copy_evidence",
-    "merge_cards",
-    "model_card",
-    "read_card",
-    "write_card",
+    *("BEGIN", "END", "as_card", "copy_evidence", "merge_cards", "model_card", "read_card", "read_json"),
+    *("shown_pictures", "write_card", "write_merged"),
 ]
 
-_BEGIN = "<!-- reg_diffusers: written anew at each upload down to the mark at its end; your own text goes outside -->"
-_END = "<!-- reg_diffusers: end -->"
+BEGIN = "<!-- reg_diffusers: written anew at each upload down to the mark at its end; your own text goes outside -->"
+END = "<!-- reg_diffusers: end -->"
 _TASK = "unconditional-image-generation"
 # Names of results; the name of a loss follows the prefix.
 _LOSS = "L' "
@@ -47,7 +44,7 @@ def model_card(folder: Path, repo_id: str, license: str | None = None) -> ModelC
         license: the licence for the metadata; "unknown" by default.
     """
     facts = _facts(folder)
-    return _card(_metadata(facts, repo_id, license), f"{_BEGIN}\n\n{card_text(facts, repo_id)}\n\n{_END}")
+    return as_card(_metadata(facts, repo_id, license), f"{BEGIN}\n\n{card_text(facts, repo_id)}\n\n{END}")
 
 
 def write_card(folder: Path, repo_id: str, old: ModelCard | None = None, license: str | None = None) -> None:
@@ -58,12 +55,21 @@ def write_card(folder: Path, repo_id: str, old: ModelCard | None = None, license
     Raises:
         ValueError: if README.md is a link out of the folder, or if its metadata cannot be read.
     """
+    write_merged(folder, model_card(folder, repo_id, license), old)
+
+
+def write_merged(folder: Path, card: ModelCard, old: ModelCard | None = None) -> None:
+    """Writes a card to README.md, merged with `old` or with the present README.md; see `write_card`.
+
+    Raises:
+        ValueError: as for `write_card`.
+    """
     path = folder / CARD_FILE
     if path.is_symlink() and not is_part_of(str(path), str(folder)):
         raise ValueError(f"{path} is a link out of {folder}, and writing would follow it: remove the link")
     if old is None and path.is_file():
         old = read_card(path)
-    write_whole(path, merge_cards(model_card(folder, repo_id, license), old).save)
+    write_whole(path, merge_cards(card, old).save)
 
 
 def read_card(path: Path) -> ModelCard:
@@ -108,13 +114,14 @@ def merge_cards(new: ModelCard, old: ModelCard | None) -> ModelCard:
     results = [*(new.data.eval_results or []), *filter(_is_foreign, old.data.eval_results or [])]
     if results:
         metadata |= {"eval_results": results, "model_name": new.data.model_name or old.data.model_name}
-    before, mark, rest = old.text.partition(_BEGIN)
-    after = rest.partition(_END)[2] if mark else ""
+    before, mark, rest = old.text.partition(BEGIN)
+    after = rest.partition(END)[2] if mark else ""
     text = "\n\n".join(part for part in (before.strip(), new.text.strip(), after.strip()) if part)
-    return _card(ModelCardData(**{**kept, **metadata}, ignore_metadata_errors=True), text)
+    return as_card(ModelCardData(**{**kept, **metadata}, ignore_metadata_errors=True), text)
 
 
-def _card(data: ModelCardData, text: str) -> ModelCard:
+def as_card(data: ModelCardData, text: str) -> ModelCard:
+    """Builds a card from metadata and Markdown text."""
     return ModelCard(f"---\n{data.to_yaml()}\n---\n\n{text}\n", ignore_metadata_errors=True)
 
 
@@ -165,17 +172,19 @@ def _is_foreign(result: EvalResult) -> bool:
 def _facts(folder: Path) -> CardFacts:
     comparison = folder / COMPARISON_FILE
     return CardFacts(
-        record=_read_json(folder / CONFIG_FILE),
-        unet=_read_json(folder / "unet" / "config.json"),
-        scheduler=_read_json(folder / "scheduler" / "scheduler_config.json"),
-        is_field=saved_normalization(_read_json(folder / "model_index.json")) is not None,
-        settings=_read_json(comparison),
+        record=read_json(folder / CONFIG_FILE),
+        unet=read_json(folder / "unet" / "config.json"),
+        scheduler=read_json(folder / "scheduler" / "scheduler_config.json"),
+        vae=read_json(folder / "vqvae" / "config.json"),
+        is_field=saved_normalization(read_json(folder / "model_index.json")) is not None,
+        settings=read_json(comparison),
         rows=read_comparison(comparison) if comparison.is_file() else {},
-        pictures=_pictures(folder),
+        pictures=shown_pictures(folder),
     )
 
 
-def _pictures(folder: Path) -> dict[str, str]:
+def shown_pictures(folder: Path) -> dict[str, str]:
+    """Returns the paths of the figures of a card, relative to its folder, by caption."""
     shown = {"Data and samples with their numbers": "comparison.png", "Loss against distance": "evaluation.png"}
     found = {text: name for text, name in shown.items() if (folder / name).is_file()}
     grids = sorted(files_left(folder, lambda left: left.evidence and left.folder == "samples"), key=_number)
@@ -186,5 +195,6 @@ def _number(path: Path) -> int:
     return int("".join(filter(str.isdigit, path.stem)))
 
 
-def _read_json(path: Path) -> dict:
+def read_json(path: Path) -> dict:
+    """Reads a JSON file; empty if there is none."""
     return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from ..prediction import image_channels
 from ..runs.measurement import Measurement, as_code, as_text, markdown_table
 
-__all__ = ["CardFacts", "card_text"]
+__all__ = ["CardFacts", "block", "card_text", "objective_section", "reproduction_section"]
 
 _FORMULAS = {  # by prediction type: target of the network, its definition, the image that the output implies
     "epsilon": ("eps", None, "(x_t - sigma(t) * model(x_t, t)) / alpha(t)"),
@@ -38,6 +38,7 @@ class CardFacts:
         record: the content of reg_config.json: the objective and the settings of a run.
         unet: the config of the network.
         scheduler: the config of the scheduler.
+        vae: the config of the autoencoder of a model of latents; empty for a model of images.
         is_field: whether the samples are fields instead of images.
         settings: the settings of the measurement.
         rows: the measured rows, that of the model last.
@@ -47,6 +48,7 @@ class CardFacts:
     record: dict
     unet: dict
     scheduler: dict
+    vae: dict
     is_field: bool
     settings: dict
     rows: dict[str, Measurement]
@@ -75,9 +77,9 @@ class CardFacts:
 
     @property
     def size(self) -> tuple[int, int]:
-        """Height and width."""
-        size = self.unet["sample_size"]
-        return (size, size) if isinstance(size, int) else tuple(size)
+        """Height and width of the images."""
+        size, factor = self.unet["sample_size"], 2 ** (len(self.vae["block_out_channels"]) - 1) if self.vae else 1
+        return (factor * size,) * 2 if isinstance(size, int) else tuple(factor * side for side in size)
 
 
 def card_text(facts: CardFacts, repo_id: str) -> str:
@@ -90,10 +92,10 @@ def card_text(facts: CardFacts, repo_id: str) -> str:
     sections = [
         f"# {as_text(repo_id.rstrip('/').split('/')[-1])}",
         _introduction(facts),
-        _objective(facts.record.get("objective")),
+        objective_section(facts.record.get("objective")),
         _evidence(facts),
         _usage(facts, repo_id),
-        _reproduction(facts.record),
+        reproduction_section(facts.record),
     ]
     return "\n\n".join(section for section in sections if section)
 
@@ -104,6 +106,8 @@ def _introduction(facts: CardFacts) -> str:
     drawn = f"{height} x {width} {kind}" + (f" of {facts.channels} channels" if facts.is_field else "")
     given = [*(["of a given class"] if facts.by_class else []), *(["from a given image"] if facts.by_image else [])]
     network = f"a `{facts.unet.get('_class_name', 'UNet2DModel')}`"
+    if facts.vae:
+        network += f" in the latents of an `{facts.vae.get('_class_name', 'autoencoder')}`"
     data = facts.record.get("data")
     trained = ""
     if data:
@@ -131,13 +135,14 @@ _ESTIMATORS = {
 }
 
 
-def _objective(objective: dict | None) -> str:
+def objective_section(objective: dict | None) -> str:
+    """Builds the section with the formula; empty without an objective."""
     if not objective:
         return ""
     output, meaning, implied = _FORMULAS[objective["prediction_type"]]
     terms, gamma = objective["terms"], objective.get("snr_gamma")
     plain = f"min(SNR(t), {gamma:g}) * ||x_0 - x0_hat||^2" if gamma else f"||{output} - model(x_t, t)||^2"
-    extra = [f" + {_factor(term)} * {_function(term['weighting'])}(t) * {_loss_of(term)}" for term in terms]
+    extra = [f" + {_scale_of(term)} * {_function(term['weighting'])}(t) * {_loss_of(term)}" for term in terms]
     definitions = {"x_t": "alpha(t) * x_0 + sigma(t) * eps, a training sample x_0 with noise eps"}
     if meaning and not gamma:
         definitions[output] = meaning
@@ -155,13 +160,13 @@ def _objective(objective: dict | None) -> str:
         definitions["factor(step)"] = "the schedule of the weight over the steps of the training, in the table"
     width = max(map(len, definitions))
     lines = [f"L = {plain}{''.join(extra)}", "", *(f"{name:<{width}} = {text}" for name, text in definitions.items())]
-    sections = ["## Objective", _block("text", *lines)]
+    sections = ["## Objective", block("text", *lines)]
     if terms:
         sections += [_terms_table(terms), _note_on_own_code(terms)]
     return "\n\n".join(section for section in sections if section)
 
 
-def _factor(term: dict) -> str:
+def _scale_of(term: dict) -> str:
     return f"{'factor(step) * ' if 'schedule' in term else ''}{term['weight']:g}"
 
 
@@ -234,6 +239,7 @@ def _usage(facts: CardFacts, repo_id: str) -> str:
     """Builds code examples with reg_diffusers, with diffusers alone, and with the class in this repository."""
     repo = json.dumps(repo_id)
     is_flow = "shift" in facts.scheduler
+    stock = "LDMPipeline" if facts.vae else "DDPMPipeline"
     setup, call = _call(facts)
     with_torch = ["import torch"] if setup else []
     names = [] if is_flow else ["DDIMScheduler"]
@@ -247,9 +253,9 @@ def _usage(facts: CardFacts, repo_id: str) -> str:
         "pipeline.scheduler = fast_scheduler(pipeline.scheduler)",
     ]
     plain = [
-        f"from diffusers import {', '.join([*names, 'DDPMPipeline'])}",
+        f"from diffusers import {', '.join([*names, stock])}",
         "",
-        f"pipeline = DDPMPipeline.from_pretrained({repo})",
+        f"pipeline = {stock}.from_pretrained({repo})",
         *ddim,
     ]
     remote = [
@@ -260,13 +266,13 @@ def _usage(facts: CardFacts, repo_id: str) -> str:
         "pipeline = DiffusionPipeline.from_pretrained(repo, custom_pipeline=repo, trust_remote_code=True)",
         *ddim,
     ]
-    sections = ["## Usage", "With reg_diffusers:", _block("python", *package, *setup, *call)]
+    sections = ["## Usage", "With reg_diffusers:", block("python", *package, *setup, *call)]
     if not (facts.by_class or facts.by_image or facts.is_field or facts.learns_variance):
-        sections += ["With diffusers alone:", _block("python", *plain, *call)]
+        sections += ["With diffusers alone:", block("python", *plain, *call)]
     sections += [
         "Without reg_diffusers, but with all features of its pipeline, such as any scheduler, conditions and guidance"
         " by a loss. This runs the file pipeline.py of this repository on your machine: read it first.",
-        _block("python", *remote, *setup, *call),
+        block("python", *remote, *setup, *call),
     ]
     classes = (facts.record.get("data") or {}).get("classes")
     if facts.by_class and classes:
@@ -294,7 +300,8 @@ def _call(facts: CardFacts) -> tuple[list[str], list[str]]:
     return setup, [f"output = pipeline({', '.join(arguments)})", show]
 
 
-def _reproduction(record: dict) -> str:
+def reproduction_section(record: dict) -> str:
+    """Builds the section with command, seed and versions; empty without a record."""
     if not record:
         return ""
     command = record["command"]
@@ -308,10 +315,11 @@ def _reproduction(record: dict) -> str:
     ]
     if "--push_to_hub" in command:
         sentences.append("`--push_to_hub` uploads to the author's repository: omit it, or name one of yours.")
-    return "\n\n".join(["## How to reproduce it", _block("bash", command), " ".join(sentences)])
+    return "\n\n".join(["## How to reproduce it", block("bash", command), " ".join(sentences)])
 
 
-def _block(language: str, *lines: str) -> str:
+def block(language: str, *lines: str) -> str:
+    """Builds a fenced block of code."""
     longest = max((len(run) for line in lines for run in re.findall("`{3,}", line)), default=2)
     fence = "`" * (longest + 1)  # longer than any fence inside the block
     return "\n".join([f"{fence}{language}", *lines, fence])

@@ -22,10 +22,14 @@ MOST_TIMESTEPS = 1_000_000  # of a training schedule: a thousand times the usual
 
 
 def as_saved(config: dict) -> dict:
-    """Renames the class in a pipeline's config to "DDPMPipeline", with entries unknown to it under a private key."""
+    """Renames the class in a pipeline's config to one of diffusers, with entries unknown to it under a private key.
+
+    The class is "LDMPipeline" with an autoencoder, else "DDPMPipeline".
+    """
     own = {"normalization": config.get("normalization")}
-    known = {name: value for name, value in config.items() if name not in own}
-    return {**known, "_class_name": "DDPMPipeline", _PRIVATE_KEY: own}
+    in_latents = (config.get("vqvae") or [None])[0] is not None
+    known = {name: value for name, value in config.items() if name not in own and (in_latents or name != "vqvae")}
+    return {**known, "_class_name": "LDMPipeline" if in_latents else "DDPMPipeline", _PRIVATE_KEY: own}
 
 
 def saved_normalization(config: dict) -> dict | None:

@@ -7,6 +7,7 @@ import math
 from dataclasses import dataclass
 from pathlib import Path
 
+import diffusers
 from diffusers import DDPMScheduler, DiffusionPipeline, FlowMatchEulerDiscreteScheduler, UNet2DModel
 
 from ..data.training_data import Normalization, TrainingData
@@ -15,6 +16,8 @@ from ..prediction import image_channels, prediction_type, refuse_zero_terminal_s
 from ..runtime.errors import UsageError
 from ..settings.machine import MachineSettings
 from ..settings.model import ModelSettings
+from .families import FAMILIES, Family, family_of
+from .lora import add_lora, check_peft
 
 __all__ = ["GivenModel", "build_noise_scheduler", "build_unet", "load_given_model"]
 __all__ += ["new_unet_config"]
@@ -92,8 +95,12 @@ def _load(settings: ModelSettings, cache_dir: str | None, named: str) -> GivenMo
     path = settings.pretrained_model_name_or_path
     try:
         if path is not None:
+            if (family := family_of(path, cache_dir)) is not None:
+                network = _with_adapters(family, settings, cache_dir)
+                return GivenModel(unet=network, scheduler=_given_scheduler(path, cache_dir))
             if not _is_pipeline(path, cache_dir):
                 return GivenModel(unet=_given_unet(path, cache_dir))
+            _check_class(path, cache_dir)
             return GivenModel(
                 unet=_given_unet(path, cache_dir, subfolder="unet"),
                 scheduler=_given_scheduler(path, cache_dir),
@@ -109,6 +116,8 @@ def _load(settings: ModelSettings, cache_dir: str | None, named: str) -> GivenMo
             return GivenModel(config=config)
         if path is not None:
             return GivenModel(config=dict(UNet2DModel.load_config(path, cache_dir=cache_dir)))
+    except UsageError:
+        raise
     except Exception as error:  # of any type, because the files may be corrupt
         reason = " ".join(str(error).split()) or type(error).__name__
         raise UsageError(f"{named}: no readable UNet2DModel: {reason}") from error
@@ -180,7 +189,7 @@ def build_unet(machine: MachineSettings, given: GivenModel, data: TrainingData) 
             f"--{flag}_name_or_path: class_embed_type {unet.config.class_embed_type!r} is not supported: remove it"
             " from the config; --class_conditional trains with class labels"
         )
-    _check_halving(unet, height, width)
+    _check_halving(unet, height, width, getattr(data, "downsampling", 1))  # of latents
     if machine.enable_xformers_memory_efficient_attention:
         try:
             unet.enable_xformers_memory_efficient_attention()
@@ -236,6 +245,37 @@ def _is_pipeline(path: str, cache_dir: str | None) -> bool:
     return True
 
 
+def _check_class(path: str, cache_dir: str | None) -> None:
+    """Raises `UsageError` for a pipeline with a network that train_reg.py does not know."""
+    try:
+        network = UNet2DModel.load_config(path, subfolder="unet", cache_dir=cache_dir).get("_class_name")
+    except OSError:
+        network = None  # such as a pipeline with a transformer
+    if network is None or (network != UNet2DModel.__name__ and hasattr(diffusers, str(network))):
+        name = DiffusionPipeline.load_config(path, cache_dir=cache_dir).get("_class_name")
+        known = ", ".join(family.pipeline.__name__ for family in FAMILIES)
+        raise UsageError(
+            f"--pretrained_model_name_or_path {path}: a {name} is not supported: use a pipeline"
+            f" with a UNet2DModel, or by LoRA one of {known}"
+        )
+
+
+def _with_adapters(family: Family, settings: ModelSettings, cache_dir: str | None):
+    path = settings.pretrained_model_name_or_path
+    if settings.lora_rank is None:
+        raise UsageError(
+            f"--pretrained_model_name_or_path {path}: a {family.pipeline.__name__} is fine-tuned by LoRA: pass"
+            " --lora_rank, such as 16"
+        )
+    check_peft()
+    check_weights(Path(path, family.component))
+    network = family.network.from_pretrained(
+        path, subfolder=family.component, cache_dir=cache_dir, use_safetensors=True
+    )
+    add_lora(network, settings, family.target_modules)
+    return network
+
+
 def _given_unet(path: str, cache_dir: str | None, subfolder: str = "") -> UNet2DModel:
     check_weights(Path(path, subfolder))
     return UNet2DModel.from_pretrained(path, subfolder=subfolder, cache_dir=cache_dir, use_safetensors=True)
@@ -282,14 +322,18 @@ def _check_classes(classes: int | None, data: TrainingData) -> None:
         raise UsageError(f"the given model has {classes or 'no'} classes, but the data have {wanted or 'none'}: {fix}")
 
 
-def _check_halving(unet: UNet2DModel, height: int, width: int) -> None:
-    factor = 2 ** (len(unet.config.block_out_channels) - 1)
+def _check_halving(unet: UNet2DModel, height: int, width: int, downsampling: int) -> None:
+    """Raises `UsageError` for a size that the network cannot halve; the message is in pixels of the images."""
+    factor = downsampling * 2 ** (len(unet.config.block_out_channels) - 1)
+    height, width = downsampling * height, downsampling * width
     if height % factor or width % factor:
         side = height if height % factor else width
         below, above = max(side // factor, 1) * factor, -(-side // factor) * factor
         near = f"{below} or {above}" if below != above else f"{above}"
+        halvings = len(unet.config.block_out_channels) - 1
+        of_latents = f" after the autoencoder reduces it by {downsampling}" if downsampling > 1 else ""
         size = f"--resolution {height}" if height == width else f"fields of {height} x {width}"
         raise UsageError(
-            f"{size}: the network halves the resolution {factor.bit_length() - 1} times, so sides must be multiples of"
+            f"{size}: the network halves the resolution {halvings} times{of_latents}, so sides must be multiples of"
             f" {factor}, such as {near}; or name a shallower network by --model_config_name_or_path"
         )

@@ -11,6 +11,7 @@ from diffusers import UNet2DModel
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
+from ..runtime.errors import UsageError
 from ..runtime.hardware import choose_mixed_precision, is_left_to_timing, precision_reason
 from ..settings.machine import MachineSettings
 from .attention import attention_bytes, prefers_explicit_attention
@@ -102,6 +103,10 @@ def _attention(
     machine: MachineSettings, unet: UNet2DModel, batch_size: int, device: torch.device, mixed_precision: str
 ) -> Choice:
     """Chooses by a fixed rule, so that a resumed run chooses the same."""
+    if not isinstance(unet, UNet2DModel):
+        if machine.attention == "explicit":
+            raise UsageError("--attention explicit: only a UNet2DModel supports it; drop the flag")
+        return Choice("sdpa", "PyTorch's own")
     if machine.enable_xformers_memory_efficient_attention:
         return Choice("sdpa", "replaced by xformers")
     if machine.attention is not None:

@@ -90,7 +90,22 @@ class ConditioningImage(Condition):
         return takes_condition(network), {self.name: values}
 
 
-KINDS: tuple[Condition, ...] = (ClassLabels(), ConditioningImage())
+class PromptEmbeddings(Condition):
+    """The embedding of the text of each image, (B, L, D)."""
+
+    name, flag = "prompt_embeds", "--caption_column"
+
+    def is_taken_by(self, network: Mapping[str, Any], channels: int) -> bool:
+        return network.get("cross_attention_dim") is not None
+
+    def is_wanted(self, settings: DataSettings) -> bool:
+        return settings.caption_column is not None or settings.prompt is not None
+
+    def bind(self, network: Callable, values: Tensor) -> tuple[Callable, dict[str, Tensor]]:
+        return network, {"encoder_hidden_states": values}
+
+
+KINDS: tuple[Condition, ...] = (ClassLabels(), ConditioningImage(), PromptEmbeddings())
 
 
 class Conditions(Mapping[str, Tensor]):
@@ -111,7 +126,7 @@ class Conditions(Mapping[str, Tensor]):
     @classmethod
     def for_previews(cls, data: TrainingData, number: int) -> Conditions:
         """Returns conditions for `number` samples: cycles through all classes, or uses those of the first images."""
-        if data.condition_channels:
+        if data.condition_channels or getattr(data, "prompts", None) is not None:
             examples = data.examples
             return cls.of_batch(data, examples.__getitems__([index % len(examples) for index in range(number)]))
         found = {kind.name: kind.for_previews(data, number) for kind in KINDS}
@@ -133,6 +148,18 @@ class Conditions(Mapping[str, Tensor]):
     def flipped(self, mask: Tensor) -> Conditions:
         """Returns the conditions after the images in `mask` (B, 1, 1, 1) are flipped left to right."""
         return Conditions({kind.name: kind.flipped(self[kind.name], mask) for kind in KINDS if kind.name in self})
+
+    def without_some(self, empty: Tensor, probability: float) -> Conditions:
+        """Returns the conditions after each text is replaced by the empty one with a probability.
+
+        Args:
+            empty: the embedding of the empty text, (L, D).
+            probability: from 0 to below 1.
+        """
+        embeddings = self["prompt_embeds"]
+        dropped = torch.rand(len(embeddings), 1, 1, device=embeddings.device) < probability
+        kept = torch.where(dropped, empty.to(embeddings), embeddings)
+        return Conditions({**self, "prompt_embeds": kept})
 
     def taken_by(self, networks: Iterable[tuple[Mapping[str, Any], int]]) -> Conditions:
         """Those that any of some networks takes; each is given by its config and the channels of its images."""

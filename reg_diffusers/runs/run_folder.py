@@ -11,7 +11,7 @@ from pathlib import Path, PurePath
 from .measurement import COMPARISON_FILE
 
 __all__ = [
-    *("ABANDONED", "CARD_FILE", "CONFIG_FILE", "EVIDENCE", "LOCK_FILE", "LOGS", "PLAIN_FOLDER"),
+    *("ABANDONED", "CARD_FILE", "CONFIG_FILE", "EVIDENCE", "LOCK_FILE", "LORA_FILE", "LOGS", "PLAIN_FOLDER"),
     *("PROFILE_FOLDER", "SETTINGS_FILE", "TABLE", "Left", "evidence_patterns", "files_left", "is_of_checkpoint"),
     *("not_data", "obstacle", "private_patterns", "shown_files"),
 ]
@@ -19,6 +19,7 @@ __all__ = [
 CARD_FILE = "README.md"
 CONFIG_FILE = "reg_config.json"
 SETTINGS_FILE = "reg_settings.yaml"  # written first: a folder that holds it is the folder of a run
+LORA_FILE = "pytorch_lora_weights.safetensors"  # as diffusers names it
 LOCK_FILE = ".lock"
 LOGS = ("metrics.jsonl", "bad_steps.jsonl")  # one line per step
 PLAIN_FOLDER = "plain"
@@ -64,18 +65,17 @@ class Left:
     stale: str = ""
 
 
+_NETWORK_FILES = (
+    *("config.json", "diffusion_pytorch_model.safetensors", "diffusion_pytorch_model-#-of-#.safetensors"),
+    "diffusion_pytorch_model.safetensors.index.json",
+)
 _MODEL = {"evidence": False}
 _PRIVATE = {"uploaded": False, "evidence": False}
 _MAIN = (
     Left("", ("model_index.json", "pipeline.py"), "pipeline", **_MODEL),
-    Left(
-        "unet",
-        (
-            *("config.json", "diffusion_pytorch_model.safetensors", "diffusion_pytorch_model-#-of-#.safetensors"),
-            "diffusion_pytorch_model.safetensors.index.json",
-        ),
-        **_MODEL,
-    ),
+    Left("unet", _NETWORK_FILES, **_MODEL),
+    Left("", (LORA_FILE,), "adapters", **_MODEL),
+    Left("vqvae", _NETWORK_FILES, **_MODEL),
     Left("scheduler", ("scheduler_config.json",), **_MODEL),
     Left("samples", ("step-#.png",), "samples", stale="later"),
     Left("", ("comparison.png",), "comparison", stale="all"),

@@ -23,7 +23,7 @@ from .inference_steps import available_steps
 from .schedulers import fitting_samplers
 from .settings import SampleSettings
 
-__all__ = ["Sampler", "model_sha256"]
+__all__ = ["Sampler", "add_weights", "model_sha256"]
 
 _logger = logging.get_logger(__name__)
 
@@ -37,10 +37,18 @@ def model_sha256(pipeline: RegDDPMPipeline) -> str:
         dtype = units(torch.zeros(1, len(units.scale), 1, 1)).dtype
         configs += [str(dtype)] if dtype != torch.float32 else []  # earlier versions rounded them to float32
     digest.update(json.dumps([type(pipeline.scheduler).__name__, *configs], sort_keys=True, default=str).encode())
-    for name, tensor in sorted(pipeline.unet.state_dict().items()):
+    add_weights(digest, pipeline.unet)
+    if pipeline.vqvae is not None:
+        digest.update(json.dumps(_public(pipeline.vqvae.config), sort_keys=True, default=str).encode())
+        add_weights(digest, pipeline.vqvae)
+    return digest.hexdigest()
+
+
+def add_weights(digest, network: nn.Module) -> None:
+    """Adds the names, types and values of all weights to a hash."""
+    for name, tensor in sorted(network.state_dict().items()):
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
         digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
-    return digest.hexdigest()
 
 
 def _public(config) -> dict:
@@ -75,13 +83,12 @@ class Sampler:
         settings = replace(settings, num_inference_steps=steps)
         unet = _InBfloat16(pipeline.unet) if settings.mixed_precision == "bf16" else pipeline.unet
         normalization = pipeline.config.normalization
-        self._pipeline = RegDDPMPipeline(unet, samplers[settings.scheduler](), normalization)
+        self._pipeline = RegDDPMPipeline(unet, samplers[settings.scheduler](), normalization, pipeline.vqvae)
         self._pipeline.set_progress_bar_config(disable=True)
         self._conditions = conditions
         self.settings = settings
         self.is_field = normalization is not None or settings.output_type == "latent"
-        self._channels = self._pipeline._channels
-        self.is_picture = not self.is_field and self._channels in (1, 3, 4)
+        self.is_picture = not self.is_field and self._pipeline.image_shape[0] in (1, 3, 4)
         self._check_steps()
         self._check_class_labels()
         self._check_condition()
@@ -89,6 +96,8 @@ class Sampler:
 
     def draw(self, indices: Sequence[int], after_step: Callable | None = None) -> Tensor:
         """Draws the samples with these indices, (B, C, H, W) on the CPU, in the units of `settings.output_type`.
+
+        With "latent", they are neither clipped nor converted to units, but decoded if the model has an autoencoder.
 
         They are float32, or float64 if float32 would round away the offset of a field.
 
@@ -108,6 +117,8 @@ class Sampler:
             guidance_method=settings.guidance_method,
             callback_on_step_end=after_step,
         ).images
+        if settings.output_type == "latent":
+            images = self._pipeline.decode(images)
         return images.to(torch.promote_types(images.dtype, torch.float32)).cpu()
 
     def seconds_per_step(self, indices: Sequence[int]) -> float:
@@ -161,7 +172,7 @@ class Sampler:
             raise ValueError(f"class_labels must be from 0 to {classes - 1}, the last class of the model")
 
     def _check_condition(self) -> None:
-        channels = self._pipeline.unet.config.in_channels - self._channels
+        channels = self._pipeline.unet.config.in_channels - self._pipeline._channels
         if channels and self._conditions is None:
             raise ValueError(f"condition is missing, but the model is conditioned on images of {channels} channels")
         if not channels and self._conditions is not None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from ..runtime.errors import UsageError
-from .flag_values import natural, positive_int
+from .flag_values import fraction, natural, positive_int
 from .flags import flag
 
 __all__ = ["DataSettings"]
@@ -55,6 +55,15 @@ class DataSettings:
     conditioning_image_column: str | None = flag(
         None, "column of a second image per row; the network learns to generate the first image from it"
     )
+    caption_column: str | None = flag(
+        None, "column of the texts that describe the images, for a text-to-image model; not read from file names"
+    )
+    prompt: str | None = flag(None, "one text for all images, in place of --caption_column")
+    condition_dropout: float = flag(
+        0.0,
+        "probability that an image is trained without its text, for classifier-free guidance; 0.1 is usual",
+        parse=fraction,
+    )
     streaming: bool = flag(
         False,
         "read images on demand instead of storing all of them decoded: for data that fit neither memory nor disk, such"
@@ -69,6 +78,8 @@ class DataSettings:
     )
 
     def __post_init__(self):
+        if self.prompt is not None and self.caption_column is not None:
+            raise UsageError("--prompt and --caption_column exclude each other")
         if self.preserve_input_precision:
             raise UsageError(
                 "--preserve_input_precision: images are read with 8 bits per channel; store deeper data as float"

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from ..runtime.errors import UsageError
-from .flag_values import noise_levels, prediction_type
+from .flag_values import noise_levels, positive, positive_int, prediction_type
 from .flags import flag
 
 __all__ = ["ModelSettings"]
@@ -26,6 +26,27 @@ class ModelSettings:
     )
     pretrained_model_name_or_path: str | None = flag(
         None, "fine-tune this pipeline or UNet2DModel (folder or Hub id); it keeps its config and prediction type"
+    )
+    vae: str | None = flag(
+        None,
+        "train in the latents of this autoencoder (AutoencoderKL, AutoencoderTiny, VQModel, or a pipeline with one): a"
+        " folder or Hub id. Images are encoded once, and L' sees decoded images",
+        metavar="NAME_OR_FOLDER",
+    )
+    lora_rank: int | None = flag(
+        None,
+        "fine-tune a text-to-image pipeline by LoRA of this rank; 4 to 64 are usual. Only adapters are saved. Needs"
+        " pip install peft",
+        parse=positive_int,
+    )
+    lora_alpha: float | None = flag(
+        None, "the adapters are multiplied by lora_alpha / lora_rank; default: lora_rank", parse=positive
+    )
+    lora_target_modules: tuple[str, ...] | None = flag(
+        None,
+        "layers with adapters, by the end of their names; default: the attention, to_q to_k to_v to_out.0",
+        metavar="NAME",
+        many=True,
     )
     prediction_type: str | None = flag(
         None,
@@ -48,6 +69,11 @@ class ModelSettings:
     )
 
     def __post_init__(self):
+        for name in ("lora_alpha", "lora_target_modules"):
+            if getattr(self, name) is not None and self.lora_rank is None:
+                raise UsageError(f"--{name} has no effect without --lora_rank")
+        if self.lora_rank is not None and self.pretrained_model_name_or_path is None:
+            raise UsageError("--lora_rank adapts a saved pipeline: name it by --pretrained_model_name_or_path")
         if self.pretrained_model_name_or_path and self.model_config_name_or_path:
             raise UsageError("--pretrained_model_name_or_path and --model_config_name_or_path exclude each other")
         for name in ("ddpm_beta_schedule", "rescale_betas_zero_snr"):

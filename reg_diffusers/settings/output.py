@@ -22,6 +22,13 @@ class OutputSettings:
     )
     eval_batch_size: int = flag(16, "images in each grid of samples", parse=positive_int, mathematics=False)
     save_images_epochs: int = flag(10, "epochs between grids of samples", parse=positive_int, mathematics=False)
+    validation_prompts: tuple[str, ...] | None = flag(
+        None,
+        "texts of the grids of samples of a text-to-image model, in turn; default: those of the first images",
+        metavar="TEXT",
+        many=True,
+        mathematics=False,
+    )
     preview_steps: int | None = flag(
         None, "steps between grids of samples, instead of epochs", parse=positive_int, mathematics=False
     )

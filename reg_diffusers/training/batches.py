@@ -31,23 +31,36 @@ class Batch:
     ids: Tensor
 
 
-def batches_of(training: Training, data: TrainingData, *, random_flip: bool) -> Iterator[Batch]:
+def batches_of(
+    training: Training, data: TrainingData, *, random_flip: bool, condition_dropout: float = 0.0
+) -> Iterator[Batch]:
     """Yields batches without end, from the current position of the training.
 
     Args:
         training: the training, with its dataloader and progress.
         data: data of the training.
         random_flip: whether to flip each image left to right with probability 1/2.
+        condition_dropout: probability that an image has no text.
     """
     for batch in endless_batches(training.accelerator, training.dataloader, training.progress):
         original_samples = data.normalization.normalize(batch["values"])
         conditions = Conditions.of_batch(data, batch)
         if random_flip:
-            original_samples, conditions = flip_half(original_samples, conditions)
+            flipped = batch.get("mirrored")  # latents of the mirror images
+            original_samples, conditions = flip_half(original_samples, conditions, flipped)
+        if condition_dropout:
+            conditions = conditions.without_some(data.prompts.empty, condition_dropout)
         yield Batch(original_samples, conditions, batch["ids"])
 
 
-def flip_half(samples: Tensor, conditions: Conditions) -> tuple[Tensor, Conditions]:
-    """Flips each image of (B, C, H, W) and its conditions left to right with probability 1/2."""
+def flip_half(samples: Tensor, conditions: Conditions, mirrored: Tensor | None = None) -> tuple[Tensor, Conditions]:
+    """Flips each image of (B, C, H, W) and its conditions left to right with probability 1/2.
+
+    Args:
+        samples: the images.
+        conditions: their conditions.
+        mirrored: the flipped images, if flipping their values would give something else.
+    """
     flipped = torch.rand(len(samples), 1, 1, 1, device=samples.device) < 0.5
-    return torch.where(flipped, samples.flip(-1), samples), conditions.flipped(flipped)
+    mirrored = samples.flip(-1) if mirrored is None else mirrored
+    return torch.where(flipped, mirrored, samples), conditions.flipped(flipped)

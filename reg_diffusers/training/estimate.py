@@ -55,8 +55,9 @@ def describe_needs(
     noise_scheduler,
     terms: tuple[Term, ...],
     computation: Computation,
+    vae: nn.Module | None = None,
 ) -> tuple[str, str]:
-    """Returns the lines about the time and the disk that a run needs."""
+    """Returns the lines about the time and the disk that a run needs; an autoencoder is saved with the network."""
     loss, optimization, output = settings.loss, settings.optimization, settings.output
     models = 2 if loss.compare and terms else 1
     measured = images_measured(data) if loss.compare or settings.hub.push_to_hub else 0
@@ -74,7 +75,10 @@ def describe_needs(
     steps, _ = number_of_steps(optimization, data.number, state.num_processes)
     needed = _time(speed, optimization, output, data, state.num_processes, models=models, measured=measured)
     trained = sum(parameter.numel() for parameter in trained_parameters(unet))
-    return needed, _disk(unet, trained, optimization, output, steps, models=models)
+    whole, beside = (sum(p.numel() for p in module.parameters()) if module else 0 for module in (unet, vae))
+    is_adapted = trained < whole  # by LoRA, which saves the trained parameters only
+    kept, saved = (trained, trained) if is_adapted else (whole, whole + beside)
+    return needed, _disk(saved, kept, trained, optimization, output, steps, models=models)
 
 
 def number_of_steps(settings: OptimizationSettings, number: int | None, processes: int) -> tuple[int, float]:
@@ -200,7 +204,8 @@ def _time(
 
 
 def _disk(
-    unet: nn.Module,
+    saved: int,
+    kept_at_each: int,
     trained: int,
     optimization: OptimizationSettings,
     output: OutputSettings,
@@ -211,15 +216,16 @@ def _disk(
     """Returns the line about the space of the files of a run, and warns if the disk has less.
 
     Args:
-        unet: the network.
-        trained: number of its trained parameters.
+        saved: number of parameters in the saved model.
+        kept_at_each: number of parameters of the network in a checkpoint.
+        trained: number of trained parameters.
         optimization: settings of the optimization.
         output: settings of the output.
         steps: steps of a training.
         models: number of trainings.
     """
-    pipeline = _BYTES * sum(parameter.numel() for parameter in unet.parameters())
-    checkpoint = pipeline + _BYTES * trained * (2 + optimization.use_ema)
+    pipeline = _BYTES * saved
+    checkpoint = _BYTES * kept_at_each + _BYTES * trained * (2 + optimization.use_ema)
     written = steps // output.checkpointing_steps + (models > 1 and steps % output.checkpointing_steps > 0)
     kept = min(output.checkpoints_total_limit or written, written)
     needed = models * (pipeline + kept * checkpoint)

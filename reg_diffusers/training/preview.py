@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
@@ -35,12 +36,12 @@ _FIX = "the training continues; --eval_batch_size sets the size of a preview, --
 _INK, _GREY = (32, 32, 32), (110, 110, 110)
 
 
-def sampling_pipeline(unet, noise_scheduler, data: TrainingData) -> RegDDPMPipeline:
-    """Builds the pipeline to save: the network, its training scheduler and, for fields, their normalization."""
+def sampling_pipeline(unet, noise_scheduler, data: TrainingData, vae=None) -> RegDDPMPipeline:
+    """Builds the pipeline to save: the network, its training scheduler, an autoencoder and a field's normalization."""
     normalization = None
     if not data.is_picture:
         normalization = {"offset": list(data.normalization.offset), "scale": list(data.normalization.scale)}
-    pipeline = RegDDPMPipeline(unet, noise_scheduler, normalization=normalization)
+    pipeline = RegDDPMPipeline(unet, noise_scheduler, normalization, vae)
     pipeline.set_progress_bar_config(disable=True)
     return pipeline
 
@@ -55,6 +56,8 @@ def draw_samples(
 ) -> Tensor:
     """Draws samples (N, C, H, W) with `fast_scheduler`, without clipping; equal seeds give equal noise.
 
+    Latents are decoded.
+
     Args:
         pipeline: pipeline of the network.
         number: number of samples, N.
@@ -63,14 +66,15 @@ def draw_samples(
         batch_size: number of samples drawn at a time.
         **conditions: conditions of the samples.
     """
-    sampler = RegDDPMPipeline(pipeline.unet, fast_scheduler(pipeline.scheduler))
+    sampler = RegDDPMPipeline(pipeline.unet, fast_scheduler(pipeline.scheduler), vqvae=pipeline.vqvae)
     sampler.set_progress_bar_config(disable=True)
     generator = torch.Generator().manual_seed(seed)
     drawn = []
     for start in range(0, number, batch_size):
         size = min(batch_size, number - start)
         given = Conditions(conditions).of_images(slice(start, start + size))
-        drawn.append(sampler(size, generator, steps, output_type="latent", **given).images.float())
+        samples = sampler(size, generator, steps, output_type="latent", **given).images
+        drawn.append(sampler.decode(samples).float())
     return torch.cat(drawn)
 
 
@@ -82,7 +86,7 @@ class Previews:
 
     Args:
         accelerator: accelerator of the training.
-        pipeline: pipeline of the network, with the weights to sample from.
+        draw: draws samples with the weights to sample from, see `draw_samples`: (number, steps, seed, **conditions).
         number: number of samples in a grid.
         num_inference_steps: network calls per sample.
         seed: seed of the noise.
@@ -98,7 +102,7 @@ class Previews:
     def __init__(
         self,
         accelerator: Accelerator,
-        pipeline: RegDDPMPipeline,
+        draw: Callable[..., Tensor],
         number: int,
         num_inference_steps: int,
         seed: int,
@@ -110,7 +114,7 @@ class Previews:
         ending: Ending,
         trackers: Trackers,
     ):
-        self._accelerator, self._pipeline = accelerator, pipeline
+        self._accelerator, self._draw_samples = accelerator, draw
         self._number, self._num_inference_steps, self._seed = number, num_inference_steps, seed
         self._folder = output_dir / "samples"
         self._terms, self._means_on_data = terms, means_on_data
@@ -124,7 +128,7 @@ class Previews:
             self._interruption.cut_short(lambda: self._ending.attempt(what, _FIX, work))
 
     def _draw(self, step: int) -> None:
-        samples = draw_samples(self._pipeline, self._number, self._num_inference_steps, self._seed, **self._conditions)
+        samples = self._draw_samples(self._number, self._num_inference_steps, self._seed, **self._conditions)
         values = _values(samples.to(self._accelerator.device), self._terms, self._conditions)
         picture = captioned_grid(samples, values, f"step {step:,}", self._means_on_data) if values else grid(samples)
         write_whole(self._folder / f"step-{step:06d}.png", picture.save)

@@ -25,7 +25,7 @@ from .terms import weight_rules
 
 __all__ = ["record_of_data", "record_of_objective", "record_weights", "recorded_command", "write_record"]
 
-_PACKAGES = ("torch", "diffusers", "accelerate", "datasets", "transformers", "huggingface_hub")
+_PACKAGES = ("torch", "diffusers", "accelerate", "datasets", "transformers", "huggingface_hub", "peft")
 
 
 def write_record(
@@ -36,6 +36,7 @@ def write_record(
     seed: int,
     mixed_precision: str,
     base_model: str | None,
+    vae: str | None,
     data: dict,
     objective: dict,
 ) -> None:
@@ -50,6 +51,7 @@ def write_record(
         seed: seed of the training.
         mixed_precision: precision of the training.
         base_model: folder or Hub id of the fine-tuned model; None for a new one.
+        vae: folder or Hub id of the autoencoder of --vae; None without the flag.
         data: see `record_of_data`.
         objective: see `record_of_objective`.
     """
@@ -63,6 +65,7 @@ def write_record(
         "mixed_precision": mixed_precision,
         "base_model": _hub_id(base_model),
         "fine_tuned": base_model is not None,
+        **({} if vae is None else {"vae": _hub_id(vae)}),
         "data": data,
         "objective": objective,
         "versions": {"reg_diffusers": __version__, **_versions(), "Python": platform.python_version()},

@@ -15,10 +15,11 @@ from ..evaluation.measuring import denoising_losses
 from ..evaluation.trade_off import draw_evaluation
 from ..networks.computation import Computation
 from ..networks.conditions import Conditions
+from ..networks.trained import trained_parameters
 from ..pipeline import RegDDPMPipeline
 from ..prediction import prediction_type
 from ..runs.measurement import COMPARISON_FILE, table, write_comparison
-from ..runs.run_folder import shown_files
+from ..runs.run_folder import LORA_FILE, shown_files
 from ..runtime.files import write_whole
 from ..runtime.hardware import threads_reason
 from ..runtime.interruption import Interruption
@@ -39,6 +40,7 @@ _IMAGES_SHOWN = 36
 
 def describe(
     data: TrainingData,
+    images: TrainingData,
     source: str | None,
     unet,
     noise_scheduler,
@@ -52,7 +54,8 @@ def describe(
     """Describes the run: data, model, objective, time and disk in five lines, then details.
 
     Args:
-        data: data of the training.
+        data: data of the training, as the network sees them.
+        images: the same data as images.
         source: name of the data; None for the embedded data.
         unet: network.
         noise_scheduler: scheduler of the training.
@@ -63,13 +66,14 @@ def describe(
         machine: what was chosen for this machine.
         output_dir: output folder.
     """
-    channels, height, width = data.shape
     source = source or "embedded Fashion-MNIST"
     kind = "images" if data.is_picture else "fields"
     number = f"a stream of {kind}" if data.number is None else f"{data.number:,} {kind}"
     parameters = sum(parameter.numel() for parameter in unet.parameters()) / 1e6
     rules = weight_rules(loss, terms).items()
     weighted = zip(rules, loss.reg_weighting, loss.estimators, loss.schedules, strict=True)
+    trained = sum(parameter.numel() for parameter in trained_parameters(unet)) / 1e6
+    adapted = "" if trained == parameters else f" ({trained:.3g}M of LoRA trained)"
     extra = [
         f"{_by(schedule)}{rule.formula} * {weighting} * {name}{_of(estimator)}"
         for (name, rule), weighting, estimator, schedule in weighted
@@ -78,13 +82,15 @@ def describe(
     classes = ", ".join(f"{number} {name}" for number, name in enumerate(data.classes or ()))
     return "\n".join(
         [
-            f"data       {number} of {channels} x {height} x {width} from {source}",
-            f"model      UNet2DModel, {parameters:.2f}M parameters, {type(noise_scheduler).__name__},"
-            f" {prediction_type(noise_scheduler)}",
+            f"data       {number} of {_size(images)} from {source}",
+            f"model      {type(unet).__name__}, {parameters:.2f}M parameters{adapted},"
+            f" {type(noise_scheduler).__name__}, {prediction_type(noise_scheduler)}",
             f"objective  {' + '.join(['denoising loss', *extra])}",
             f"time       {estimates[0]}",
             f"disk       {estimates[1]}",
-            *([f"data       {data.note}"] if data.note else []),
+            *([f"data       {images.note}"] if images.note else []),
+            *([f"latents    {_size(data)}, {data.note}; L' sees decoded images"] if data is not images else []),
+            *([f"texts      {_texts(data.prompts.texts)}"] if data.prompts is not None else []),
             *(f"data       {name} {values}" for name, values in on_data.items()),
             *([f"classes    {classes}"] if classes else []),
             *([f"condition  images of {data.condition_channels} channels"] if data.condition_channels else []),
@@ -115,6 +121,15 @@ def describe_machine(
 
 def _by(schedule: str) -> str:
     return "" if schedule == "constant" else f"{schedule} * "
+
+
+def _texts(texts: list[str]) -> str:
+    different = len(set(texts))
+    return f"{different:,} different {'text' if different == 1 else 'texts'}, the first is {texts[0][:60]!r}"
+
+
+def _size(data: TrainingData) -> str:
+    return " x ".join(map(str, data.shape))
 
 
 def _of(estimator: str) -> str:
@@ -181,7 +196,8 @@ def _compare(
         samples = draw_samples(pipeline, number, steps, seed, **conditions)
         samples = samples.to(reference.device)
         trained_with = {"snr_gamma": loss.snr_gamma, **conditions}
-        losses[title] = denoising_losses(pipeline.unet, pipeline.scheduler, reference, seed, **trained_with)
+        encoded = pipeline.encode(reference)
+        losses[title] = denoising_losses(pipeline.unet, pipeline.scheduler, encoded, seed, **trained_with)
         rows[title] = measure(samples, reference, terms, losses[title].mean().item(), **conditions)
         pictures[title] = grid(samples[:_IMAGES_SHOWN])
     recorded = {
@@ -214,6 +230,9 @@ def describe_result(output_dir: Path, interruption: Interruption, resume: str) -
     if interruption:
         lines.append(f"stopped by {interruption.name}; continue with: {resume}")
     lines += [f"{name:<12}{path}" for name, path in shown_files(output_dir).items() if path.exists()]
+    if (output_dir / LORA_FILE).is_file():
+        lines.append(f'load it     pipeline.load_lora_weights("{output_dir}"), with the pipeline that was fine-tuned')
+        return "\n".join(lines)
     lines.append(
         f"load it     from reg_diffusers import RegDDPMPipeline; "
         f'pipeline = RegDDPMPipeline.from_pretrained("{output_dir}")'

@@ -20,10 +20,12 @@ import torch
 from accelerate import PartialState
 from accelerate.utils import broadcast_object_list
 
-from ..data.training_data import TrainingData, load_training_data
+from ..data.training_data import TrainingData
 from ..hub.card import write_card
+from ..hub.lora_card import write_lora_card
 from ..hub.uploads import Uploads, check_upload
-from ..networks.build import GivenModel, build_noise_scheduler, build_unet, load_given_model
+from ..networks.autoencoders import autoencoder_sha256, decoded_view
+from ..networks.build import build_noise_scheduler, build_unet
 from ..networks.computation import Computation, choose_computation
 from ..networks.conditions import Conditions
 from ..pipeline import RegDDPMPipeline
@@ -39,8 +41,6 @@ from ..runtime.processes import in_turn, join_processes, leave_processes, on_mai
 from ..settings import Settings
 from ..settings.advice import advise
 from ..settings.arguments import as_flags
-from ..settings.data import DataSettings
-from ..settings.model import ModelSettings
 from ..settings.optimization import OptimizationSettings
 from ..settings.output import OutputSettings
 from ..term import Term
@@ -49,6 +49,7 @@ from ..weight_rules import WeightRule
 from .conflict_free import check_balance
 from .ending import Ending, ended_well
 from .estimate import describe_needs
+from .loading import Loaded, load_model_and_data
 from .metrics import check_logger
 from .output import claim_output_dir, remove_earlier_run, write_settings
 from .preparation import Training, prepare
@@ -57,9 +58,9 @@ from .record import record_of_data, record_of_objective, record_weights, recorde
 from .report import compare, describe, describe_machine, describe_result
 from .settings import check_settings, mathematical_settings
 from .term_weights import measured_steps
-from .terms import build_terms, check_rules, check_schedules, in_units, weight_rules, with_weights
+from .terms import build_terms, check_rules, check_schedules, in_units, of_images, weight_rules, with_weights
 
-__all__ = ["Launch", "Run", "launched", "load_model_and_data", "open_run"]
+__all__ = ["Launch", "Run", "launched", "open_run"]
 
 
 @dataclass(frozen=True)
@@ -69,7 +70,7 @@ class Run:
     Attributes:
         settings: settings of the run; the number of sampling steps is at most that of the noise schedule.
         state: processes of the launch.
-        data: data of the training.
+        loaded: model to start from, and the data.
         terms: terms of the loss.
         on_data: L' of each term on the data, by name.
         computation: precision and attention of the network.
@@ -82,7 +83,7 @@ class Run:
 
     settings: Settings
     state: PartialState
-    data: TrainingData
+    loaded: Loaded
     terms: tuple[Term, ...]
     on_data: dict[str, OnData]
     computation: Computation
@@ -91,6 +92,11 @@ class Run:
     interruption: Interruption
     uploads: Uploads | None
     repo_id: str | None
+
+    @property
+    def data(self) -> TrainingData:
+        """The data as the network sees them."""
+        return self.loaded.data
 
     @property
     def output_dir(self) -> Path:
@@ -153,9 +159,9 @@ class Run:
         is_measured = self.settings.loss.compare or self.uploads
         if self.state.is_main_process and is_measured and not self.interruption:
             compare(
-                self.data,
+                self.loaded.images,
                 self.settings.loss,
-                terms,
+                of_images(terms),
                 plain,
                 pipeline,
                 self.output_dir,
@@ -173,7 +179,10 @@ class Run:
         output_dir, uploads = self.output_dir, self.uploads
         if not self.interruption:
             name = self.repo_id or self.settings.output.output_dir
-            card = partial(write_card, output_dir, name, uploads and uploads.old_card, self.settings.hub.hub_license)
+            license = self.settings.hub.hub_license
+            card = partial(write_card, output_dir, name, uploads and uploads.old_card, license)
+            if self.loaded.family is not None:
+                card = partial(write_lora_card, output_dir, name, license)
             self.ending.attempt(f"{output_dir / CARD_FILE}", "--resume auto writes it again", card)
         print(describe_result(output_dir, self.interruption, self.ending.command))
         if uploads and not uploads.finish(output_dir, interrupted=bool(self.interruption)):
@@ -213,14 +222,6 @@ def launched(settings: Settings, argv: list[str] | None = None) -> Iterator[Laun
         yield Launch(settings, argv, state, ending, held)
 
 
-def load_model_and_data(model: ModelSettings, data: DataSettings) -> tuple[GivenModel, TrainingData]:
-    """Loads the model to start from, and the data in its size and channels."""
-    given = load_given_model(model, data.cache_dir)
-    return given, load_training_data(
-        data, given.channels, given.resolution, given.normalization, given.condition_channels
-    )
-
-
 def open_run(launch: Launch) -> Run:
     """Checks everything before any write, claims the output folder, and prints what will be trained.
 
@@ -236,9 +237,11 @@ def open_run(launch: Launch) -> Run:
     likely_precision = choose_mixed_precision(machine.mixed_precision)
     repo_id = on_main_process(state, lambda: check_upload(settings.hub, output.output_dir))
     terms = together(state, lambda: build_terms(loss, settings.data))
-    given, data = in_turn(state, lambda: load_model_and_data(settings.model, settings.data))
+    loaded = in_turn(state, lambda: _load(settings, state))
+    given, data, vae = loaded.given, loaded.data, loaded.vae
     _check_length(data, settings.data.source, optimization.max_train_steps)
-    terms = in_units(terms, data, loss.reg_units)
+    decoder = None if vae is None else decoded_view(vae, likely_precision)
+    terms = in_units(terms, data, loss.reg_units, decoder)
     # Errors are reported here, before anything is written.
     noise_scheduler = build_noise_scheduler(settings.model, given)
     steps = inference_steps(output.ddpm_num_inference_steps, noise_scheduler)
@@ -253,6 +256,8 @@ def open_run(launch: Launch) -> Run:
     computation = on_main_process(state, lambda: _computation(settings, data, unet, state))
     (computation,) = broadcast_object_list([computation])
     mathematics = mathematical_settings(settings, data, state, computation.recorded)
+    if vae is not None:
+        mathematics["autoencoder"] = autoencoder_sha256(vae)
     on_main_process(state, lambda: check_settings(output, optimization.lr_scheduler, mathematics))
     ending.command = resume_command(argv, state)
     uploads = on_main_process(state, lambda: Uploads(settings.hub, repo_id, output) if repo_id else None)
@@ -267,17 +272,32 @@ def open_run(launch: Launch) -> Run:
             seed=optimization.seed,
             mixed_precision=computation.mixed_precision.value,
             base_model=settings.model.pretrained_model_name_or_path,
-            data=record_of_data(settings.data, data),
+            vae=settings.model.vae,
+            data=record_of_data(settings.data, loaded.images),
             objective=record_of_objective(loss, terms, noise_scheduler, is_picture=data.is_picture),
         )
         lines = describe_machine(machine, state, computation, keeps_memory)
-        source, folder = settings.data.source, output.output_dir
-        estimates = describe_needs(settings, state, data, unet, noise_scheduler, terms, computation)
-        print(
-            describe(data, source, unet, noise_scheduler, loss, terms, on_data, estimates, lines, folder), flush=True
-        )
+        data_and_model = data, loaded.images, settings.data.source, unet, noise_scheduler
+        estimates = describe_needs(settings, state, data, unet, noise_scheduler, terms, computation, vae)
+        described = describe(*data_and_model, loss, terms, on_data, estimates, lines, output.output_dir)
+        print(described, flush=True)
     interruption = Interruption(state, output.max_train_time)
-    return Run(settings, state, data, terms, on_data, computation, mathematics, ending, interruption, uploads, repo_id)
+    of_data = loaded, terms, on_data
+    return Run(settings, state, *of_data, computation, mathematics, ending, interruption, uploads, repo_id)
+
+
+def _load(settings: Settings, state: PartialState) -> Loaded:
+    """Loads model and data.
+
+    Raises:
+        UsageError: they do not fit each other or the settings.
+    """
+    loaded = load_model_and_data(settings.model, settings.data, state.device, settings.output.validation_prompts)
+    if loaded.family is not None and settings.loss.compare:
+        raise UsageError("--compare is not supported for text-to-image models: drop the flag, or pass --no-compare")
+    if loaded.family is not None and settings.hub.push_to_hub:
+        raise UsageError("--push_to_hub is not supported for LoRA: upload the folder by hf upload")
+    return loaded
 
 
 def _computation(settings: Settings, data: TrainingData, unet, state: PartialState) -> Computation:

@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
+from torch import Tensor
+
+from ..networks.lora import keep_trained_only
 from ..networks.sharded import SampledNetwork
 from ..pipeline import RegDDPMPipeline
 from ..runs.checkpoint import Checkpoints
@@ -11,8 +16,10 @@ from ..runtime.errors import UsageError
 from .monitors import Monitors
 from .output import save_pipeline
 from .preparation import Training
-from .preview import Previews, sampling_pipeline
+from .preview import Previews, draw_samples, sampling_pipeline
 from .run import Run
+from .terms import of_images
+from .text_model import TextModel
 
 __all__ = ["Saves"]
 
@@ -29,7 +36,7 @@ class Saves:
         output_dir: folder of the model.
 
     Attributes:
-        pipeline: pipeline with the weights to sample from.
+        pipeline: model to save, with the weights to sample from: a pipeline, or adapters.
 
     Raises:
         UsageError: the checkpoint cannot be resumed from.
@@ -55,19 +62,20 @@ class Saves:
             monitors.counters | streams,
             run.ending.command,
         )
+        keep_trained_only(accelerator, training.unet)
         self._checkpoints.resume(output)
         self._preview_steps = output.preview_steps or output.save_images_epochs * training.steps_per_epoch
         self._pipeline_steps = output.save_model_epochs * training.steps_per_epoch
         self._sampled = SampledNetwork(accelerator, training.unet, training.ema)
-        self.pipeline: RegDDPMPipeline = sampling_pipeline(self._sampled.unet, training.noise_scheduler, run.data)
+        self.pipeline, draw = _sampled_model(run, self._sampled.unet, training.noise_scheduler)
         grids = (output.eval_batch_size, output.ddpm_num_inference_steps, run.settings.optimization.seed)
         self._previews = Previews(
             accelerator,
-            self.pipeline,
+            draw,
             *grids,
-            run.data,
+            run.loaded.images,
             output_dir,
-            run.terms,  # also for the plain model of a comparison, so that its captions are alike
+            of_images(run.terms),  # also for the plain model of a comparison, so that its captions are alike
             run.means_on_data(run.terms),
             run.interruption,
             run.ending,
@@ -114,3 +122,14 @@ class Saves:
     def _save_pipeline(self) -> None:
         if self._training.accelerator.is_main_process:
             save_pipeline(self.pipeline, self._output_dir)
+
+
+def _sampled_model(run: Run, unet, noise_scheduler) -> tuple[RegDDPMPipeline | TextModel, Callable[..., Tensor]]:
+    """Returns the model to save, and the function that draws its samples, see `draw_samples`."""
+    loaded = run.loaded
+    if loaded.family is None:
+        pipeline = sampling_pipeline(unet, noise_scheduler, loaded.data, loaded.vae)
+        return pipeline, partial(draw_samples, pipeline)
+    texts = loaded.previews, loaded.data.prompts.empty
+    model = TextModel(loaded.family, unet, noise_scheduler, loaded.vae, *texts)
+    return model, model.draw

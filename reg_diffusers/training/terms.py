@@ -16,12 +16,13 @@ from ..settings.loss import LossSettings
 from ..specs import load_estimator, load_regularizer, load_schedule, load_weighting
 from ..term import Term, TermError, needs_of, seen_through
 from ..trial.checks import OnData
+from ..views import DecodedImage
 from ..weight_rules import WeightRule, rule_of
 from ..weight_schedules import factors_of
 from .metrics import LOG_NAMES
 
-__all__ = ["build_terms", "check_rules", "check_schedules", "describe_schedules", "in_units", "units_note"]
-__all__ += ["weight_rules", "with_weights"]
+__all__ = ["build_terms", "check_rules", "check_schedules", "describe_schedules", "in_units", "of_images"]
+__all__ += ["units_note", "weight_rules", "with_weights"]
 
 
 def build_terms(loss: LossSettings, data: DataSettings) -> tuple[Term, ...]:
@@ -80,8 +81,25 @@ def _schedule(spec: str, name: str, loss: LossSettings) -> Callable[[int], float
     return schedule
 
 
-def in_units(terms: tuple[Term, ...], data: TrainingData, reg_units: str) -> tuple[Term, ...]:
-    """Returns the terms with L' of fields in the user's units for --reg_units user; pictures remain in [-1, 1]."""
+def of_images(terms: tuple[Term, ...]) -> tuple[Term, ...]:
+    """Returns the terms for finished images, which are decoded already."""
+    return tuple(replace(term, view=None) if isinstance(term.view, DecodedImage) else term for term in terms)
+
+
+def in_units(
+    terms: tuple[Term, ...], data: TrainingData, reg_units: str, decoder: DecodedImage | None = None
+) -> tuple[Term, ...]:
+    """Returns the terms with L' of fields in the user's units for --reg_units user; pictures remain in [-1, 1].
+
+    Latents are decoded for L' by `decoder`.
+
+    Raises:
+        UsageError: --reg_units model, with latents.
+    """
+    if decoder is not None:
+        if reg_units == "model":
+            raise UsageError("--reg_units model: L' sees decoded images; a loss on latents is not supported")
+        return tuple(seen_through(term, decoder) for term in terms)
     if data.is_picture or reg_units == "model":
         return terms
     return tuple(seen_through(term, data.normalization.units) for term in terms)

@@ -1,0 +1,133 @@
+"""Images as latents of an autoencoder, computed once and mapped into memory.
+
+The file is named after a hash of the images, their size and the autoencoder, so another data set, file, resolution or
+weight never finds it. It is written under another name and renamed when it is complete.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from .. import __version__
+from ..runtime.errors import UsageError, warn
+from .normalization import Normalization
+from .pictures_data import PictureData
+from .prompts import Prompts
+from .stored_rows import stored_rows
+
+__all__ = ["LatentData", "latents_of"]
+
+_AT_A_TIME = 8
+_LOOKED_AT = 1000  # latents, for their standard deviation
+_USUAL = (1 / 3, 3)  # standard deviation of latents, which the noise schedules expect to be about 1
+
+
+class LatentData(torch.utils.data.Dataset):
+    """The latents of a data set of images, with the class labels of the images.
+
+    Attributes:
+        shape: (c, h, w).
+        normalization: the identity, because latents are stored in the coordinates of the diffusion model.
+        classes: names of the classes, or None.
+        condition_channels: 0.
+        downsampling: pixels of an image per pixel of its latents, along each axis.
+        note: a line to print at the start, next to the number and shape of the data.
+        number: number of images.
+        examples: all latents.
+        prompts: the texts of the images, or None.
+    """
+
+    normalization = Normalization((0.0,), (1.0,))
+    is_picture = True
+    condition_channels = 0
+
+    def __init__(self, images: PictureData, latents: np.ndarray, path: Path, prompts: Prompts | None = None):
+        self._images = images
+        self._latents = latents  # (N, 1 or 2, c, h, w): of the image, of its mirror image
+        self.prompts = prompts
+        self.shape = tuple(self._latents.shape[2:])
+        self.classes = images.classes
+        self.downsampling = images.shape[1] // self.shape[1]
+        some = self._latents[np.linspace(0, len(self) - 1, min(len(self), _LOOKED_AT)).astype(int), 0]
+        self.deviation = float(some.std())
+        self.note = f"standard deviation {self.deviation:.3g}, in {path}"
+
+    def __len__(self) -> int:
+        return len(self._latents)
+
+    @property
+    def number(self) -> int:
+        return len(self)
+
+    @property
+    def examples(self) -> LatentData:
+        return self
+
+    def __getitems__(self, indices: list[int]) -> dict[str, Tensor]:
+        """Reads the batch of these indices: {"values": (B, c, h, w), "ids": (B,), "class_labels": (B,)}.
+
+        With mirror images, also their latents: {"mirrored": (B, c, h, w)}. With texts, {"prompt_embeds": (B, L, D)}.
+        """
+        found = torch.from_numpy(np.array(self._latents[indices]))
+        latents = dict(zip(("values", "mirrored"), found.unbind(1), strict=False))
+        texts = {} if self.prompts is None else {"prompt_embeds": self.prompts.__getitems__(indices)}
+        return {**self._images.labels(indices), **latents, **texts}
+
+
+def latents_of(
+    images: PictureData,
+    encode: Callable[[Tensor], Tensor],
+    key: str,
+    cache_dir: Path,
+    device: torch.device,
+    *,
+    mirrored: bool,
+    prompts: Prompts | None = None,
+) -> LatentData:
+    """Encodes all images, or finds their latents in the cache.
+
+    Args:
+        images: the images.
+        encode: (B, C, H, W) in [-1, 1] on the device -> (B, c, h, w).
+        key: a hash of everything that affects `encode`.
+        cache_dir: the folder that keeps the latents for the next run.
+        device: the device that encodes.
+        mirrored: whether to also encode each image flipped left to right, for --random_flip: the latents of the mirror
+            image are not the mirrored latents.
+        prompts: the texts of the images, for a text-to-image model.
+
+    Raises:
+        UsageError: a latent is non-finite, or the cache cannot be written.
+    """
+    settings = (images.fingerprint, images.shape, key, mirrored, __version__)
+    path = cache_dir / f"latents-{hashlib.sha256(repr(settings).encode()).hexdigest()}.npy"
+    rows = stored_rows(path, len(images), lambda: _pieces(images, encode, device, mirrored))
+    data = LatentData(images, rows, path, prompts)
+    if not _USUAL[0] <= data.deviation <= _USUAL[1]:
+        warn(
+            f"the latents have a standard deviation of {data.deviation:.3g}, but noise schedules expect about 1:"
+            " multiply scaling_factor in the config of the autoencoder by"
+            f" {1 / data.deviation if data.deviation else float('inf'):.3g}"
+        )
+    return data
+
+
+def _pieces(images: PictureData, encode, device: torch.device, mirrored: bool) -> Iterator[Tensor]:
+    """Yields the latents of a few images at a time, (n, 1 or 2, c, h, w)."""
+    for start in tqdm(range(0, len(images), _AT_A_TIME), desc="encoding images, once", unit="batch"):
+        indices = list(range(start, min(start + _AT_A_TIME, len(images))))
+        pixels = images.normalization.normalize(images.__getitems__(indices)["values"].to(device))
+        views = [pixels, pixels.flip(-1)] if mirrored else [pixels]
+        latents = torch.stack([encode(view) for view in views], dim=1)
+        finite = latents.isfinite().flatten(1).all(1)
+        if not finite.all():
+            bad = indices[int((~finite).nonzero()[0])]
+            raise UsageError(f"the latents of image {bad} are not finite: check the image and the autoencoder")
+        yield latents

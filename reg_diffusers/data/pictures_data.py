@@ -1,0 +1,93 @@
+"""A data set of decoded images, with their class labels and conditioning images."""
+
+from __future__ import annotations
+
+import functools
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from .normalization import PICTURES
+
+__all__ = ["PictureData"]
+
+
+class PictureData(torch.utils.data.Dataset):
+    """Images as uint8, with class labels and conditioning images if requested.
+
+    Attributes:
+        shape: (C, H, W).
+        normalization: from 0..255 to [-1, 1], also for the conditioning images.
+        classes: names of the classes, or None.
+        condition_channels: channels K of the conditioning images, 0 without.
+        note: a line to print at the start, next to the number and shape of the data.
+        number: number of images.
+        examples: images for repeated use: all of them.
+        fingerprint: identifies the images and their order.
+    """
+
+    normalization = PICTURES
+    is_picture = True
+    prompts = None
+
+    def __init__(
+        self,
+        table,
+        shape: tuple[int, int, int],
+        classes: list[str] | None,
+        condition_channels: int = 0,
+        note: str = "",
+        caption: str | None = None,
+    ):
+        self.fingerprint = table._fingerprint
+        self._table = table.with_format("arrow")
+        self.shape = shape
+        self.classes = classes
+        self.condition_channels = condition_channels
+        self.note = note
+        self._caption = caption
+
+    def __len__(self) -> int:
+        return len(self._table)
+
+    @property
+    def number(self) -> int:
+        return len(self)
+
+    @property
+    def examples(self) -> PictureData:
+        return self
+
+    def __getitems__(self, indices: list[int]) -> dict[str, Tensor]:
+        """Reads the batch of these indices at once.
+
+        {"values": (B, C, H, W) uint8, "ids": (B,), "condition": (B, K, H, W) uint8, "class_labels": (B,)}
+        """
+        rows = self._table[indices]
+        batch = {"values": _pixels(rows["pixels"], self.shape), **self.labels(indices)}
+        if self.condition_channels:
+            batch["condition"] = _pixels(rows["condition"], (self.condition_channels, *self.shape[1:]))
+        return batch
+
+    def labels(self, indices: list[int]) -> dict[str, Tensor]:
+        """Reads what belongs to the images of these indices, but no pixels: {"ids": (B,), "class_labels": (B,)}."""
+        found = {"ids": torch.tensor(indices)}
+        if self.classes is not None:
+            found["class_labels"] = self._class_labels[indices]
+        return found
+
+    @property
+    def captions(self) -> list[str | None]:
+        """The texts of the images, in order; only with a column of captions."""
+        return list(self._table.select_columns(self._caption).with_format(None)[self._caption][:])
+
+    @functools.cached_property
+    def _class_labels(self) -> Tensor:
+        column = self._table.select_columns("class_label").with_format("numpy")["class_label"][:]
+        return torch.from_numpy(np.array(column))
+
+
+def _pixels(column, shape: tuple[int, int, int]) -> Tensor:
+    """Converts a column of flattened images to a tensor (B, *shape)."""
+    return torch.from_numpy(column.combine_chunks().flatten().to_numpy().copy()).reshape(-1, *shape)

@@ -1,0 +1,89 @@
+"""Loads the autoencoder of a latent model, in the coordinates that diffusers' LDMPipeline reads."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from pathlib import Path
+
+import diffusers
+import torch
+from diffusers import AutoencoderKL, DiffusionPipeline
+from torch import nn
+
+from ..autoencoder import AUTOENCODERS
+from ..hub.model_index import check_weights
+from ..runtime.errors import UsageError, warn
+from ..sampling.sampler import add_weights
+from ..settings.model import ModelSettings
+from ..views import DecodedImage
+
+__all__ = ["autoencoder_sha256", "decoded_view", "load_autoencoder"]
+
+_COMPONENTS = ("vqvae", "vae")  # names of an autoencoder in diffusers' pipelines
+_NOT_READ = ("shift_factor", "latents_mean", "latents_std")  # by LDMPipeline
+
+
+def load_autoencoder(settings: ModelSettings, cache_dir: str | None = None) -> nn.Module | None:
+    """Loads the autoencoder of --vae, or that of the pipeline to fine-tune; None for a model of images.
+
+    Raises:
+        UsageError: there is no readable autoencoder, its class is not supported, or both flags name one.
+    """
+    given, base = settings.vae, settings.pretrained_model_name_or_path
+    own = None if base is None else _component(base, cache_dir)
+    if given is not None and own is not None:
+        raise UsageError(f"--vae {given}: the pipeline {base} has an autoencoder of its own; drop the flag")
+    if given is None and own is None:
+        return None
+    flag = f"--vae {given}" if own is None else f"--pretrained_model_name_or_path {base}"
+    try:
+        vae = _load(base, own, cache_dir) if own is not None else _load(given, _component(given, cache_dir), cache_dir)
+    except UsageError as error:
+        raise UsageError(f"{flag}: {error}") from None
+    except Exception as error:  # of any type, because the files may be corrupt
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise UsageError(f"{flag}: no readable autoencoder: {reason}") from error
+    if dropped := [name for name in _NOT_READ if vae.config.get(name)]:
+        vae.register_to_config(**dict.fromkeys(dropped))
+        warn(f"{flag}: {', '.join(dropped)} is left out, because diffusers' LDMPipeline reads scaling_factor only")
+    return vae.requires_grad_(False).eval()
+
+
+def decoded_view(vae: nn.Module, mixed_precision: str) -> DecodedImage:
+    """Returns the view of the losses: images decoded in the precision of the training.
+
+    A decoder that overflows in float16 (force_upcast) stays in its own precision there.
+    """
+    dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(mixed_precision, "auto")
+    if dtype == torch.float16 and vae.config.get("force_upcast"):
+        dtype = "auto"
+    return DecodedImage(vae, dtype=dtype)
+
+
+def autoencoder_sha256(vae: nn.Module) -> str:
+    """Returns a hash of everything in an autoencoder that affects latents: class, configuration, weights."""
+    config = {name: value for name, value in vae.config.items() if not name.startswith("_")}
+    digest = hashlib.sha256(json.dumps([type(vae).__name__, config], sort_keys=True, default=str).encode())
+    add_weights(digest, vae)
+    return digest.hexdigest()
+
+
+def _component(path: str, cache_dir: str | None) -> str | None:
+    """Returns the subfolder of the autoencoder in a pipeline; None if the path names no pipeline, or one without."""
+    if Path(path).is_dir() and not (Path(path) / "model_index.json").is_file():
+        return None
+    try:
+        config = DiffusionPipeline.load_config(path, cache_dir=cache_dir)
+        return next((name for name in _COMPONENTS if (config.get(name) or [None])[0] is not None), None)
+    except (OSError, ValueError, TypeError, AttributeError):  # the last two: it does not hold what it should
+        return None
+
+
+def _load(path: str, subfolder: str | None, cache_dir: str | None) -> nn.Module:
+    where = {"subfolder": subfolder or "", "cache_dir": cache_dir}
+    name = AutoencoderKL.load_config(path, **where).get("_class_name")
+    if name not in AUTOENCODERS:
+        raise UsageError(f"an autoencoder of class {name} is not supported: use one of {', '.join(AUTOENCODERS)}")
+    check_weights(Path(path, subfolder or ""))
+    return getattr(diffusers, name).from_pretrained(path, **where, use_safetensors=True)

@@ -1,0 +1,25 @@
+"""Families of text-to-image pipelines, one module each; the class of a saved pipeline selects its family."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from diffusers import DiffusionPipeline
+
+from . import stable_diffusion
+from .family import Family
+
+__all__ = ["FAMILIES", "Family", "family_of"]
+
+FAMILIES = (stable_diffusion.FAMILY,)
+
+
+def family_of(path: str, cache_dir: str | None = None) -> Family | None:
+    """Returns the family of a saved pipeline; None if the path names no pipeline of a family."""
+    if Path(path).is_dir() and not (Path(path) / "model_index.json").is_file():
+        return None
+    try:
+        name = DiffusionPipeline.load_config(path, cache_dir=cache_dir).get("_class_name")
+    except (OSError, ValueError, AttributeError):
+        return None
+    return next((family for family in FAMILIES if family.pipeline.__name__ == name), None)

@@ -1,0 +1,36 @@
+"""What a family of text-to-image pipelines provides."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from diffusers import DiffusionPipeline
+from torch import Tensor
+
+__all__ = ["Family"]
+
+
+@dataclass(frozen=True)
+class Family:
+    """What train_reg.py needs to know about a kind of text-to-image pipelines.
+
+    Attributes:
+        pipeline: the pipeline class of diffusers.
+        network: the class of the network, in the component `component`.
+        component: the name of the network in the pipeline and in its LoRA files.
+        target_modules: the default layers of LoRA.
+        load_encoder: loads the pipeline without its network, to embed texts: (path, cache_dir) -> pipeline.
+        embed: embeds texts by that pipeline, without gradient: (pipeline, texts) -> (n, L, D).
+        assemble: builds the pipeline that samples from embeddings: (network, scheduler, vae) -> pipeline.
+        lost_tokens: the number of tokens of a text beyond the limit of the tokenizer: (pipeline, text) -> int.
+    """
+
+    pipeline: type[DiffusionPipeline]
+    network: type
+    component: str
+    target_modules: tuple[str, ...]
+    load_encoder: Callable[[str, str | None], DiffusionPipeline]
+    embed: Callable[[DiffusionPipeline, list[str]], Tensor]
+    assemble: Callable[..., DiffusionPipeline]
+    lost_tokens: Callable[[DiffusionPipeline, str], int]

@@ -1,0 +1,103 @@
+"""LoRA (Hu et al. 2021, arXiv:2106.09685): trained low-rank adapters on a frozen network, by peft.
+
+A layer W of an adapted network computes W x + (alpha / r) B A x, with A of r rows and B of r columns. B starts at 0,
+so the network starts as the given one.
+"""
+
+from __future__ import annotations
+
+from importlib.util import find_spec
+from pathlib import Path
+
+from accelerate import Accelerator
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from ..runtime.errors import UsageError
+from ..settings.model import ModelSettings
+
+__all__ = ["add_lora", "check_peft", "keep_trained_only", "lora_file_arguments"]
+
+_FILE = "model.safetensors"
+
+
+def check_peft() -> None:
+    """Raises `UsageError` if peft is not installed."""
+    if find_spec("peft") is None:
+        raise UsageError("--lora_rank needs a package that is not installed: pip install peft")
+
+
+def add_lora(network: nn.Module, settings: ModelSettings, default_modules: tuple[str, ...]) -> None:
+    """Freezes a network and adds adapters, which are its only trained parameters.
+
+    Args:
+        network: a network of diffusers.
+        settings: the settings with lora_rank, lora_alpha (default: the rank) and lora_target_modules.
+        default_modules: endings of the names of the adapted layers if lora_target_modules is not set.
+
+    Raises:
+        UsageError: no layer has one of these names.
+    """
+    from peft import LoraConfig
+
+    network.requires_grad_(False)
+    modules = settings.lora_target_modules or default_modules
+    config = LoraConfig(
+        r=settings.lora_rank,
+        lora_alpha=settings.lora_rank if settings.lora_alpha is None else settings.lora_alpha,
+        init_lora_weights="gaussian",
+        target_modules=list(modules),
+    )
+    try:
+        network.add_adapter(config)
+    except ValueError as error:
+        linear = (name for name, layer in network.named_modules() if isinstance(layer, nn.Linear))
+        ends = sorted({name.rpartition(".")[2] for name in linear})
+        raise UsageError(
+            f"--lora_target_modules {' '.join(modules)}: no adapter can be added there; linear layers of this network"
+            f" end in {', '.join(ends)} ({' '.join(str(error).split())[:120]})"
+        ) from error
+
+
+def lora_file_arguments(network: nn.Module, component: str) -> dict:
+    """Returns the arguments of `save_lora_weights` of a pipeline: the adapters, and their rank and alpha."""
+    from diffusers.utils import convert_state_dict_to_diffusers
+    from peft.utils import get_peft_model_state_dict
+
+    layers = {name: tensor.float().cpu() for name, tensor in get_peft_model_state_dict(network).items()}
+    return {
+        f"{component}_lora_layers": convert_state_dict_to_diffusers(layers),
+        f"{component}_lora_adapter_metadata": network.peft_config["default"].to_dict(),
+    }
+
+
+def keep_trained_only(accelerator: Accelerator, network: nn.Module) -> None:
+    """Lets checkpoints hold only the trained parameters of a network with frozen ones; does nothing for others.
+
+    Args:
+        accelerator: the accelerator of the training, which saves one network.
+        network: the network, as prepared by the accelerator.
+    """
+    network = accelerator.unwrap_model(network)
+    if all(parameter.requires_grad for parameter in network.parameters()):
+        return
+
+    def trained() -> dict[str, Tensor]:
+        return {name: value for name, value in network.named_parameters() if value.requires_grad}
+
+    def save(models: list[nn.Module], weights: list[dict], folder: str) -> None:
+        weights.clear()  # accelerate saves what is left
+        if accelerator.is_main_process:
+            values = {name: value.detach().cpu().contiguous() for name, value in trained().items()}
+            save_file(values, Path(folder) / _FILE)
+
+    def load(models: list[nn.Module], folder: str) -> None:
+        models.clear()  # accelerate loads what is left
+        saved, now = load_file(Path(folder) / _FILE), trained()
+        if saved.keys() != now.keys():
+            raise UsageError(f"--resume: {folder} has adapters in other layers: see --lora_target_modules")
+        for name, value in now.items():
+            value.data.copy_(saved[name])
+
+    accelerator.register_save_state_pre_hook(save)
+    accelerator.register_load_state_pre_hook(load)

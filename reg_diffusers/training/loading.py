@@ -1,0 +1,165 @@
+"""Loads what a run starts from: the model, and the data as the network sees them."""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from ..autoencoder import downsampling, encoded
+from ..data.latents import latents_of
+from ..data.prompts import Prompts
+from ..data.training_data import TrainingData, cache_folder, load_training_data
+from ..networks.autoencoders import autoencoder_sha256, load_autoencoder
+from ..networks.build import GivenModel, load_given_model
+from ..networks.families import FAMILIES, Family, family_of
+from ..runtime.errors import UsageError, warn
+from ..sampling.sampler import add_weights
+from ..settings.data import DataSettings
+from ..settings.model import ModelSettings
+
+__all__ = ["Loaded", "load_model_and_data"]
+
+_TEXTS_SHOWN = 16  # of the first images, in previews
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """What a run starts from.
+
+    Attributes:
+        given: model to start from.
+        images: data as images or fields.
+        data: data as the network sees them: `images`, or their latents.
+        vae: autoencoder of the latents, or None.
+        family: family of a text-to-image pipeline, or None.
+        previews: embeddings of the texts of the previews, (P, L, D); None without texts.
+    """
+
+    given: GivenModel
+    images: TrainingData
+    data: TrainingData
+    vae: nn.Module | None = None
+    family: Family | None = None
+    previews: Tensor | None = None
+
+
+def load_model_and_data(
+    model: ModelSettings, data: DataSettings, device: torch.device, validation_prompts: tuple[str, ...] | None = None
+) -> Loaded:
+    """Loads the model to start from, and the data in its size and channels; encodes them if it works in latents.
+
+    Args:
+        model: settings of the model.
+        data: settings of the data.
+        device: device that encodes.
+        validation_prompts: texts of the previews; None: those of the first images.
+    """
+    base = model.pretrained_model_name_or_path
+    family = None if base is None else family_of(base, data.cache_dir)
+    _check_texts(model, data, family, validation_prompts)
+    given = load_given_model(model, data.cache_dir)
+    vae = load_autoencoder(model, data.cache_dir)
+    if vae is None:
+        images = load_training_data(
+            data, given.channels, given.resolution, given.normalization, given.condition_channels
+        )
+        return Loaded(given, images, images)
+    factor = downsampling(vae)
+    _check_data_of_latents(data, factor)
+    images = load_training_data(data, vae.config.in_channels, factor * (given.resolution or 0), None, 0)
+    if not images.is_picture:
+        raise UsageError("an autoencoder encodes images, but the data are fields: drop --vae")
+    key, encode = autoencoder_sha256(vae), partial(encoded, vae.to(device))
+    folder = cache_folder(data.cache_dir)
+    prompts, previews = None, None
+    if family is not None:
+        encoder = family.load_encoder(base, data.cache_dir).to(device)
+        prompts = _prompts(images, data, family, encoder, folder)
+        shown = list(validation_prompts or dict.fromkeys(prompts.texts[:_TEXTS_SHOWN]))
+        previews = torch.cat([family.embed(encoder, [text]) for text in shown]).cpu()
+    latents = latents_of(images, encode, key, folder, device, mirrored=data.random_flip, prompts=prompts)
+    if given.unet is not None and given.channels != latents.shape[0]:
+        raise UsageError(
+            f"the autoencoder gives latents of {latents.shape[0]} channels, but the given model has {given.channels}:"
+            " use the autoencoder that it was trained with"
+        )
+    return Loaded(given, images, latents, vae, family, previews)
+
+
+def _check_texts(
+    model: ModelSettings, data: DataSettings, family: Family | None, validation_prompts: tuple[str, ...] | None
+) -> None:
+    """Raises `UsageError` for texts without a text-to-image model, and the reverse."""
+    has_texts = data.caption_column is not None or data.prompt is not None
+    if family is not None and not has_texts:
+        raise UsageError(
+            f"a {family.pipeline.__name__} needs a text for each image: name its column by --caption_column, or give"
+            " one text for all by --prompt"
+        )
+    if family is not None:
+        return
+    given = {
+        "--lora_rank": model.lora_rank,
+        "--caption_column": data.caption_column,
+        "--prompt": data.prompt,
+        "--validation_prompts": validation_prompts,
+        "--condition_dropout": data.condition_dropout,
+    }
+    if flags := [flag for flag, value in given.items() if value]:
+        known = ", ".join(family.pipeline.__name__ for family in FAMILIES)
+        raise UsageError(
+            f"{flags[0]} needs a text-to-image pipeline ({known}): name one by --pretrained_model_name_or_path"
+        )
+
+
+def _prompts(images: TrainingData, data: DataSettings, family: Family, encoder, folder: Path) -> Prompts:
+    """Reads and embeds the texts of the images; warns of those that the tokenizer cuts off.
+
+    Raises:
+        UsageError: images have no text.
+    """
+    is_given = data.prompt is not None
+    texts = [data.prompt] * len(images) if is_given else images.captions
+    if not is_given and (missing := [row for row, text in enumerate(texts) if not (text or "").strip()]):
+        raise UsageError(
+            f"--caption_column {data.caption_column}: {len(missing)} of {len(texts)} images have no text, the first is"
+            f" row {missing[0]}: add texts, or give one for all by --prompt"
+        )
+    lost = {text: number for text in set(texts) if (number := family.lost_tokens(encoder, text))}
+    if too_long := [text for text in texts if text in lost]:
+        warn(
+            f"the tokenizer cuts off the end of {len(too_long)} of {len(texts)} texts, such as {too_long[0][:60]!r},"
+            f" which is {lost[too_long[0]]} tokens too long"
+        )
+    return Prompts(texts, partial(family.embed, encoder), _sha256(encoder), folder)
+
+
+def _sha256(encoder) -> str:
+    """Returns a hash of everything that affects embeddings: text encoders and tokenizers."""
+    digest = hashlib.sha256()
+    for name, component in sorted(encoder.components.items()):
+        if isinstance(component, nn.Module):
+            digest.update(f"{name} {component.config.to_json_string()}".encode())
+            add_weights(digest, component)
+        elif hasattr(component, "get_vocab"):
+            digest.update(repr((name, component.model_max_length, sorted(component.get_vocab().items()))).encode())
+    return digest.hexdigest()
+
+
+def _check_data_of_latents(data: DataSettings, factor: int) -> None:
+    """Raises `UsageError` for settings of the data that latents do not support."""
+    if data.streaming:
+        raise UsageError("--streaming: images are encoded once for --vae, not on demand; drop one of the two flags")
+    if data.conditioning_image_column:
+        raise UsageError("--conditioning_image_column is not supported in latents (--vae); drop one of the two flags")
+    if data.resolution is not None and data.resolution % factor:
+        near = max(data.resolution // factor, 1) * factor
+        raise UsageError(
+            f"--resolution {data.resolution}: the autoencoder reduces images by {factor}, so use a multiple of"
+            f" {factor}, such as {near} or {near + factor}"
+        )

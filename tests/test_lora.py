@@ -1,0 +1,195 @@
+"""train_reg.py --lora_rank: fine-tuning of a text-to-image pipeline, with losses on the decoded picture."""
+
+import json
+import re
+import shlex
+import shutil
+import sys
+from pathlib import Path
+
+import numpy as np
+import PIL.Image
+import pytest
+import torch
+from diffusers import DDIMScheduler, StableDiffusionPipeline
+from huggingface_hub import ModelCard
+from runs import ROOT, metrics, refusal
+from safetensors.torch import load_file
+from tiny_pipelines import save_stable_diffusion
+
+pytestmark = pytest.mark.training
+
+TEXTS = ["a cat", "a dog", "cat", "dog"]
+
+
+def write_photos(number=8, texts=TEXTS, folder="photos"):
+    """A folder of images with a metadata.jsonl of texts."""
+    Path(folder).mkdir(exist_ok=True)
+    generator = np.random.default_rng(0)
+    lines = []
+    for index in range(number):
+        pixels = generator.integers(0, 256, (16, 16, 3), dtype=np.uint8)
+        PIL.Image.fromarray(pixels).save(Path(folder, f"{index}.png"))
+        lines.append(json.dumps({"file_name": f"{index}.png", "text": texts[index % len(texts)], "number": index}))
+    Path(folder, "metadata.jsonl").write_text("\n".join(lines))
+
+
+@pytest.fixture
+def fine_tune(train, tmp_path):
+    """Runs the script on a tiny Stable Diffusion and eight images with texts; returns the output folder."""
+    pytest.importorskip("peft")
+    save_stable_diffusion("base", tmp_path / "scratch", prediction_type="epsilon")
+    write_photos()
+
+    def run(*flags, rank=4, texts=("--caption_column", "text"), base="base", **kwargs):
+        chosen = (*texts, *(() if rank is None else ("--lora_rank", rank)))
+        given = "--train_data_dir photos --resolution 16 --regularizer total_variation --reg_weight 0.1".split()
+        quick = "--cache_dir cache --max_train_steps 4 --num_threads 1 --learning_rate 1e-2 --eval_batch_size 2"
+        model = ("--pretrained_model_name_or_path", base)
+        return train(*given, *chosen, *quick.split(), *flags, model=model, **kwargs)
+
+    return run
+
+
+def adapters(out):
+    return load_file(out / "pytorch_lora_weights.safetensors")
+
+
+def differ(one, other):
+    return one.keys() != other.keys() or any(not torch.equal(one[name], other[name]) for name in one)
+
+
+def drawn(pipeline):
+    pipeline.scheduler = DDIMScheduler.from_config(pipeline.scheduler.config)
+    pipeline.set_progress_bar_config(disable=True)
+    generator = torch.Generator().manual_seed(3)
+    call = {"num_inference_steps": 2, "output_type": "np", "height": 16, "width": 16}
+    return pipeline("a cat", generator=generator, **call).images
+
+
+def test_the_folder_holds_adapters_that_stock_diffusers_draws_the_same_image_with(fine_tune, train, monkeypatch):
+    trained = []
+    train_of_script = train.script.train
+    monkeypatch.setattr(train.script, "train", lambda *given: trained.append(train_of_script(*given)))
+    out = fine_tune("--validation_prompts", "cat", "--preview_steps", 2, "--lora_alpha", 8)
+    left = {path.name for path in out.iterdir()}
+    assert {"pytorch_lora_weights.safetensors", "README.md", "samples", "metrics.jsonl", "reg_config.json"} <= left
+    assert not left & {"unet", "vae", "vqvae", "text_encoder", "model_index.json"}  # nothing of the base
+    (model,) = trained
+    stock = StableDiffusionPipeline.from_pretrained("base")
+    plain = drawn(stock)
+    stock.load_lora_weights(str(out))
+    with_adapters = drawn(stock)
+    assert np.abs(with_adapters - plain).max() > 1e-3
+    own = StableDiffusionPipeline.from_pretrained("base", unet=model.unet)
+    np.testing.assert_allclose(with_adapters, drawn(own), atol=1e-5)
+    card = ModelCard((out / "README.md").read_text())
+    assert card.data.pipeline_tag == "text-to-image" and "lora" in card.data.tags
+    assert PIL.Image.open(out / "samples" / "step-000002.png").size[0] > 64
+
+
+@pytest.mark.slow
+def test_the_loss_on_the_decoded_picture_falls(fine_tune, tmp_path):
+    save_stable_diffusion("base", tmp_path / "scratch", prediction_type="sample")
+    variation = {}
+    flags = (
+        "--reg_weighting constant --max_train_steps 40 --ddpm_num_inference_steps 1 --lr_scheduler constant".split()
+    )
+    for weight in (0, 100):
+        layers = ("--lora_target_modules", "conv_out", "to_out.0")
+        out = fine_tune(*flags, *layers, "--reg_weight", weight, output=f"w{weight}")
+        variation[weight] = metrics(out)[-1]["total_variation"]
+    assert variation[100] < 0.9 * variation[0]
+
+
+def test_a_resumed_run_equals_an_uninterrupted_one_and_checkpoints_hold_no_base(fine_tune):
+    flags = ("--checkpointing_steps", 2, "--condition_dropout", 0.5, "--random_flip")
+    whole = adapters(fine_tune(*flags, output="whole"))
+    out = fine_tune(*flags)
+    kept = load_file(out / "checkpoint-2" / "model.safetensors")
+    assert kept and all("lora" in name for name in kept)
+    shutil.rmtree(out / "checkpoint-4")
+    (out / "pytorch_lora_weights.safetensors").unlink()
+    fine_tune(*flags, "--resume", "auto")
+    assert not differ(adapters(out), whole)
+
+
+def test_one_text_for_all_images_and_dropped_texts_change_the_training(fine_tune):
+    by_column, by_prompt, without = (
+        adapters(fine_tune(*flags, output=name, **kwargs))
+        for name, flags, kwargs in (
+            ("a", (), {}),
+            ("b", (), {"texts": ("--prompt", "a cat")}),
+            ("c", ("--condition_dropout", 0.9), {}),
+        )
+    )
+    assert differ(by_column, by_prompt) and differ(by_column, without)
+
+
+def test_texts_are_embedded_once_and_the_tokenizer_s_cuts_are_counted(fine_tune, capsys):
+    write_photos(texts=["a cat", "dog", "abcdefgh abcdefgh"])
+    fine_tune()
+    assert "cuts off the end of 2 of 8 texts, such as 'abcdefgh abcdefgh'" in capsys.readouterr().err
+    (cached,) = Path("cache", "reg_diffusers").glob("prompts-*.npy")
+    assert len(np.load(cached)) == 4  # three texts and the empty one
+    before = cached.stat().st_mtime_ns
+    fine_tune(output="again")
+    assert cached.stat().st_mtime_ns == before
+
+
+def test_what_cannot_work_is_refused_in_one_line(fine_tune, capsys, monkeypatch):
+    def refused(*flags, **kwargs):
+        return refusal(fine_tune, capsys, *flags, **kwargs)
+
+    assert "pass --lora_rank, such as 16" in refused(rank=None)
+    assert "'0' is not a whole number above 0" in refused(rank=0)
+    assert "no adapter can be added there; linear layers of this network end in" in refused(
+        "--lora_target_modules", "nothing"
+    )
+    assert "needs a text for each image" in refused(texts=())
+    assert "--prompt and --caption_column exclude each other" in refused("--prompt", "a")
+    assert "there is no such column; the columns are: image" in refused(texts=("--caption_column", "words"))
+    assert "holds no texts" in refused(texts=("--caption_column", "number"))
+    assert "--compare is not supported" in refused("--compare")
+    write_photos(texts=["a cat", ""])
+    assert "4 of 8 images have no text, the first is row 1" in refused()
+    monkeypatch.setitem(sys.modules, "peft", None)
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    monkeypatch.setattr("reg_diffusers.networks.lora.find_spec", lambda name: None)
+    assert "not installed: pip install peft" in refused(texts=("--prompt", "a"))
+
+
+def test_texts_without_a_text_to_image_model_are_refused(train, capsys):
+    error = refusal(train, capsys, "--prompt", "a cat")
+    assert error.endswith("(StableDiffusionPipeline): name one by --pretrained_model_name_or_path")
+    assert "--lora_alpha has no effect without --lora_rank" in refusal(train, capsys, "--lora_alpha", 2)
+
+
+def test_a_pipeline_of_an_unknown_class_is_refused_with_the_list(train, capsys, tmp_path):
+    base = save_stable_diffusion("base", tmp_path / "scratch")
+    index = json.loads((tmp_path / "base" / "model_index.json").read_text())
+    index["_class_name"] = "StableDiffusionInpaintPipeline"
+    (tmp_path / "base" / "model_index.json").write_text(json.dumps(index))
+    error = refusal(train, capsys, model=("--pretrained_model_name_or_path", base))
+    assert "a StableDiffusionInpaintPipeline is not supported" in error and "StableDiffusionPipeline" in error
+
+
+PAGE = (ROOT / "docs" / "stable_diffusion.md").read_text()
+BASE = "stable-diffusion-v1-5/stable-diffusion-v1-5"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [0, 1])
+def test_the_commands_of_the_page_run_on_the_tiny_pipeline(number, train, tmp_path):
+    pytest.importorskip("peft")
+    save_stable_diffusion("base", tmp_path / "scratch")
+    write_photos()
+    Path("my_module.py").write_text("class MyReg:\n    def __call__(self, x):\n        return x.flatten(1).var(1)\n")
+    commands = re.findall(r"^accelerate launch train_reg.py (.*)$", PAGE, re.MULTILINE)
+    assert len(commands) == 2
+    flags = shlex.split(commands[number].replace(BASE, "base"))
+    quick = "--resolution 16 --max_train_steps 2 --num_threads 1 --cache_dir cache".split()
+    train(*flags, *quick, model=(), output="reg-ddpm-model")
+    (code,) = re.findall(r"^```python\n(.*?)^```", PAGE, re.MULTILINE | re.DOTALL)
+    exec(code.replace(BASE, "base"), {})
+    assert PIL.Image.open("bicycle.png").size == (16, 16)
