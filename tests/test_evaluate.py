@@ -28,6 +28,7 @@ from reg_diffusers.evaluation.features import FeaturesError, named_features, pix
 from reg_diffusers.evaluation.judgement import Row, compare_rows, find_copies, judge_samples
 from reg_diffusers.evaluation.measuring import SLICED
 from reg_diffusers.regularizers import classifier, total_variation
+from reg_diffusers.regularizers.network_input import NetworkInput
 from reg_diffusers.runtime.errors import UsageError
 
 pytestmark = pytest.mark.training
@@ -260,15 +261,18 @@ def test_a_network_that_brings_code_is_refused_without_asking(network, monkeypat
     assert not asked and not Path("was_run").exists()
 
 
-def test_images_are_brought_to_a_network_as_its_processor_does(network):
+@pytest.mark.parametrize("size", [(64, 64), (64, 45)])
+def test_images_are_brought_to_a_network_as_its_processor_does(network, size):
     from transformers import AutoImageProcessor, Dinov2Model
 
     picture = PIL.Image.fromarray(np.random.default_rng(0).integers(0, 256, (20, 20, 3), dtype=np.uint8))
-    picture = picture.resize((20, 20)).resize((64, 64), PIL.Image.Resampling.BICUBIC)
+    picture = picture.resize((20, 20)).resize(size, PIL.Image.Resampling.BICUBIC)
     batch = AutoImageProcessor.from_pretrained(network)(picture, return_tensors="pt")
     expected = Dinov2Model.from_pretrained(network)(**batch).last_hidden_state[:, 0]
     image = torch.from_numpy(np.asarray(picture).copy()).permute(2, 0, 1)[None] / 127.5 - 1
     found = named_features(network).extract(image)
+    of_a_loss = NetworkInput.of(AutoImageProcessor.from_pretrained(network)).shown((image + 1) / 2)
+    assert torch.equal(named_features(network).extract.shown(image), of_a_loss.clamp(0, 1))
     assert (found - expected).abs().max() < 0.05 * expected.abs().max()
     upside_down = named_features(network).extract(image.flip(2))
     assert (found - expected).norm() < 0.2 * (found - upside_down).norm()

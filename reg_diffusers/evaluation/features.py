@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..regularizers.classifier import classifier_input, fit_classifier
+from ..regularizers.network_input import NetworkInput, in_colour, read_processor
 
 __all__ = [
     "DEFAULT_NETWORK",
@@ -56,7 +56,7 @@ def pixels() -> Features:
 def named_features(name: str, device: torch.device | str = "cpu") -> Features:
     """Loads a vision network of transformers; the features are its pooled output (for DINOv2 the class token).
 
-    Images are resized (bicubic, antialiased) and normalized according to its image processor.
+    Images are resized, cropped and normalized according to its image processor, see `NetworkInput`.
 
     Args:
         name: a folder or Hub id, with safetensors weights and a preprocessor_config.json. No code from it is run.
@@ -65,12 +65,12 @@ def named_features(name: str, device: torch.device | str = "cpu") -> Features:
     Raises:
         FeaturesError: if it cannot be downloaded or is not a vision network.
     """
-    from transformers import AutoImageProcessor, AutoModel
+    from transformers import AutoModel
 
     try:
         if not Path(name).is_dir():
             _ask_the_hub(name)
-        processor = AutoImageProcessor.from_pretrained(name, trust_remote_code=False)
+        processor = read_processor(name)
         model, found = AutoModel.from_pretrained(
             name, trust_remote_code=False, use_safetensors=True, output_loading_info=True
         )
@@ -79,11 +79,12 @@ def named_features(name: str, device: torch.device | str = "cpu") -> Features:
         extract = _Network(model, processor, pooled)
         with torch.no_grad():
             extract(torch.zeros(1, 3, 8, 8, device=device))
+            height, width = extract.shown(torch.zeros(1, 3, 8, 8)).shape[-2:]
     except Exception as error:  # the type depends on the network and on the library that reads it
         raise FeaturesError(f"{name}: {(str(error).strip().splitlines() or [type(error).__name__])[0]}") from error
     kind = {"dinov2": "DINOv2", "clip_vision_model": "CLIP", "vit": "ViT"}.get(model.config.model_type)
     kind = kind or model.config.model_type
-    return Features(extract, f"{name}, {extract.size} x {extract.size}", f"FD-{kind}", f"KD-{kind}")
+    return Features(extract, f"{name}, {height} x {width}", f"FD-{kind}", f"KD-{kind}")
 
 
 def _ask_the_hub(name: str) -> None:
@@ -97,35 +98,21 @@ def _ask_the_hub(name: str) -> None:
 class _Network:
     def __init__(self, model: nn.Module, processor, pooled: bool):
         self._model, self._pooled = model, pooled
-        size, crop = processor.size, getattr(processor, "crop_size", None)
-        cropped = crop is not None and getattr(processor, "do_center_crop", False)
-        self._resized = _side(size)
-        self.size = _side(crop) if cropped else self._resized
-        device = model.device
-        self._mean = torch.tensor(processor.image_mean, device=device).view(-1, 1, 1)
-        self._std = torch.tensor(processor.image_std, device=device).view(-1, 1, 1)
+        shown = NetworkInput.of(processor)
+        if shown.shortest_side is not None and shown.crop is None:  # a square, which every network accepts
+            shown = replace(shown, crop=(shown.shortest_side,) * 2)
+        self._input = shown
 
     def __call__(self, images: Tensor) -> Tensor:
-        if images.shape[1] not in _PICTURE_CHANNELS:
-            raise FeaturesError(f"needs images of 1 or 3 channels, not {images.shape[1]}")
-        images = (images.clamp(-1, 1).float() + 1) / 2
-        scale = self._resized / min(images.shape[2:])
-        size = [max(round(side * scale), self.size) for side in images.shape[2:]]
-        images = F.interpolate(images, size, mode="bicubic", antialias=True).clamp(0, 1)
-        top, left = ((side - self.size) // 2 for side in size)
-        images = images[:, :, top : top + self.size, left : left + self.size].expand(-1, 3, -1, -1)
-        output = self._model((images - self._mean) / self._std)
+        output = self._model(self._input.normalized(self.shown(images)))
         pooled = getattr(output, "pooler_output", None)
         return (pooled if self._pooled and pooled is not None else output.last_hidden_state[:, 0]).flatten(1)
 
-
-def _side(size) -> int:
-    """The side length of the square that an image processor's size stands for."""
-    return (size.get("shortest_edge") or size["height"]) if isinstance(size, dict) else _of_size(size)
-
-
-def _of_size(size) -> int:
-    return getattr(size, "shortest_edge", None) or getattr(size, "height", None) or int(size)
+    def shown(self, images: Tensor) -> Tensor:
+        """Returns the pictures that the network sees, (B, 3, H', W') in [0, 1], clipped as a picture of 8 bits is."""
+        if images.shape[1] not in _PICTURE_CHANNELS:
+            raise FeaturesError(f"needs images of 1 or 3 channels, not {images.shape[1]}")
+        return self._input.shown(in_colour(images.clamp(-1, 1).float(), "[-1, 1]", "a network")).clamp(0, 1)
 
 
 def train_classifier(

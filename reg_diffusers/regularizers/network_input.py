@@ -75,6 +75,10 @@ class NetworkInput:
         Raises:
             ValueError: the crop exceeds the resized images.
         """
+        return self.normalized(self.shown(images))
+
+    def shown(self, images: Tensor) -> Tensor:
+        """Resizes and crops images (n, 3, H, W)."""
         if (size := self._resized(*images.shape[-2:])) != images.shape[-2:]:
             images = F.interpolate(images, size, mode=self.mode, antialias=True)
         if self.crop is not None:
@@ -82,6 +86,10 @@ class NetworkInput:
             if min(top, left) < 0:
                 raise ValueError(f"the network's crop of {self.crop} exceeds images of {size}: pass size=")
             images = images[..., top : top + self.crop[0], left : left + self.crop[1]]
+        return images
+
+    def normalized(self, images: Tensor) -> Tensor:
+        """Normalizes images (n, 3, H', W') in [0, 1]."""
         mean, std = (images.new_tensor(numbers).reshape(-1, 1, 1) for numbers in (self.mean, self.std))
         return (images - mean) / std
 
