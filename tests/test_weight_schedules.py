@@ -114,6 +114,13 @@ def test_nothing_of_a_term_runs_in_a_step_with_factor_zero():
 
 
 @pytest.mark.loss
+def test_the_description_of_a_loss_names_a_schedule():
+    terms = [Term(mean_square, 1.0, constant, schedule=every(2)), Term(mean_square, 1.0, constant, "always")]
+    scheduled, always = X0Regularization(SCHEDULER, terms).describe(TIMES).splitlines()
+    assert scheduled.endswith(", times the factor of its schedule") and not always.endswith("schedule")
+
+
+@pytest.mark.loss
 def test_an_off_step_still_supports_backward():
     output = torch.randn(2, 1, 2, 2, requires_grad=True)
     ours = X0Regularization(SCHEDULER, [Term(mean_square, 1.0, constant, schedule=every(2))])
