@@ -8,7 +8,7 @@ project = "reg_diffusers"
 author = "the reg_diffusers authors"
 release = version = reg_diffusers.__version__
 
-extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon"]
+extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.mathjax", "sphinx.ext.napoleon", "sphinx_copybutton"]
 myst_enable_extensions = ["dollarmath"]
 myst_heading_anchors = 3
 exclude_patterns = ["_build", "data", "figures"]
@@ -17,6 +17,9 @@ autodoc_member_order = "bysource"
 autodoc_typehints = "none"
 napoleon_use_ivar = True
 html_theme = "furo"
+html_static_path = ["_static"]
+mathjax_path = "mathjax/tex-svg.js"  # bundled, with its fonts: the pages need no other server
+copybutton_exclude = ".linenos, .gp, .go"
 html_title = f"reg_diffusers {release}"
 
 

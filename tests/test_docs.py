@@ -169,8 +169,14 @@ def test_figures_can_be_made(script, tmp_path, monkeypatch):
 
 @pytest.mark.slow
 def test_strict_build(tmp_path):
-    for name in ("sphinx", "myst_parser", "furo"):
+    for name in ("sphinx", "myst_parser", "furo", "sphinx_copybutton"):
         pytest.importorskip(name)
     build = [sys.executable, "-m", "sphinx", "-W", "--keep-going", "-q", "-b", "html", "docs", str(tmp_path)]
     result = subprocess.run(build, cwd=ROOT, capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
+    page = (tmp_path / "mathematics.html").read_text(encoding="utf-8")
+    loaded = re.findall(r"""<(?:script|link)[^>]+(?:src|href)=["']([^"']+)""", page)
+    assert [path for path in loaded if "://" in path] == []  # formulas and buttons need no other server
+    assert any("mathjax/tex-svg.js" in path for path in loaded) and any("copybutton.js" in path for path in loaded)
+    for path in loaded:
+        assert (tmp_path / path.split("?")[0]).exists() or path.endswith(".html") or path.startswith("#"), path
