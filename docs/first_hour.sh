@@ -59,6 +59,7 @@ test -s run/comparison.png -a -s run/plain/unet/diffusion_pytorch_model.safetens
 
 # Look at the result.
 run reg-diffusers sample --model run --num_images 8 --num_inference_steps 5
-run reg-diffusers evaluate --model run --model run/plain --num_images 20 --num_inference_steps 5 --features pixels
+run reg-diffusers evaluate --model run --model run/plain --regularizer my_module:MyReg --num_images 20 \
+    --num_inference_steps 5 --features pixels
 test -s evaluation/index.html
 printf '\nall files are in %s\n' "$folder"

@@ -68,7 +68,7 @@ def _hardware() -> dict[str, str]:
     cores = len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count()
     gpus = [torch.cuda.get_device_name(number) for number in range(torch.cuda.device_count())]
     return {
-        "processor": f"{platform.machine()}, {cores} cores, {torch.backends.cpu.get_cpu_capability()}",
+        "processor": f"{platform.machine()}, {cores} core{'s' * (cores > 1)}, {torch.backends.cpu.get_cpu_capability()}",
         "memory": f"{psutil.virtual_memory().total / 2**30:.1f} GiB",
         "GPUs": ", ".join(gpus) or "none",
         "CUDA": torch.version.cuda or "none",
