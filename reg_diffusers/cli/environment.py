@@ -6,7 +6,6 @@ import argparse
 import os
 import platform
 import re
-import sys
 from importlib import metadata
 
 __all__ = ["add_parser", "environment", "run"]
@@ -65,10 +64,11 @@ def _hardware() -> dict[str, str]:
 
     from ..runtime.hardware import choose_mixed_precision
 
-    cores = len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count()
+    cores = f"{len(os.sched_getaffinity(0))} of " if hasattr(os, "sched_getaffinity") else ""
+    cores += f"{os.cpu_count()} cores"
     gpus = [torch.cuda.get_device_name(number) for number in range(torch.cuda.device_count())]
     return {
-        "processor": f"{platform.machine()}, {cores} core{'s' * (cores > 1)}, {torch.backends.cpu.get_cpu_capability()}",
+        "processor": f"{platform.machine()}, {torch.backends.cpu.get_cpu_capability()}, {cores}",
         "memory": f"{psutil.virtual_memory().total / 2**30:.1f} GiB",
         "GPUs": ", ".join(gpus) or "none",
         "CUDA": torch.version.cuda or "none",
