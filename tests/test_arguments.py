@@ -67,6 +67,10 @@ def test_without_data_the_run_is_a_demonstration_and_flags_still_win():
     assert parse_args([]).loss.compare and parse_args([]).data.resolution == 16
     settings = parse_args(["--resolution", "8", "--no-compare"])
     assert settings.data.resolution == 8 and not settings.loss.compare
+    assert settings.loss.regularizer == ("near_background",) and settings.loss.reg_weight == (0.2,)
+    usual = LossSettings().reg_weight  # the demonstration's own is for its own loss
+    assert parse_args(["--regularizer", "total_variation"]).loss.reg_weight == usual
+    assert parse_args(["--reg_weight", "3"]).loss.regularizer == ("near_background",)
     assert parse_args(["--train_data_dir", "x"]).optimization.max_train_steps is None
 
 
@@ -180,6 +184,8 @@ def test_defaults_survive_a_trip_through_yaml(tmp_path):
     "argv",
     [
         [],
+        "--regularizer total_variation --reg_weight 0.2".split(),
+        "--regularizer none".split(),
         "--train_data_dir photos --regularizer none --no-use_ema --resume auto".split(),
         "--train_data_dir photos --regularizer a b --reg_weight auto:0.1 2 --reg_target b=0.9x --compare".split(),
         "--seed 3 --no-compare --max_train_time 90m --push_to_hub --hub_token hf_secret".split(),

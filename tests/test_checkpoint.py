@@ -35,7 +35,7 @@ def test_a_checkpoint_lists_its_files_and_settings(undisturbed):
     on_disk = {path.name for path in folder.iterdir()} - {"manifest.json"}
     assert found["step"] == 3 and set(found["files"]) == on_disk
     assert all(found["files"][name]["size"] == (folder / name).stat().st_size for name in on_disk)
-    assert found["settings"]["--reg_weight"] == [0.05] and found["settings"]["processes"] == 1
+    assert found["settings"]["--reg_weight"] == [0.2] and found["settings"]["processes"] == 1
     assert "hub_token" not in json.dumps(found)
 
 
@@ -147,10 +147,10 @@ def test_a_damaged_one_that_is_named_or_the_only_one_is_refused(train, capsys):
 def test_other_mathematics_is_refused_with_its_differences(train, capsys, tmp_path):
     folder = cut(train)
     before = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
-    changed = ("--reg_weight", 0.2, "--train_batch_size", 4, "--seed", 1, "--learning_rate", 1e-4)
+    changed = ("--reg_weight", 0.3, "--train_batch_size", 4, "--seed", 1, "--learning_rate", 1e-4)
     error = refusal(train, capsys, *FLAGS, "--resume", "auto", *changed)
     assert (
-        "--reg_weight 0.05 -> 0.2, --seed 0 -> 1, --train_batch_size 8 -> 4, --learning_rate 0.002 -> 0.0001" in error
+        "--reg_weight 0.2 -> 0.3, --seed 0 -> 1, --train_batch_size 8 -> 4, --learning_rate 0.002 -> 0.0001" in error
     )
     assert "--allow_changed_settings" in error
     error = refusal(train, capsys, "--resume_from_checkpoint", "latest", "--max_train_steps", 12, "--seed", 1)

@@ -112,6 +112,7 @@ LOSSES = {
     "isotropic_total_variation": Loss(built_in("isotropic_total_variation"), half=2.0),
     "laplacian_energy": Loss(built_in("laplacian_energy"), half=16.0),
     "mean_intensity": Loss(built_in("mean_intensity", target=0.7)),
+    "near_background": Loss(built_in("near_background", gap=0.9)),
     "out_of_range": Loss(built_in("out_of_range", low=-0.1, high=0.2)),
     "radial_spectrum": Loss(
         lambda size, channels: partial(regularizers.radial_spectrum, target=[0.1, 0.2]), half=None

@@ -14,6 +14,7 @@ from reg_diffusers.regularizers import (
     isotropic_total_variation,
     laplacian_energy,
     mean_intensity,
+    near_background,
     out_of_range,
     regularizer_name,
     sparsity,
@@ -56,6 +57,7 @@ NULL_SET = {
     "isotropic_total_variation": [constant(0.7)],
     "laplacian_energy": [constant(0.7), plane(0.3, -0.2, offset=0.1)],
     "mean_intensity": [constant(0.0), zero_mean()],
+    "near_background": [constant(-1.0), constant(-0.5), constant(2.0)],
     "out_of_range": [constant(1.0), constant(-1.0), random_images(1, 2, 4, 5).clamp(-1, 1)],
     "sparsity": [constant(0.0)],
     "symmetry": [constant(0.7), plane(0.0, 0.3), random_images(1, 2, 4, 3)[..., [0, 1, 2, 1, 0]]],
@@ -68,11 +70,13 @@ SCALING = {
     "isotropic_total_variation": (1, lambda c: partial(total_variation, isotropic=True, smoothing=1e-3 * c)),
     "laplacian_energy": (2, lambda c: laplacian_energy),
     "mean_intensity": (2, lambda c: mean_intensity),
+    "near_background": (0, lambda c: partial(near_background, background=-c, gap=0.4 * c)),
     "out_of_range": (2, lambda c: partial(out_of_range, low=-c, high=c)),
     "sparsity": (1, lambda c: sparsity),
     "symmetry": (2, lambda c: symmetry),
     "total_variation": (1, lambda c: total_variation),
 }
+OF_PIXELS = ("mean_intensity", "near_background", "out_of_range", "sparsity")  # wherever the pixels are
 NULL_CASES = [(name, index) for name in ALL for index in range(len(NULL_SET[name]))]
 
 
@@ -141,7 +145,7 @@ def test_tiny_images_have_finite_values_and_gradients(name, size):
     assert image.grad.isfinite().all()
 
 
-@pytest.mark.parametrize("name", [name for name in ALL if name not in ("mean_intensity", "out_of_range", "sparsity")])
+@pytest.mark.parametrize("name", [name for name in ALL if name not in OF_PIXELS])
 def test_a_single_pixel_has_no_spatial_structure(name):
     assert getattr(regularizers, name)(random_images(3, 2, 1, 1)).abs().max() == 0
 
@@ -266,6 +270,23 @@ def test_out_of_range_is_the_squared_excess():
     image = torch.tensor([[-3.0, -1.0, 0.5, 1.5]]).reshape(1, 1, 2, 2)
     assert out_of_range(image).item() == (4 + 0 + 0 + 0.25) / 4
     assert out_of_range(image, low=0.0, high=1.0).item() == (9 + 1 + 0 + 0.25) / 4
+
+
+def test_near_background_counts_the_pixels_in_the_gap():
+    def gradient(value, **parameters):
+        image = constant(value).requires_grad_()
+        near_background(image, **parameters).sum().backward()
+        return image.grad.sum().item()
+
+    halfway = torch.tensor([[-1.0, -0.8, -0.6, 0.9]]).reshape(1, 1, 2, 2)
+    assert near_background(halfway).item() == pytest.approx(1 / 4)  # one pixel of four, in the middle of the gap
+    assert near_background(-halfway, background=1.0, gap=-0.4).item() == pytest.approx(1 / 4)
+    assert near_background(constant(-1.2)).item() == pytest.approx(4 * 0.5**2)
+    assert gradient(-0.9) == pytest.approx(4 * (1 - 2 * 0.25) / 0.4)  # down to the background
+    assert gradient(-0.7) == pytest.approx(4 * (1 - 2 * 0.75) / 0.4)  # up, out of the gap
+    assert gradient(0.9, background=1.0, gap=-0.4) == pytest.approx(-gradient(-0.9))
+    with pytest.raises(ValueError, match="gap is 0"):
+        near_background(halfway, gap=0)
 
 
 def test_symmetry_is_four_times_the_squared_distance_to_the_symmetric_part():

@@ -132,9 +132,9 @@ def test_the_multiplier_of_a_slack_target_is_exactly_zero(accelerator):
 
 
 def test_a_slack_target_is_the_plain_training(soon, train):
-    slack = train("--reg_target", "total_variation=50", "--max_train_steps", 10, output="slack")
+    slack = train("--reg_target", "near_background=50", "--max_train_steps", 10, output="slack")
     plain = train("--regularizer", "none", "--max_train_steps", 10, output="plain")
-    assert not differ(weights(slack), weights(plain)) and metrics(slack)[-1]["constraint/total_variation"] < 0
+    assert not differ(weights(slack), weights(plain)) and metrics(slack)[-1]["constraint/near_background"] < 0
 
 
 @pytest.mark.slow
@@ -219,8 +219,8 @@ def fed(script):
 def test_what_a_rule_has_come_to_is_recorded(soon, train):
     out = train("--max_train_steps", 8, "--reg_weight", "auto:0.1", "--compare")
     (term,) = json.loads((out / "reg_config.json").read_text())["objective"]["terms"]
-    assert term["weight_rule"] == "auto:0.1" and 0 < term["weight"] == metrics(out)[-1]["weight/total_variation"]
-    assert json.loads((out / "comparison.json").read_text())["terms"]["total_variation"]["weight"] == term["weight"]
+    assert term["weight_rule"] == "auto:0.1" and 0 < term["weight"] == metrics(out)[-1]["weight/near_background"]
+    assert json.loads((out / "comparison.json").read_text())["terms"]["near_background"]["weight"] == term["weight"]
     assert f"{term['weight']:g} (by auto:0.1)" in (out / "README.md").read_text()
 
 
@@ -387,7 +387,7 @@ def test_names_are_those_of_the_log_in_tensorboard_too(train):
     (file,) = (out / "logs" / "train_reg").glob("events.out.tfevents.*")
     events = EventAccumulator(str(file)).Reload()
     assert set(events.Tags()["scalars"]) == set(metrics(out)[-1]) - {"step"}
-    assert {"raw/total_variation", "gradient_ratio/total_variation", "denoising/snr_0.1_to_1"} <= set(metrics(out)[-1])
+    assert {"raw/near_background", "gradient_ratio/near_background", "denoising/snr_0.1_to_1"} <= set(metrics(out)[-1])
 
 
 # Previews
@@ -437,10 +437,10 @@ def test_targets_are_read_as_they_are_said(text, value):
         ("--reg_weight auto:-1", "'auto:-1' is not auto:SHARE"),
         ("--reg_weight auto", "'auto' is not auto:SHARE"),
         ("--reg_weight heavy", "'heavy' is neither a number of at least 0 nor auto:SHARE, such as auto:0.1"),
-        ("--reg_target total_variation=0", "'total_variation=0' is not NAME=VALUE with a value above 0"),
-        ("--reg_target total_variation", "'total_variation' is not NAME=VALUE"),
-        ("--reg_target sparsity=0.1", "sparsity=0.1: no regularizer has this name; available: total_variation"),
-        ("--reg_target total_variation=1 total_variation=2", "total_variation already has another target"),
+        ("--reg_target near_background=0", "'near_background=0' is not NAME=VALUE with a value above 0"),
+        ("--reg_target near_background", "'near_background' is not NAME=VALUE"),
+        ("--reg_target sparsity=0.1", "sparsity=0.1: no regularizer has this name; available: near_background"),
+        ("--reg_target near_background=1 near_background=2", "near_background already has another target"),
         ("--regularizer out_of_range --reg_target out_of_range=0.9x", "of the data is 0, which gives no scale"),
         ("--regularizer none --reg_target sparsity=0.1", "needs a regularizer, but there is none"),
         ("--regularizer none --reg_balance pcgrad", "it needs a --regularizer"),

@@ -35,7 +35,7 @@ def test_tensorboard_gets_pictures_and_settings_of_both_trainings(train):
         assert [scalar.step for scalar in events.Scalars("denoising")] == [2]
         (settings,) = folder.glob("logs/train_reg/*/hparams.yml")
         text = settings.read_text()
-        assert "hf_secret" not in text and yaml.safe_load(text)["regularizer"] == "total_variation"
+        assert "hf_secret" not in text and yaml.safe_load(text)["regularizer"] == "near_background"
     known = set(files_left(out, lambda left: True))
     assert known == {path for path in out.rglob("*") if path.is_file()}
 

@@ -23,6 +23,7 @@ DESCENTS = {  # name: (loss, eta, steps)
     "high_frequency_\nenergy": (regularizers.high_frequency_energy, 0.4, 20),
     "symmetry": (regularizers.symmetry, 0.1, 20),
     "mean_intensity\n(target=0)": (regularizers.mean_intensity, 0.4, 20),
+    "near_\nbackground": (regularizers.near_background, 0.005, 60),
     "sparsity\n(background=-1)": (partial(regularizers.sparsity, background=-1.0), 0.01, 40),
 }
 
@@ -40,16 +41,17 @@ def main() -> None:
     data, labels = images()
     clean = data[(labels == 9).nonzero()[3]]
     start = clean + 0.2 * torch.randn(clean.shape, generator=torch.Generator().manual_seed(0))
-    figure, axes = plt.subplots(2, 5, figsize=(7.4, 4.1))
+    figure, axes = plt.subplots(2, 6, figsize=(8.4, 3.9))
     show(axes[0, 0], start, limit=1.5)
     axes[0, 0].set_title("start: picture\n+ noise of 0.2", fontsize=8)
-    for axis, (name, (regularizer, eta, steps)) in zip(axes.flat[1:], DESCENTS.items(), strict=True):
+    for axis, (name, (regularizer, eta, steps)) in zip(axes.flat[1:-1], DESCENTS.items(), strict=True):
         end = descend(regularizer, start, eta, steps)
         before, after = regularizer(start).item(), regularizer(end).item()
         show(axis, end, limit=1.5)
         axis.set_title(name, fontsize=8)
         axis.set_xlabel(f"L' {before:.2g} → {after:.2g}" if after > 1e-6 else f"L' {before:.2g} → 0")
         print(f"{name.replace(chr(10), '')}: L' {before:.3g} -> {after:.3g} in {steps} steps of {eta} N")
+    axes.flat[-1].set_axis_off()
     figure.get_layout_engine().set(hspace=0.06)
     save(figure, "regularizers")
 

@@ -16,6 +16,7 @@ __all__ = [
     "isotropic_total_variation",
     "laplacian_energy",
     "mean_intensity",
+    "near_background",
     "out_of_range",
     "sparsity",
     "symmetry",
@@ -186,6 +187,35 @@ def sparsity(x0_hat: Tensor, /, *, background: float = 0.0) -> Tensor:
         (B,), in pixel values.
     """
     return _mean((at_least_float32(x0_hat) - background).abs())
+
+
+def near_background(x0_hat: Tensor, /, *, background: float = -1.0, gap: float = 0.4) -> Tensor:
+    r"""Share of pixels that are almost background: mean w(d) with d = (u - background) / gap.
+
+    w = 4 d (1 - d) for 0 < d < 1, 4 d^2 for d < 0, and 0 for d >= 1: a pixel halfway into the gap counts 1. Zero for
+    images whose every pixel equals the background or differs from it by at least the gap. The gradient takes pixels of
+    the first half of the gap to the background, and those of the second half out of the gap. For objects on a plain
+    ground that a smooth network leaves hazy; the defaults are for bright objects on black, and background=1.0,
+    gap=-0.4 for dark ones on white.
+
+    Source: the double obstacle potential of Blowey & Elliott 1991 between the ends of the gap, with the lower obstacle
+    as a quadratic penalty and without the upper one.
+
+    Args:
+        x0_hat: (B, C, H, W).
+        background: pixel value of the ground.
+        gap: smallest difference of an object from the ground, in pixel values; negative for darker objects.
+
+    Returns:
+        (B,), without unit; at most 1 for images without pixels beyond the background.
+
+    Raises:
+        ValueError: the gap is 0.
+    """
+    if gap == 0:
+        raise ValueError("gap is 0: it must be the smallest difference between an object and the background")
+    d = (at_least_float32(x0_hat) - background) / gap
+    return 4 * _mean(torch.where((d > 0) & (d < 1), d * (1 - d), d.clamp(max=0) ** 2))
 
 
 def _difference(image: Tensor, dim: int) -> Tensor:

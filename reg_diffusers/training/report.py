@@ -35,7 +35,7 @@ from .terms import units_note, weight_rules
 __all__ = ["compare", "describe", "describe_machine", "describe_result", "images_measured"]
 
 _IMAGES_MEASURED = 256
-_IMAGES_SHOWN = 36
+_IMAGES_SHOWN = 16
 
 
 def describe(
