@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from .context import cut
-from .precision import at_least_float32
+from .precision import full_precision
 
 __all__ = ["GuardedCall", "NonFiniteGuard", "ViewGuard", "advice", "are_finite", "finite_images"]
 
@@ -241,7 +241,7 @@ def _are_known_finite(values: Tensor) -> bool:
     if values.device.type != "cpu" or torch.compiler.is_compiling():
         return False
     try:
-        return math.isfinite(values.sum(dtype=at_least_float32(values.dtype)).item())
+        return math.isfinite(values.sum(dtype=full_precision(values.dtype)).item())
     except RuntimeError:  # values cannot be read under vmap
         return False
 
@@ -251,7 +251,7 @@ def are_finite(images: Tensor) -> Tensor:
 
     A sum that overflows float32 counts as infinite: for N values, magnitudes above about 3e38 / N.
     """
-    return images.flatten(1).sum(1, dtype=at_least_float32(images.dtype)).isfinite()
+    return images.flatten(1).sum(1, dtype=full_precision(images.dtype)).isfinite()
 
 
 def advice(name: str, steps: int, images: int, timesteps: list[float], remedy: str = "") -> str:

@@ -25,7 +25,7 @@ from .context import unwrap
 from .estimators import Prediction
 from .inputs import one_per_image, refuse_unknown
 from .loss_output import LossOutput, alias
-from .precision import at_least_float32
+from .precision import full_precision
 from .prediction import (
     NoiseLevel,
     add_noise,
@@ -171,7 +171,7 @@ class RegularizedLoss(nn.Module):
         Min-SNR and an `AffineSchedule` have weights of their own; else the weight is 1 and not multiplied.
         """
         model_output = without_learned_variance(self.scheduler, model_output, target)
-        model_output = model_output.to(at_least_float32(target.dtype))
+        model_output = model_output.to(full_precision(target.dtype))
         target = target.to(model_output.dtype)
         if self.snr_gamma is None and getattr(self.scheduler, "denoising_weight", None) is None:
             return F.mse_loss(model_output, target), _errors_later(model_output, target)

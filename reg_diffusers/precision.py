@@ -8,7 +8,7 @@ import math
 import torch
 from torch import Tensor
 
-__all__ = ["all_finite", "at_least_float32", "promoted"]
+__all__ = ["all_finite", "full_precision", "promoted"]
 
 
 @functools.cache  # torch.promote_types is an operation of its own in every step
@@ -17,7 +17,7 @@ def promoted(*dtypes: torch.dtype) -> torch.dtype:
     return functools.reduce(torch.promote_types, dtypes)
 
 
-def at_least_float32(*dtypes: torch.dtype) -> torch.dtype:
+def full_precision(*dtypes: torch.dtype) -> torch.dtype:
     """Returns the dtype that holds values of these dtypes, float32 or float64."""
     return promoted(*dtypes, torch.float32)
 
@@ -27,5 +27,5 @@ def all_finite(values: Tensor) -> bool:
 
     A finite sum has finite addends. A sum that is not may have overflowed, so the values themselves are then checked.
     """
-    total = values.detach().sum(dtype=at_least_float32(values.dtype)).item()
+    total = values.detach().sum(dtype=full_precision(values.dtype)).item()
     return math.isfinite(total) or bool(values.isfinite().all())

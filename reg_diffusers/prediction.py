@@ -39,7 +39,7 @@ from torch import Tensor, nn
 from .learned_variance import image_channels, learns_variance, output_for_step, without_learned_variance
 from .level_table import levels_at
 from .parameterization import Factors, parameterization
-from .precision import at_least_float32
+from .precision import full_precision
 from .schedule import alpha_sigma, checked_timesteps, is_affine, is_edm, is_variance_exploding, prediction_type
 
 __all__ = [
@@ -95,15 +95,15 @@ def noise_level(scheduler, timesteps) -> NoiseLevel:
     """
     timesteps = checked_timesteps(scheduler, timesteps)
     parts = _from_table(scheduler, timesteps)
-    return NoiseLevel(*(_parts(scheduler, timesteps) if parts is None else parts))
+    return NoiseLevel(*(_level_parts(scheduler, timesteps) if parts is None else parts))
 
 
 def _from_table(scheduler, timesteps: Tensor) -> tuple[Tensor, ...] | None:
     """Looks up the parts of a noise level, (B,) float32 each; None for a schedule without a table."""
-    return levels_at(scheduler, timesteps, lambda every: torch.stack(_parts(scheduler, every)))
+    return levels_at(scheduler, timesteps, lambda every: torch.stack(_level_parts(scheduler, every)))
 
 
-def _parts(scheduler, timesteps: Tensor) -> list[Tensor]:
+def _level_parts(scheduler, timesteps: Tensor) -> list[Tensor]:
     """Computes the parts of a noise level, (B,) float32 each."""
     alpha, sigma = alpha_sigma(scheduler, timesteps)
     at = Factors(timesteps.to(alpha), alpha, sigma)
@@ -152,7 +152,7 @@ def predict_original_sample(scheduler, model_output, timesteps, sample: Tensor) 
     if prediction_type(scheduler) == "epsilon":
         refuse_zero_terminal_snr(scheduler)
     model_output = without_learned_variance(scheduler, tensor_of(model_output), sample)
-    dtype = at_least_float32(model_output.dtype, sample.dtype)
+    dtype = full_precision(model_output.dtype, sample.dtype)
     model_output, sample = model_output.to(dtype), sample.to(dtype)
     return parameterization(scheduler).x0_hat(model_output, sample, _factors_like(scheduler, timesteps, sample))
 
@@ -284,7 +284,7 @@ def _level_of(scheduler, timesteps, sample: Tensor) -> Factors:
 def _shaped(scheduler, level: Factors, sample: Tensor) -> Factors:
     """Returns the factors in a shape that broadcasts against images, in their precision and on their device."""
     shape = (-1,) + (1,) * (sample.ndim - 1)
-    dtype = at_least_float32(sample.dtype)
+    dtype = full_precision(sample.dtype)
 
     def like(factor: Tensor) -> Tensor:
         return factor.to(sample.device, dtype, non_blocking=True).reshape(shape)

@@ -24,7 +24,7 @@ from .frozen import FrozenNetworks
 from .inputs import checked_loss_weight, handed_over, refuse_unknown, weightings_of
 from .loss_output import LossOutput, Records, alias
 from .nonfinite import NonFiniteGuard
-from .precision import at_least_float32
+from .precision import full_precision
 from .prediction import NoiseLevel, noise_level, output_weight
 from .seeding import SeedGuard
 from .shown import Shown, by_draw, show
@@ -234,7 +234,7 @@ class X0Regularization(nn.Module):
         factors = factors_of(self.terms, training_step)
         extra = {"timesteps": prediction.timesteps, "noise": prediction.noise}
         context = {**context, **{name: value for name, value in extra.items() if value is not None}}
-        dtype = at_least_float32(prediction.model_output.dtype)
+        dtype = full_precision(prediction.model_output.dtype)
         lambdas = weightings_of(self.terms, level, image_mask, factors)
         shown = show(self.terms, lambdas, prediction, context, is_image=is_image, tried=self._tried)
         terms, per_image, counts = {}, {}, {}

@@ -11,7 +11,7 @@ from torch import Tensor
 from .context import cut, repeat
 from .estimators import Prediction, calls_model, one_step
 from .nonfinite import GuardedCall, ViewGuard, finite_images
-from .precision import at_least_float32
+from .precision import full_precision
 from .prediction import model_output_for, predict_original_sample
 from .term import Term, TermError, draw, term_context, viewed
 
@@ -178,7 +178,7 @@ def _estimate(
     estimator: Callable[[Prediction], Tensor], prediction: Prediction, places: Tensor, is_image: bool
 ) -> Tensor:
     """Computes x0_hat of the chosen images, (draws n, C, ...), in at least float32."""
-    dtype = at_least_float32(prediction.model_output.dtype)
+    dtype = full_precision(prediction.model_output.dtype)
     if len(places) == 0:
         return prediction.model_output.detach()[:0].to(dtype)
     if estimator is one_step and is_image:

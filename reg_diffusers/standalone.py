@@ -16,8 +16,8 @@ __all__ = ["standalone_source"]
 
 # In import order: each module needs only those before it.
 _MODULES = (
-    *("schedule", "parameterization", "learned_variance", "prediction", "weighting", "context"),
-    *("regularizers/contract", "regularizers/pixels", "estimators", "weight_rules", "term"),
+    *("precision", "schedule", "parameterization", "learned_variance", "level_table", "prediction", "weighting"),
+    *("context", "regularizers/contract", "regularizers/pixels", "estimators", "weight_rules", "term"),
     *(
         "conditioning",
         "guidance",

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from .context import tensors_in, unwrap
 from .estimators import Prediction, one_step
-from .precision import all_finite, at_least_float32
+from .precision import all_finite, full_precision
 from .prediction import NoiseLevel
 from .regularizers.contract import Regularizer, TermError, needs_of, regularizer_name
 from .weight_rules import AutoWeight, Target, rule_of
@@ -194,7 +194,7 @@ def viewed(term: Term, images: Tensor) -> Tensor:
             f"the view of {term.name!r} returns images that are detached from x0_hat: no gradient can reach the model."
             " Look for torch.no_grad, .detach() or numpy in it"
         )
-    return seen.to(at_least_float32(seen.dtype))
+    return seen.to(full_precision(seen.dtype))
 
 
 def checked_values(term: Term, images: Tensor, context: dict, *, compare: bool = False) -> Tensor:
