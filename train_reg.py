@@ -12,6 +12,7 @@ import torch
 
 from reg_diffusers import RegularizedLoss, draw_timesteps
 from reg_diffusers.balancing import balance
+from reg_diffusers.loss_weighting import DENSITIES, LOSS_WEIGHTINGS
 from reg_diffusers.runtime.errors import exit_on_usage_error
 from reg_diffusers.settings import Settings
 from reg_diffusers.settings.arguments import parse_args
@@ -67,10 +68,11 @@ def fit(run: Run, output_dir, terms=()):
         training.noise_scheduler,
         terms,
         snr_gamma=settings.loss.snr_gamma,
+        loss_weighting=LOSS_WEIGHTINGS[settings.loss.loss_weighting],
         max_nonfinite_steps=None,
         section=partial(profile, "auxiliary"),
     ).to(accelerator.device)
-    needs = loss_fn.regularization.needs
+    needs, density = loss_fn.regularization.needs, DENSITIES[settings.loss.timestep_sampling]
     chosen = choose_backward(accelerator, training.network, settings.loss.reg_balance if terms else None)
     network = profile.around("forward", chosen.network)
     means_on_data, rules = run.means_on_data(terms), run.rules(terms)
@@ -95,7 +97,7 @@ def fit(run: Run, output_dir, terms=()):
             with profile("data"):
                 batch = next(batches)
             noise = torch.randn_like(batch.original_samples)
-            timesteps = draw_timesteps(training.noise_scheduler, len(noise))
+            timesteps = draw_timesteps(training.noise_scheduler, len(noise), density)
             model, arguments = batch.conditions.bind(network)
             with accelerator.accumulate(unet):
                 output = loss_fn(

@@ -54,13 +54,15 @@ class RegularizedLoss(nn.Module):
         loss_fn = RegularizedLoss(noise_scheduler, [Term(total_variation, weight=0.1)])
         loss_fn(model, original_samples).loss.backward()
 
-    Without terms and `snr_gamma`, the loss is `F.mse_loss(model_output, target)`, bit for bit.
+    Without terms and weighting, the loss is `F.mse_loss(model_output, target)`, bit for bit.
 
     Args:
         scheduler: a diffusers noise scheduler; its prediction_type determines the network's target. An
             `AffineSchedule` also weights the denoising loss, by its denoising_weight.
         terms: the extra losses.
         snr_gamma: weight the denoising loss by min(SNR, gamma) in x_0 units (Hang et al. 2023, arXiv:2303.09556).
+        loss_weighting: weight the denoising loss by a factor of each image's ||o - target||^2, `NoiseLevel -> (B,)`,
+            see `loss_weighting`. `matched` follows it.
         max_nonfinite_steps: as in `X0Regularization`.
         section: returns a context manager that surrounds the extra losses, such as a profiler's.
 
@@ -70,8 +72,9 @@ class RegularizedLoss(nn.Module):
 
     Raises:
         TypeError: `terms` is not a sequence of `Term`.
-        ValueError: min-SNR is combined with noise prediction and zero terminal SNR, the scheduler is a class outside
-            diffusers with its own noisy images or targets, or the names of the terms are not distinct.
+        ValueError: `snr_gamma` is combined with `loss_weighting`, or with noise prediction and zero terminal SNR; the
+            scheduler is a class outside diffusers with its own noisy images or targets; or the names of the terms are
+            not distinct.
     """
 
     def __init__(
@@ -80,6 +83,7 @@ class RegularizedLoss(nn.Module):
         terms: Iterable[Term] = (),
         *,
         snr_gamma: float | None = None,
+        loss_weighting: Callable[[NoiseLevel], Tensor] | None = None,
         max_nonfinite_steps: int | None = 10,
         section: Callable[[], AbstractContextManager] = nullcontext,
     ):
@@ -87,7 +91,10 @@ class RegularizedLoss(nn.Module):
         if snr_gamma is not None and prediction_type(scheduler) == "epsilon":
             refuse_zero_terminal_snr(scheduler)
         refuse_own_noise(scheduler)
+        if snr_gamma is not None and loss_weighting is not None:
+            raise ValueError("snr_gamma and loss_weighting both set the weight of the denoising loss: pass only one")
         self.scheduler = scheduler
+        self.loss_weighting = loss_weighting
         self.snr_gamma = snr_gamma
         self.section = section
         self._first_timesteps = FirstTimesteps()
@@ -146,6 +153,8 @@ class RegularizedLoss(nn.Module):
         model_output = alias(tensor_of(model(model_input, on_device, **unwrap(model_kwargs or {}))))
         target = prediction_target(self.scheduler, original_samples, noise, level)
         in_training = self.regularization.in_training(level)
+        if self.loss_weighting is not None:
+            in_training = replace(level, denoising_weight=level.denoising_weight * self.loss_weighting(level))
         denoising, per_image = self._denoising(model_output, target, in_training)
         prediction = Prediction(
             self.scheduler, model_output, timesteps, noisy_samples, model, model_kwargs, noise, original_samples
@@ -168,12 +177,14 @@ class RegularizedLoss(nn.Module):
     ) -> tuple[Tensor, Callable[[], Tensor]]:
         """Computes the denoising loss, a scalar, and a function for its value of each image, (B,), detached.
 
-        Min-SNR and an `AffineSchedule` have weights of their own; else the weight is 1 and not multiplied.
+        Min-SNR, `loss_weighting` and an `AffineSchedule` have weights of their own; else the weight is 1 and not
+        multiplied.
         """
         model_output = without_learned_variance(self.scheduler, model_output, target)
         model_output = model_output.to(full_precision(target.dtype))
         target = target.to(model_output.dtype)
-        if self.snr_gamma is None and getattr(self.scheduler, "denoising_weight", None) is None:
+        is_weighted = self.snr_gamma is not None or self.loss_weighting is not None
+        if not is_weighted and getattr(self.scheduler, "denoising_weight", None) is None:
             return F.mse_loss(model_output, target), _errors_later(model_output, target)
         weights = level.denoising_weight / output_weight(self.scheduler, level)
         squared_error = F.mse_loss(model_output, target, reduction="none").flatten(1).mean(1)
@@ -194,8 +205,8 @@ def _errors_later(model_output: Tensor, target: Tensor) -> Callable[[], Tensor]:
     return errors
 
 
-def draw_timesteps(scheduler, batch_size: int) -> Tensor:
-    """Draws training timesteps uniformly over the training schedule, on the CPU.
+def draw_timesteps(scheduler, batch_size: int, density: Callable[[Tensor], Tensor] | None = None) -> Tensor:
+    """Draws training timesteps over the training schedule, on the CPU; uniformly by default.
 
     On the CPU, computations on timesteps alone never wait for an accelerator. For flow matching, sigma is drawn from
     {1/T, ..., 1} and shifted as in the scheduler's own training schedule.
@@ -203,6 +214,7 @@ def draw_timesteps(scheduler, batch_size: int) -> Tensor:
     Args:
         scheduler: the noise scheduler used in training.
         batch_size: B, one timestep for each image.
+        density: maps uniform quantiles to positions in the schedule, both in [0, 1], see `loss_weighting`.
 
     Returns:
         (B,) integers, or for flow matching floats in the scheduler's unit.
@@ -212,21 +224,26 @@ def draw_timesteps(scheduler, batch_size: int) -> Tensor:
     """
     if unit_of_time(scheduler) in ("angle", "own") or is_edm(scheduler):
         raise ValueError(f"{type(scheduler).__name__} has no training schedule to draw timesteps from: pass timesteps")
+    if density is not None:
+        return timesteps_of_training(scheduler, torch.rand(batch_size), density)
     return _of_schedule(scheduler, torch.randint(0, scheduler.config.num_train_timesteps, (batch_size,)))
 
 
-def timesteps_of_training(scheduler, quantiles: Tensor) -> Tensor:
+def timesteps_of_training(scheduler, quantiles: Tensor, density: Callable[[Tensor], Tensor] | None = None) -> Tensor:
     """Returns quantiles of the distribution of `draw_timesteps`, for evenly spread timesteps without randomness.
 
     Args:
         scheduler: the noise scheduler used in training.
         quantiles: (N,) in [0, 1).
+        density: as in `draw_timesteps`.
 
     Raises:
         ValueError: the scheduler has no training schedule.
     """
     draw_timesteps(scheduler, 0)  # raises without a training schedule
-    return _of_schedule(scheduler, (quantiles * scheduler.config.num_train_timesteps).long())
+    steps = scheduler.config.num_train_timesteps
+    places = quantiles if density is None else density(quantiles)
+    return _of_schedule(scheduler, (places * steps).long().clamp(0, steps - 1))
 
 
 def _of_schedule(scheduler, indices: Tensor) -> Tensor:

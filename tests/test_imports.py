@@ -23,6 +23,7 @@ LAYERS = [
         "context",
         "views",
         "autoencoder",
+        "loss_weighting",
         "regularization",
         "seeding",
         "inputs",

@@ -91,6 +91,8 @@ def run(args: argparse.Namespace) -> None:
         raise UsageError("--reg_target: only a training finds its weight; drop the flag to see the effect of weights")
     if settings.data.streaming:
         raise UsageError("--streaming: a diagnosis reads --num_images images only; drop the flag")
+    if (loss.loss_weighting, loss.timestep_sampling) != ("none", "uniform"):
+        raise UsageError("--loss_weighting, --timestep_sampling: a diagnosis supports --snr_gamma only; drop the flag")
     if settings.model.vae:
         raise UsageError("--vae: a diagnosis in latents is not supported: drop the flag")
     if args.num_levels < 2:

@@ -254,7 +254,7 @@ def judge_models(
         if with_denoising_loss:
             some = {name: value[:_IMAGES_OF_LOSS] for name, value in conditions.items()}
             pipeline = models[title]
-            some["snr_gamma"] = args.snr_gamma
+            some |= {name: getattr(args, name) for name in ("snr_gamma", "loss_weighting", "timestep_sampling")}
             encoded = pipeline.encode(reference[:_IMAGES_OF_LOSS])
             losses = denoising_losses(pipeline.unet, pipeline.scheduler, encoded, args.seed, **some)
             loss = losses.mean().item()

@@ -91,7 +91,7 @@ def run(args: argparse.Namespace) -> None:
     names = {title: str(output / "runs" / _name(title)) for title, *_ in runs}
     models = load_models(list(names.values()), state.device, list(names), mixed_precision=args.mixed_precision)
     args.data = training.data.source
-    for name in (*DATA_FLAGS, "snr_gamma"):
+    for name in (*DATA_FLAGS, "snr_gamma", "loss_weighting", "timestep_sampling"):
         setattr(args, name, training.values()[name])
     bench = open_bench(args, models)
     terms = check_regularizers(regularizers, bench, models, state.device, training.loss.reg_units)

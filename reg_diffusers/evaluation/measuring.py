@@ -8,6 +8,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
+from ..loss_weighting import DENSITIES, LOSS_WEIGHTINGS
 from ..networks.conditions import Conditions
 from ..objective import RegularizedLoss, timesteps_of_training
 from ..term import Term, score
@@ -51,6 +52,8 @@ def denoising_losses(
     seed: int,
     *,
     snr_gamma: float | None = None,
+    loss_weighting: str = "none",
+    timestep_sampling: str = "uniform",
     **conditions: Tensor,
 ) -> Tensor:
     """Computes a model's denoising loss for each image, (N,), on noise and timesteps that are equal for every model.
@@ -64,15 +67,18 @@ def denoising_losses(
         original_samples: (N, C, H, W) images in [-1, 1].
         seed: the seed of the noise.
         snr_gamma: gamma of the min-SNR weight; None for training without it.
+        loss_weighting: the weight of the training, as --loss_weighting names it.
+        timestep_sampling: the density of its timesteps, as --timestep_sampling names it.
         **conditions: the conditions of the network, by name.
     """
-    loss_fn = RegularizedLoss(noise_scheduler, snr_gamma=snr_gamma)
+    weighting, density = LOSS_WEIGHTINGS[loss_weighting], DENSITIES[timestep_sampling]
+    loss_fn = RegularizedLoss(noise_scheduler, snr_gamma=snr_gamma, loss_weighting=weighting)
     generator = torch.Generator().manual_seed(seed)
     total = torch.zeros(len(original_samples), dtype=torch.float64)
     number = len(original_samples)
     for repetition in range(_NOISE_LEVELS_PER_IMAGE):
         levels = (torch.randperm(number, generator=generator) + (repetition + 0.5) / _NOISE_LEVELS_PER_IMAGE) / number
-        timesteps = timesteps_of_training(noise_scheduler, levels)
+        timesteps = timesteps_of_training(noise_scheduler, levels, density)
         noise = torch.randn(original_samples.shape, generator=generator)
         for batch in torch.arange(number).split(64):
             network, arguments = Conditions(conditions).of_images(batch).bind(unet)

@@ -25,6 +25,11 @@ _WEIGHTINGS = {
     "truncated_snr": "max(SNR(t), 1)",
     "low_noise": "1 for t < 200, else 0",
 }
+_LOSS_WEIGHTINGS = {
+    "sigma_sqrt": "1 / s^2, s = sigma(t) / (alpha(t) + sigma(t))",
+    "cosmap": "2 / (pi (1 - 2 s + 2 s^2)), s = sigma(t) / (alpha(t) + sigma(t))",
+    "v": "the factor that makes this the squared error of the velocity, sigma(t) at least 0.05",
+}
 _DDIM = 'pipeline.scheduler = DDIMScheduler.from_config(pipeline.scheduler.config, timestep_spacing="trailing")'
 _CLASSES_NAMED = 50
 _MANY_STEPS = 50
@@ -142,8 +147,13 @@ def objective_section(objective: dict | None) -> str:
     output, meaning, implied = _FORMULAS[objective["prediction_type"]]
     terms, gamma = objective["terms"], objective.get("snr_gamma")
     plain = f"min(SNR(t), {gamma:g}) * ||x_0 - x0_hat||^2" if gamma else f"||{output} - model(x_t, t)||^2"
+    plain = f"w(t) * {plain}" if "loss_weighting" in objective else plain
     extra = [f" + {_scale_of(term)} * {_function(term['weighting'])}(t) * {_loss_of(term)}" for term in terms]
     definitions = {"x_t": "alpha(t) * x_0 + sigma(t) * eps, a training sample x_0 with noise eps"}
+    if "loss_weighting" in objective:
+        definitions["w(t)"] = _LOSS_WEIGHTINGS[objective["loss_weighting"]]
+    if "timestep_sampling" in objective:
+        definitions["t"] = f"drawn by the {objective['timestep_sampling']} density of arXiv:2403.03206"
     if meaning and not gamma:
         definitions[output] = meaning
     if terms or gamma:

@@ -90,6 +90,18 @@ class LossSettings:
     snr_gamma: float | None = flag(
         None, "min-SNR weighting of the denoising loss, 5 is usual (arXiv:2303.09556)", parse=positive
     )
+    loss_weighting: str = flag(
+        "none",
+        "factor of the denoising loss by noise level: none, sigma_sqrt and cosmap as in diffusers' SD3 scripts, or v,"
+        " the loss of the velocity for any prediction. matched follows it; excludes --snr_gamma",
+        choices=["none", "sigma_sqrt", "cosmap", "v"],
+    )
+    timestep_sampling: str = flag(
+        "uniform",
+        "density of the timesteps: uniform, or more at medium noise, by a logit-normal distribution or by the mode"
+        " density of SD3 (arXiv:2403.03206)",
+        choices=["uniform", "logit_normal", "mode"],
+    )
     compare: bool = flag(
         False,
         "train a second, plain model on the same batches and noise, and compare the two; doubles the work. On by"
@@ -99,6 +111,8 @@ class LossSettings:
     )
 
     def __post_init__(self):
+        if self.snr_gamma is not None and self.loss_weighting != "none":
+            raise UsageError("--snr_gamma and --loss_weighting both weight the denoising loss: pass only one")
         if self.regularizer == ("none",):
             for name in ("reg_target", "reg_estimator", "reg_schedule"):
                 if given := getattr(self, name):

@@ -106,6 +106,8 @@ def record_of_objective(loss: LossSettings, terms: tuple[Term, ...], noise_sched
     return {
         "prediction_type": prediction_type(noise_scheduler),
         "snr_gamma": loss.snr_gamma,
+        **({} if loss.loss_weighting == "none" else {"loss_weighting": loss.loss_weighting}),
+        **({} if loss.timestep_sampling == "uniform" else {"timestep_sampling": loss.timestep_sampling}),
         "units": "model" if is_picture else loss.reg_units,
         "terms": [
             {

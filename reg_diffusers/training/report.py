@@ -195,7 +195,8 @@ def _compare(
             continue
         samples = draw_samples(pipeline, number, steps, seed, **conditions)
         samples = samples.to(reference.device)
-        trained_with = {"snr_gamma": loss.snr_gamma, **conditions}
+        data_term = {name: getattr(loss, name) for name in ("snr_gamma", "loss_weighting", "timestep_sampling")}
+        trained_with = {**data_term, **conditions}
         encoded = pipeline.encode(reference)
         losses[title] = denoising_losses(pipeline.unet, pipeline.scheduler, encoded, seed, **trained_with)
         rows[title] = measure(samples, reference, terms, losses[title].mean().item(), **conditions)
