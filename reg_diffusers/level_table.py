@@ -19,9 +19,14 @@ __all__ = ["levels_at"]
 
 
 @dataclass(frozen=True)
-class _Source:
-    """What a table was computed from. `config` and tensors are replaced, not changed, by the scheduler's methods."""
+class _Table:
+    """The noise levels of a schedule, and what they were computed from.
 
+    `config` and the tensors of a scheduler are replaced, not changed, by its methods; the version tells of changes in
+    place.
+    """
+
+    levels: Tensor
     config: Any
     alphas_cumprod: Tensor
     version: int
@@ -29,23 +34,22 @@ class _Source:
     timesteps: Any
 
     @classmethod
-    def of(cls, scheduler) -> _Source:
-        table = scheduler.alphas_cumprod
-        steps = getattr(scheduler, "num_inference_steps", None)
-        version = 0 if table.is_inference() else table._version
-        return cls(scheduler.config, table, version, steps, getattr(scheduler, "timesteps", None))
+    def of(cls, scheduler, levels: Tensor) -> _Table:
+        alpha_bar = scheduler.alphas_cumprod
+        steps, timesteps = (getattr(scheduler, name, None) for name in ("num_inference_steps", "timesteps"))
+        return cls(levels, scheduler.config, alpha_bar, _version(alpha_bar), steps, timesteps)
 
-    def is_of(self, other: _Source) -> bool:
+    def is_of(self, scheduler) -> bool:
         return (
-            self.config is other.config
-            and self.alphas_cumprod is other.alphas_cumprod
-            and self.version == other.version
-            and self.num_inference_steps == other.num_inference_steps
-            and self.timesteps is other.timesteps
+            self.config is scheduler.config
+            and self.alphas_cumprod is scheduler.alphas_cumprod
+            and self.version == _version(self.alphas_cumprod)
+            and self.num_inference_steps == getattr(scheduler, "num_inference_steps", None)
+            and self.timesteps is getattr(scheduler, "timesteps", None)
         )
 
 
-_TABLES: weakref.WeakKeyDictionary[Any, dict[torch.device, tuple[_Source, Tensor]]] = weakref.WeakKeyDictionary()
+_TABLES: weakref.WeakKeyDictionary[Any, dict[torch.device, _Table]] = weakref.WeakKeyDictionary()
 
 
 def levels_at(scheduler, timesteps: Tensor, compute: Callable[[Tensor], Tensor]) -> tuple[Tensor, ...] | None:
@@ -59,14 +63,25 @@ def levels_at(scheduler, timesteps: Tensor, compute: Callable[[Tensor], Tensor])
         compute: function that computes the table, timesteps (T,) -> (K, T) float32.
 
     Returns:
-        None if the levels are not those of integers from 0 to T - 1, or in a compiled program.
+        None if the levels are not those of integers from 0 to T - 1, the scheduler is not hashable, or in a compiled
+        program.
     """
-    if torch.compiler.is_compiling() or timesteps.is_meta or not has_fixed_levels(scheduler):
+    if torch.compiler.is_compiling() or timesteps.is_meta:
         return None
-    source, device = _Source.of(scheduler), timesteps.device
-    tables = _TABLES.setdefault(scheduler, {})
-    if device not in tables or not tables[device][0].is_of(source):
+    device = timesteps.device
+    try:
+        table = _TABLES.get(scheduler, {}).get(device)
+    except TypeError:  # an object that cannot be a key, such as a SimpleNamespace
+        return None
+    if table is None or not table.is_of(scheduler):
+        if not has_fixed_levels(scheduler):
+            return None
         with torch.inference_mode(False), torch.no_grad():
             every = torch.arange(len(scheduler.alphas_cumprod), device=device)
-            tables[device] = source, compute(every)
-    return tables[device][1].index_select(1, timesteps.long()).unbind(0)
+            table = _Table.of(scheduler, compute(every))
+        _TABLES.setdefault(scheduler, {})[device] = table
+    return table.levels.index_select(1, timesteps.long()).unbind(0)
+
+
+def _version(tensor: Tensor) -> int:
+    return 0 if tensor.is_inference() else tensor._version

@@ -2,6 +2,7 @@
 
 import gc
 import weakref
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -103,11 +104,18 @@ def test_the_table_follows_the_scheduler():
     assert is_up_to_date()
     scheduler.alphas_cumprod = DDPMScheduler(beta_schedule="squaredcos_cap_v2").alphas_cumprod
     assert is_up_to_date()
-    ((before, _),) = _TABLES[scheduler].values()
+    (before,) = _TABLES[scheduler].values()
     scheduler.set_timesteps(7)
     assert is_up_to_date()
-    ((after, _),) = _TABLES[scheduler].values()
+    (after,) = _TABLES[scheduler].values()
     assert before is not after
+
+
+def test_a_scheduler_that_cannot_be_a_key_is_computed_each_time():
+    scheduler, timesteps = DDPMScheduler(), torch.tensor([10, 500])
+    same = SimpleNamespace(alphas_cumprod=scheduler.alphas_cumprod, config=scheduler.config)
+    levels = [noise_level(each, timesteps) for each in (scheduler, same)]
+    assert all(torch.equal(getattr(levels[0], name), getattr(levels[1], name)) for name in ("alpha", "sigma", "snr"))
 
 
 def test_the_table_does_not_keep_its_scheduler_and_serves_inference_and_training():
