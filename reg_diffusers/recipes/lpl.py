@@ -13,7 +13,6 @@ diffusers/examples/research_projects/lpl.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator
 
 import torch
@@ -31,7 +30,7 @@ __all__ = ["DecoderFeatures", "latent_perceptual", "outlier_mask"]
 
 _QUANTILE = 0.02
 _DEVIATIONS = 2
-_GROWN, _SHRUNK = 3, 5  # sides of the windows that close and open the mask, at the resolution of the image
+_WINDOWS = {1: (3, 5), 2: (1, 3)}  # sides that close and open the mask, by the size of a pixel of the features
 _SMALLEST_LENGTH = 1e-6
 _MASKED_FROM = 2  # the middle block and the first upsampling block have no mask
 _LAST_HALVED = 3  # w_l is constant from this layer on
@@ -113,11 +112,11 @@ def _distance(found: Tensor, wanted: Tensor, layer: int) -> Tensor:
 def outlier_mask(features: Tensor, scale: int = 1) -> Tensor:
     """Finds values that are no outliers in their channel, (n, C, h, w) bool.
 
-    Small holes are closed, then the rest grows.
+    Small holes of the mask are closed, then those that remain grow.
 
     Args:
         features: (n, C, h, w).
-        scale: size of a pixel of the features, in pixels of the image.
+        scale: 1 or 2, size of a pixel of the features in pixels of the image.
     """
     flat = features.flatten(2)
     count = flat.shape[-1]
@@ -127,12 +126,6 @@ def outlier_mask(features: Tensor, scale: int = 1) -> Tensor:
     )
     margin = _DEVIATIONS * flat.std(-1)[..., None, None]
     mask = ((low - margin < features) & (features < high + margin)).float()
-    grown, shrunk = (_odd(side, scale) for side in (_GROWN, _SHRUNK))
+    grown, shrunk = _WINDOWS[scale]
     mask = F.max_pool2d(mask, grown, stride=1, padding=grown // 2)
     return -F.max_pool2d(-mask, shrunk, stride=1, padding=shrunk // 2) > 0
-
-
-def _odd(side: int, scale: int) -> int:
-    """The side of a window at a lower resolution, odd: 5 becomes 3, and 3 becomes 1."""
-    scaled = math.ceil(side / scale)
-    return scaled if scaled % 2 else {_SHRUNK: scaled + 1, _GROWN: scaled - 1}.get(side, scaled)

@@ -73,7 +73,8 @@ class LastLayerRatio(nn.Module):
 
         r <- 0.8 r + 0.2 min(|d| / (|g| + 1e-4), 100).
 
-    A measurement costs two backward passes as far as that weight. r and the number of calls are in the state_dict.
+    A measurement costs two backward passes as far as that weight; a non-finite one is ignored. Each process measures
+    its own batch. r and the number of calls are in the state_dict.
 
     Args:
         start: first call with a measurement.
@@ -93,7 +94,8 @@ class LastLayerRatio(nn.Module):
         if self.training and extra.requires_grad:
             if self._calls >= self.start and self._calls % self.every == 0:
                 norms = [_norm_of_gradient(part, last_layer) for part in (denoising, extra)]
-                self.ratio.lerp_((norms[0] / (norms[1] + 1e-4)).clamp(max=100).to(self.ratio), 0.2)
+                measured = (norms[0] / (norms[1] + 1e-4)).clamp(max=100).to(self.ratio)
+                self.ratio.copy_(torch.where(measured.isfinite(), self.ratio.lerp(measured, 0.2), self.ratio))
             self._calls += 1
         return denoising + self.ratio.clone() * extra
 
