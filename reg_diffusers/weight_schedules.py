@@ -14,7 +14,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from numbers import Real
+from numbers import Integral, Real
 
 from .term import Term, TermError
 
@@ -34,7 +34,7 @@ class warmup(_Schedule):
         steps: the first step with factor 1, at least 1.
 
     Raises:
-        ValueError: steps is below 1.
+        ValueError: steps is not an integer of at least 1.
     """
 
     steps: int
@@ -55,7 +55,7 @@ class linear_decay(_Schedule):
         end: the first step with factor 0, above `start`.
 
     Raises:
-        ValueError: start is below 0, or end is not above it.
+        ValueError: start and end are not integers with 0 <= start < end.
     """
 
     start: int
@@ -79,7 +79,7 @@ class every(_Schedule):
         steps: N, at least 1.
 
     Raises:
-        ValueError: steps is below 1.
+        ValueError: steps is not an integer of at least 1.
     """
 
     steps: int
@@ -133,5 +133,5 @@ def factors_of(terms: Iterable[Term], training_step: int | None) -> dict[str, fl
 
 
 def _check_at_least(name: str, value: int, least: int) -> None:
-    if not (isinstance(value, Real) and math.isfinite(value) and value >= least):
-        raise ValueError(f"{name} must be a number of at least {least}, not {value!r}")
+    if not (isinstance(value, Integral) and value >= least):
+        raise ValueError(f"{name} must be an integer of at least {least}, not {value!r}")
