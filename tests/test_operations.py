@@ -24,9 +24,10 @@ from reg_diffusers import (
 )
 from reg_diffusers.level_table import _TABLES
 from reg_diffusers.loss_output import Records
-from reg_diffusers.precision import all_finite, at_least_float32, promoted
-from reg_diffusers.prediction import _parts
+from reg_diffusers.precision import all_finite, full_precision, promoted
+from reg_diffusers.prediction import _level_parts
 from reg_diffusers.regularizers import isotropic_total_variation, spectrum, total_variation
+from reg_diffusers.training.loss_parts import LossParts
 from reg_diffusers.views import Affine
 from reg_diffusers.weighting import constant
 
@@ -86,7 +87,7 @@ def test_the_table_has_the_bits_of_the_formulas(kind):
     scheduler, timesteps = DDPMScheduler(prediction_type=kind), torch.arange(1000).flip(0)[::3]
     level = noise_level(scheduler, timesteps)
     found = (level.timesteps, level.alpha, level.sigma, level.snr, level.denoising_weight)
-    assert all(torch.equal(*pair) for pair in zip(found, _parts(scheduler, timesteps), strict=True))
+    assert all(torch.equal(*pair) for pair in zip(found, _level_parts(scheduler, timesteps), strict=True))
 
 
 def test_the_table_follows_the_scheduler():
@@ -95,7 +96,7 @@ def test_the_table_follows_the_scheduler():
 
     def is_up_to_date():
         weight = noise_level(scheduler, timesteps).denoising_weight
-        return torch.equal(weight, _parts(scheduler, timesteps)[-1])
+        return torch.equal(weight, _level_parts(scheduler, timesteps)[-1])
 
     assert is_up_to_date()
     scheduler.register_to_config(prediction_type="v_prediction")
@@ -170,8 +171,8 @@ def test_all_finite_is_isfinite_of_all_even_where_the_sum_overflows(values):
 
 def test_dtypes_are_promoted_as_in_torch():
     assert promoted(torch.float16, torch.bfloat16) == torch.float32
-    assert at_least_float32(torch.float16) == at_least_float32() == torch.float32
-    assert at_least_float32(torch.bfloat16, torch.float64) == torch.float64
+    assert full_precision(torch.float16) == full_precision() == torch.float32
+    assert full_precision(torch.bfloat16, torch.float64) == torch.float64
 
 
 # Waiting for an accelerator
@@ -226,11 +227,14 @@ def test_no_step_between_two_lines_of_the_log_waits(terms, scheduler, balanced):
     step(loss_fn, nn.Conv2d(1, 1, 3, padding=1), "cpu").loss.backward()  # the first call checks more
     network = nn.Conv2d(1, 1, 3, padding=1, device="meta")
     optimizer = torch.optim.AdamW(network.parameters(), foreach=True)
+    names = [term.name for term in TERMS[terms]]
+    parts = LossParts(SimpleNamespace(device=torch.device("meta")), names, {})
     for _ in range(2):
         with NoWaiting():
             output = step(loss_fn, network, "meta")
             if balanced:
-                output = balance(output, {term.name: 0.1 for term in TERMS[terms]})
+                output = balance(output, dict.fromkeys(names, 0.1))
+                parts.update(output)
             output.loss.backward()
             optimizer.step()
         assert network.weight.grad.is_meta
