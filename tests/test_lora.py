@@ -4,6 +4,7 @@ import json
 import re
 import shlex
 import shutil
+import subprocess
 import sys
 from pathlib import Path
 
@@ -193,3 +194,12 @@ def test_the_commands_of_the_page_run_on_the_tiny_pipeline(number, train, tmp_pa
     (code,) = re.findall(r"^```python\n(.*?)^```", PAGE, re.MULTILINE | re.DOTALL)
     exec(code.replace(BASE, "base"), {})
     assert PIL.Image.open("bicycle.png").size == (16, 16)
+
+
+def test_a_run_without_texts_imports_no_text_to_image_pipeline():
+    code = (
+        "import sys, reg_diffusers.training.saves;"
+        "print([name for name in sys.modules if name.startswith('diffusers.pipelines.stable_diffusion')])"
+    )
+    done = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True)
+    assert done.stdout.strip() == "[]" and "torchvision" not in done.stderr

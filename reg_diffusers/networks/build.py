@@ -253,7 +253,7 @@ def _check_class(path: str, cache_dir: str | None) -> None:
         network = None  # such as a pipeline with a transformer
     if network is None or (network != UNet2DModel.__name__ and hasattr(diffusers, str(network))):
         name = DiffusionPipeline.load_config(path, cache_dir=cache_dir).get("_class_name")
-        known = ", ".join(family.pipeline.__name__ for family in FAMILIES)
+        known = ", ".join(family.pipeline for family in FAMILIES)
         raise UsageError(
             f"--pretrained_model_name_or_path {path}: a {name} is not supported: use a pipeline"
             f" with a UNet2DModel, or by LoRA one of {known}"
@@ -264,12 +264,12 @@ def _with_adapters(family: Family, settings: ModelSettings, cache_dir: str | Non
     path = settings.pretrained_model_name_or_path
     if settings.lora_rank is None:
         raise UsageError(
-            f"--pretrained_model_name_or_path {path}: a {family.pipeline.__name__} is fine-tuned by LoRA: pass"
+            f"--pretrained_model_name_or_path {path}: a {family.pipeline} is fine-tuned by LoRA: pass"
             " --lora_rank, such as 16"
         )
     check_peft()
     check_weights(Path(path, family.component))
-    network = family.network.from_pretrained(
+    network = family.network_class.from_pretrained(
         path, subfolder=family.component, cache_dir=cache_dir, use_safetensors=True
     )
     add_lora(network, settings, family.target_modules)

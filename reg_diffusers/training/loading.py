@@ -98,7 +98,7 @@ def _check_texts(
     has_texts = data.caption_column is not None or data.prompt is not None
     if family is not None and not has_texts:
         raise UsageError(
-            f"a {family.pipeline.__name__} needs a text for each image: name its column by --caption_column, or give"
+            f"a {family.pipeline} needs a text for each image: name its column by --caption_column, or give"
             " one text for all by --prompt"
         )
     if family is not None:
@@ -111,7 +111,7 @@ def _check_texts(
         "--condition_dropout": data.condition_dropout,
     }
     if flags := [flag for flag, value in given.items() if value]:
-        known = ", ".join(family.pipeline.__name__ for family in FAMILIES)
+        known = ", ".join(family.pipeline for family in FAMILIES)
         raise UsageError(
             f"{flags[0]} needs a text-to-image pipeline ({known}): name one by --pretrained_model_name_or_path"
         )

@@ -60,4 +60,4 @@ class TextModel:
 
     def save_pretrained(self, folder: str) -> None:
         """Writes pytorch_lora_weights.safetensors, which `load_lora_weights` of the pipeline reads; nothing else."""
-        self._family.pipeline.save_lora_weights(folder, **lora_file_arguments(self.unet, self._family.component))
+        self._family.pipeline_class.save_lora_weights(folder, **lora_file_arguments(self.unet, self._family.component))

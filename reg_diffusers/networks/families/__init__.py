@@ -22,4 +22,4 @@ def family_of(path: str, cache_dir: str | None = None) -> Family | None:
         name = DiffusionPipeline.load_config(path, cache_dir=cache_dir).get("_class_name")
     except (OSError, ValueError, AttributeError):
         return None
-    return next((family for family in FAMILIES if family.pipeline.__name__ == name), None)
+    return next((family for family in FAMILIES if family.pipeline == name), None)

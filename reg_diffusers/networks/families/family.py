@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
+import diffusers
 from diffusers import DiffusionPipeline
 from torch import Tensor
 
@@ -16,8 +17,8 @@ class Family:
     """What train_reg.py needs to know about a kind of text-to-image pipelines.
 
     Attributes:
-        pipeline: the pipeline class of diffusers.
-        network: the class of the network, in the component `component`.
+        pipeline: the name of the pipeline class of diffusers, which is imported when it is needed.
+        network: the name of the class of the network, in the component `component`.
         component: the name of the network in the pipeline and in its LoRA files.
         target_modules: the default layers of LoRA.
         load_encoder: loads the pipeline without its network, to embed texts: (path, cache_dir) -> pipeline.
@@ -26,11 +27,21 @@ class Family:
         lost_tokens: the number of tokens of a text beyond the limit of the tokenizer: (pipeline, text) -> int.
     """
 
-    pipeline: type[DiffusionPipeline]
-    network: type
+    pipeline: str
+    network: str
     component: str
     target_modules: tuple[str, ...]
     load_encoder: Callable[[str, str | None], DiffusionPipeline]
     embed: Callable[[DiffusionPipeline, list[str]], Tensor]
     assemble: Callable[..., DiffusionPipeline]
     lost_tokens: Callable[[DiffusionPipeline, str], int]
+
+    @property
+    def pipeline_class(self) -> type[DiffusionPipeline]:
+        """The pipeline class."""
+        return getattr(diffusers, self.pipeline)
+
+    @property
+    def network_class(self) -> type:
+        """The class of the network."""
+        return getattr(diffusers, self.network)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import torch
-from diffusers import StableDiffusionPipeline, UNet2DConditionModel
 from torch import Tensor
 
 from .family import Family
@@ -13,29 +12,33 @@ __all__ = ["FAMILY"]
 _WITHOUT = {"safety_checker": None, "feature_extractor": None, "image_encoder": None, "requires_safety_checker": False}
 
 
-def _load_encoder(path: str, cache_dir: str | None) -> StableDiffusionPipeline:
+def _load_encoder(path: str, cache_dir: str | None):
+    from diffusers import StableDiffusionPipeline
+
     return StableDiffusionPipeline.from_pretrained(
         path, unet=None, vae=None, cache_dir=cache_dir, use_safetensors=True, **_WITHOUT
     )
 
 
 @torch.no_grad()
-def _embed(pipeline: StableDiffusionPipeline, texts: list[str]) -> Tensor:
+def _embed(pipeline, texts: list[str]) -> Tensor:
     return pipeline.encode_prompt(texts, pipeline.text_encoder.device, 1, False)[0].float()
 
 
-def _assemble(unet: UNet2DConditionModel, scheduler, vae) -> StableDiffusionPipeline:
+def _assemble(unet, scheduler, vae):
+    from diffusers import StableDiffusionPipeline
+
     return StableDiffusionPipeline(vae, None, None, unet, scheduler, None, None, requires_safety_checker=False)
 
 
-def _lost_tokens(pipeline: StableDiffusionPipeline, text: str) -> int:
+def _lost_tokens(pipeline, text: str) -> int:
     tokens = pipeline.tokenizer(text, truncation=False, verbose=False).input_ids
     return max(len(tokens) - pipeline.tokenizer.model_max_length, 0)
 
 
 FAMILY = Family(
-    pipeline=StableDiffusionPipeline,
-    network=UNet2DConditionModel,
+    pipeline="StableDiffusionPipeline",
+    network="UNet2DConditionModel",
     component="unet",
     target_modules=("to_k", "to_q", "to_v", "to_out.0"),  # the attention layers, as in diffusers' scripts
     load_encoder=_load_encoder,
