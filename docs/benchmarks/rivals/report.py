@@ -79,6 +79,8 @@ def draw(found: dict[str, dict], picture: Path) -> None:
             middle = statistics.mean(row["residual"]), statistics.mean(row["mass"])
             axes.plot(row["residual"], row["mass"], marker, color=colour, alpha=0.35, markersize=4)
             axes.plot(*middle, marker, color=colour, markersize=10, label=label)
+            if row["weight"]:
+                axes.annotate(f"{row['weight']:g}", middle, (7, 5), textcoords="offset points", fontsize=8)
         plain = case["rows"][0]
         axes.axhspan(*(statistics.mean(plain["mass"]) + side * SAME for side in (-1, 1)), color="0.92", zorder=0)
         axes.axvline(LOWER * statistics.mean(plain["residual"]), color="0.5", linestyle="--", linewidth=1)
