@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -18,38 +17,8 @@ from .schedule import has_fixed_levels
 __all__ = ["levels_at"]
 
 
-@dataclass(frozen=True)
-class _Table:
-    """The noise levels of a schedule, and what they were computed from.
-
-    `config` and the tensors of a scheduler are replaced, not changed, by its methods; the version tells of changes in
-    place.
-    """
-
-    levels: Tensor
-    config: Any
-    alphas_cumprod: Tensor
-    version: int
-    num_inference_steps: int | None
-    timesteps: Any
-
-    @classmethod
-    def of(cls, scheduler, levels: Tensor) -> _Table:
-        alpha_bar = scheduler.alphas_cumprod
-        steps, timesteps = (getattr(scheduler, name, None) for name in ("num_inference_steps", "timesteps"))
-        return cls(levels, scheduler.config, alpha_bar, _version(alpha_bar), steps, timesteps)
-
-    def is_of(self, scheduler) -> bool:
-        return (
-            self.config is scheduler.config
-            and self.alphas_cumprod is scheduler.alphas_cumprod
-            and self.version == _version(self.alphas_cumprod)
-            and self.num_inference_steps == getattr(scheduler, "num_inference_steps", None)
-            and self.timesteps is getattr(scheduler, "timesteps", None)
-        )
-
-
-_TABLES: weakref.WeakKeyDictionary[Any, dict[torch.device, _Table]] = weakref.WeakKeyDictionary()
+# By scheduler and device: the table, and what it was computed from.
+_TABLES: weakref.WeakKeyDictionary[Any, dict[torch.device, tuple[Tensor, tuple]]] = weakref.WeakKeyDictionary()
 
 
 def levels_at(scheduler, timesteps: Tensor, compute: Callable[[Tensor], Tensor]) -> tuple[Tensor, ...] | None:
@@ -70,18 +39,25 @@ def levels_at(scheduler, timesteps: Tensor, compute: Callable[[Tensor], Tensor])
         return None
     device = timesteps.device
     try:
-        table = _TABLES.get(scheduler, {}).get(device)
+        levels, source = _TABLES.get(scheduler, {}).get(device, (None, ()))
     except TypeError:  # an object that cannot be a key, such as a SimpleNamespace
         return None
-    if table is None or not table.is_of(scheduler):
+    if levels is None or not _is_source(source, scheduler):
         if not has_fixed_levels(scheduler):
             return None
         with torch.inference_mode(False), torch.no_grad():
-            every = torch.arange(len(scheduler.alphas_cumprod), device=device)
-            table = _Table.of(scheduler, compute(every))
-        _TABLES.setdefault(scheduler, {})[device] = table
-    return table.levels.index_select(1, timesteps.long()).unbind(0)
+            levels = compute(torch.arange(len(scheduler.alphas_cumprod), device=device))
+        _TABLES.setdefault(scheduler, {})[device] = levels, _source(scheduler)
+    return levels.index_select(1, timesteps.long()).unbind(0)
 
 
-def _version(tensor: Tensor) -> int:
-    return 0 if tensor.is_inference() else tensor._version
+def _source(scheduler) -> tuple:
+    """Returns what a table is computed from; `config` and the tensors are replaced by a scheduler, not changed."""
+    alpha_bar = scheduler.alphas_cumprod
+    version = 0 if alpha_bar.is_inference() else alpha_bar._version  # of changes in place by others
+    return scheduler.config, alpha_bar, getattr(scheduler, "timesteps", None), version
+
+
+def _is_source(source: tuple, scheduler) -> bool:
+    *objects, version = _source(scheduler)
+    return version == source[-1] and all(one is other for one, other in zip(objects, source[:-1], strict=True))
