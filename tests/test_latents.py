@@ -15,6 +15,7 @@ from safetensors.torch import load_file
 
 from reg_diffusers import RegDDPMPipeline, Term
 from reg_diffusers.autoencoder import encoded
+from reg_diffusers.cli import main
 from reg_diffusers.data.latents import latents_of
 from reg_diffusers.regularizers import total_variation
 from reg_diffusers.runtime.errors import UsageError
@@ -109,6 +110,18 @@ def test_the_value_in_the_log_is_the_loss_of_the_decoded_estimate(in_latents, ca
     _, images = photos()
     shown = total_variation(DecodedImage(vae)(encoded(vae, images))).mean().item()
     assert f"total_variation {shown:.3g} ±" in printed
+
+
+def test_a_decoder_in_bfloat16_is_not_reported_as_the_precision_of_the_loss(in_latents, capsys):
+    save_vae()
+    in_latents("--mixed_precision", "bf16")
+    assert "bfloat16" not in capsys.readouterr().err
+
+
+def test_the_card_says_that_a_loss_sees_the_decoded_latent(in_latents):
+    save_vae()
+    card = (in_latents() / "README.md").read_text()
+    assert "the sample that the output of the network implies, a latent; a loss sees it decoded to an image" in card
 
 
 def test_a_resumed_run_in_latents_equals_an_uninterrupted_one(in_latents):
@@ -255,6 +268,8 @@ def test_the_inverse_of_affine_units():
 def test_what_does_not_fit_is_refused_in_one_line(in_latents, capsys, tiny_unet, tmp_path):
     refused = partial(refusal, in_latents, capsys)
     assert "no readable autoencoder" in refused(vae="./nowhere")
+    save_vae()
+    assert "name the folder that holds config.json" in refused(vae="vae/config.json")
     tiny_unet().save_pretrained("unet")
     assert "class UNet2DModel is not supported: use one of AutoencoderKL" in refused(vae="unet")
     save_vae()
@@ -278,6 +293,14 @@ def test_a_run_is_not_continued_with_another_autoencoder_under_the_same_name(in_
     in_latents("--checkpointing_steps", 2)
     save_vae(seed=3)
     assert "trained with other settings: autoencoder" in refusal(in_latents, capsys, "--resume", "auto")
+
+
+def test_a_diagnosis_of_a_latent_model_is_refused(in_latents, capsys):
+    save_vae()
+    given = ("--pretrained_model_name_or_path", str(in_latents()))
+    with pytest.raises(SystemExit):
+        main(["diagnose", "--train_data_dir", "photos", "--regularizer", "total_variation", *given])
+    assert "works in latents, which a diagnosis does not support" in capsys.readouterr().err.splitlines()[-1]
 
 
 def test_a_shift_that_stock_diffusers_would_not_undo_is_left_out_and_said(in_latents, capsys):

@@ -18,6 +18,8 @@ from runs import ROOT, metrics, refusal
 from safetensors.torch import load_file
 from tiny_pipelines import save_stable_diffusion
 
+from reg_diffusers.cli import main
+
 pytestmark = pytest.mark.training
 
 TEXTS = ["a cat", "a dog", "cat", "dog"]
@@ -113,6 +115,29 @@ def test_a_resumed_run_equals_an_uninterrupted_one_and_checkpoints_hold_no_base(
     (out / "pytorch_lora_weights.safetensors").unlink()
     fine_tune(*flags, "--resume", "auto")
     assert not differ(adapters(out), whole)
+
+
+def test_adapters_are_not_continued_on_another_base_or_other_texts_under_the_same_name(fine_tune, capsys, tmp_path):
+    fine_tune("--checkpointing_steps", 2)
+    save_stable_diffusion("other", tmp_path / "scratch", seed=1, prediction_type="epsilon")
+    for part, name in (("unet", "frozen weights"), ("text_encoder", "texts"), ("vae", "autoencoder")):
+        Path("base", part).rename("own")
+        shutil.copytree(Path("other", part), Path("base", part))
+        error = refusal(fine_tune, capsys, "--resume", "auto")
+        assert f"trained with other settings: {name} " in error and error.count("->") == 1
+        shutil.rmtree(Path("base", part))
+        Path("own").rename(Path("base", part))
+    write_photos(texts=["a cat", "a dog", "a cat", "dog"])
+    assert "trained with other settings: texts " in refusal(fine_tune, capsys, "--resume", "auto")
+
+
+def test_commands_that_draw_refuse_adapters_by_name(fine_tune, capsys):
+    out = fine_tune()
+    for command in (["sample"], ["evaluate", "--regularizer", "total_variation"]):
+        with pytest.raises(SystemExit):
+            main([*command, "--model", str(out)])
+        error = capsys.readouterr().err.splitlines()[-1]
+        assert "holds LoRA weights, which this command does not read" in error and "load_lora_weights" in error
 
 
 def test_one_text_for_all_images_and_dropped_texts_change_the_training(fine_tune):

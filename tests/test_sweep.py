@@ -144,6 +144,9 @@ def test_what_cannot_work_is_one_line(folder, sweep, monkeypatch):
         training=[*TRAINING, "--reg_weight", "1"], refused=True
     )
     assert "--output_dir after --" in sweep(training=[*TRAINING, "--output_dir=x"], refused=True)
+    assert "--num_images 19: confidence intervals need" in sweep("--num_images", 19, refused=True)  # before training
+    base = ["--pretrained_model_name_or_path", "base", "--lora_rank", "4"]
+    assert "cannot measure LoRA weights yet" in sweep(training=[*TRAINING[:2], *base], refused=True)
     assert "--regularizer none leaves nothing" in sweep(training=[*TRAINING, "--regularizer", "none"], refused=True)
     assert "--script nowhere.py: no such file" in sweep("--script", "nowhere.py", refused=True)
     assert "--reg_weightings: unknown weighting 'no'" in sweep("--reg_weightings", "no", refused=True)

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from .judging_flags import DATA_FLAGS, NUM_IMAGES
 
-__all__ = ["Bench", "data_flag", "load_models", "open_bench"]
+__all__ = ["Bench", "check_num_images", "data_flag", "load_models", "open_bench"]
 
 _SEARCHED = 10_000  # images of the data to search: for the reference, for near copies, for the classifier
 
@@ -40,6 +40,15 @@ def load_models(names: list[str], device, titles: list[str] | None = None, *, mi
                     " the same kind of images can be compared"
                 )
     return models
+
+
+def check_num_images(number: int | None) -> None:
+    """Raises `UsageError` if --num_images is too small to measure with."""
+    from ..evaluation.distances import GROUPS
+    from ..runtime.errors import UsageError
+
+    if number is not None and number < 2 * GROUPS:
+        raise UsageError(f"--num_images {number}: confidence intervals need at least {2 * GROUPS} images")
 
 
 def _titles(names: list[str]) -> list[str]:
@@ -111,14 +120,13 @@ def open_bench(args: argparse.Namespace, models: dict) -> Bench:
     from ..networks.conditions import Conditions
     from ..runtime.errors import UsageError
 
+    check_num_images(args.num_images)
     title, pipeline = next(iter(models.items()))
     by_class = any(model.unet.config.num_class_embeds is not None for model in models.values())
     data = _load_data(args, title, pipeline, by_class)
     source = args.data or "embedded Fashion-MNIST"
     total = len(data)
     number = min(NUM_IMAGES, total // 2) if args.num_images is None else args.num_images
-    if args.num_images is not None and number < 2 * GROUPS:
-        raise UsageError(f"--num_images {number}: confidence intervals need at least {2 * GROUPS} images")
     if number < 2 * GROUPS or 2 * number > total:
         least = 2 * max(number, 2 * GROUPS)
         fix = f"; use --num_images {total // 2}" if total >= 4 * GROUPS else ""

@@ -93,14 +93,13 @@ def run(args: argparse.Namespace) -> None:
         raise UsageError("--streaming: a diagnosis reads --num_images images only; drop the flag")
     if (loss.loss_weighting, loss.timestep_sampling) != ("none", "uniform"):
         raise UsageError("--loss_weighting, --timestep_sampling: a diagnosis supports --snr_gamma only; drop the flag")
-    if settings.model.vae:
-        raise UsageError("--vae: a diagnosis in latents is not supported: drop the flag")
     if args.num_levels < 2:
         raise UsageError("--num_levels must be at least 2")
     terms = build_terms(loss, settings.data)
     output = Path(args.output)
     _check_output(output, [term.name for term in terms], args)
     pipeline = _pipeline(args)
+    _check_not_latent(settings)
     given = load_given_model(settings.model, settings.data.cache_dir)
     data = _load_data(settings.data, args.model, given, pipeline)
     terms = in_units(terms, data, loss.reg_units)
@@ -122,6 +121,20 @@ def run(args: argparse.Namespace) -> None:
             _diagnose(args, loss.snr_gamma, term, weight, scheduler, images, context, pipeline, output)
         except TermError as error:
             _report_unusable(args, term.name, str(error), output)
+
+
+def _check_not_latent(settings) -> None:
+    from ..networks.autoencoders import has_autoencoder
+    from ..runtime.errors import UsageError
+
+    base = settings.model.pretrained_model_name_or_path
+    if settings.model.vae:
+        raise UsageError("--vae: a diagnosis in latents is not supported: drop the flag")
+    if base is not None and has_autoencoder(base, settings.data.cache_dir):
+        raise UsageError(
+            f"--pretrained_model_name_or_path {base} works in latents, which a diagnosis does not support: drop the"
+            " flag to diagnose the loss on the images themselves"
+        )
 
 
 def _find_data(args) -> str:

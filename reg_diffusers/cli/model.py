@@ -25,13 +25,21 @@ def load_pipeline(model: str, device=None, *, mixed_precision: str = "no"):
     Raises:
         UsageError: if there is no such pipeline.
     """
+    from pathlib import Path
+
     import torch
 
     from ..networks.attention import prefers_explicit_attention, use_explicit_attention
     from ..pipeline import RegDDPMPipeline
+    from ..runs.run_folder import LORA_FILE
     from ..runtime.errors import UsageError
     from ..runtime.hardware import keep_freed_memory
 
+    if Path(model, LORA_FILE).is_file():
+        raise UsageError(
+            f"--model {model} holds LoRA weights, which this command does not read: load the pipeline that was"
+            f" fine-tuned in diffusers, then pipeline.load_lora_weights({model!r})"
+        )
     try:
         pipeline = RegDDPMPipeline.from_pretrained(model)
     except (OSError, ValueError) as error:

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from ..runtime.files import file_name
 from ..settings import Settings
-from .bench import load_models, open_bench
+from .bench import check_num_images, load_models, open_bench
 from .judging import check_regularizers, choose_features, judge_models, regularizers_of
 from .judging_flags import DATA_FLAGS, add_measuring_flags
 from .model_samples import draw_samples_of, read_samples, samplers_of
@@ -122,6 +122,7 @@ def _check(args: argparse.Namespace) -> None:
     from ..runtime.errors import UsageError
     from ..specs import load_weighting
 
+    check_num_images(args.num_images)
     for word in args.training:
         name = word.partition("=")[0].removeprefix("--")
         if word.startswith("--") and name in _OWN_FLAGS:
@@ -142,6 +143,8 @@ def _check_training(training: Settings) -> None:
     for name in _NOT_OVERRIDDEN:
         if training.values()[name]:
             raise UsageError(f"--{name} {_DECIDED}; remove it from the YAML file")
+    if training.model.lora_rank:
+        raise UsageError("--lora_rank after --: a sweep cannot measure LoRA weights yet; train one run per weight")
     if not training.loss.regularizer:
         raise UsageError("--regularizer none leaves nothing to weight: name a loss after --")
 

@@ -31,10 +31,12 @@ class Prompts:
     Attributes:
         texts: as given.
         empty: the embedding of the empty text, (L, D).
+        fingerprint: identifies the text of each image and what embeds it.
     """
 
     def __init__(self, texts: list[str], embed: Callable[[list[str]], Tensor], key: str, cache_dir: Path):
         self.texts = texts
+        self.fingerprint = hashlib.sha256(repr((texts, key)).encode()).hexdigest()
         distinct = list(dict.fromkeys(["", *texts]))
         name = hashlib.sha256(repr((distinct, key, __version__)).encode()).hexdigest()
         self._embeddings = stored_rows(

@@ -30,6 +30,10 @@ _LOSS_WEIGHTINGS = {
     "cosmap": "2 / (pi (1 - 2 s + 2 s^2)), s = sigma(t) / (alpha(t) + sigma(t))",
     "v": "the factor that makes this the squared error of the velocity, sigma(t) at least 0.05",
 }
+_SEEN = {  # by units: what a loss sees of x0_hat
+    "user": "; a loss sees it in the fields' own units",
+    "decoded": ", a latent; a loss sees it decoded to an image",
+}
 _DDIM = 'pipeline.scheduler = DDIMScheduler.from_config(pipeline.scheduler.config, timestep_spacing="trailing")'
 _CLASSES_NAMED = 50
 _MANY_STEPS = 50
@@ -157,8 +161,8 @@ def objective_section(objective: dict | None) -> str:
     if meaning and not gamma:
         definitions[output] = meaning
     if terms or gamma:
-        units = "; a loss sees it in the fields' own units" if terms and objective.get("units") == "user" else ""
-        definitions["x0_hat"] = f"{implied}, the sample that the output of the network implies{units}"
+        seen = _SEEN.get(objective.get("units"), "") if terms else ""
+        definitions["x0_hat"] = f"{implied}, the sample that the output of the network implies{seen}"
     if gamma:
         definitions["SNR(t)"] = "alpha(t)^2 / sigma(t)^2"
     for weighting in dict.fromkeys(term["weighting"] for term in terms):

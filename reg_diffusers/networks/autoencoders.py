@@ -18,7 +18,7 @@ from ..sampling.sampler import add_weights
 from ..settings.model import ModelSettings
 from ..views import DecodedImage
 
-__all__ = ["autoencoder_sha256", "decoded_view", "load_autoencoder"]
+__all__ = ["autoencoder_sha256", "decoded_view", "has_autoencoder", "load_autoencoder"]
 
 _COMPONENTS = ("vqvae", "vae")  # names of an autoencoder in diffusers' pipelines
 _NOT_READ = ("shift_factor", "latents_mean", "latents_std")  # by LDMPipeline
@@ -69,6 +69,11 @@ def autoencoder_sha256(vae: nn.Module) -> str:
     return digest.hexdigest()
 
 
+def has_autoencoder(path: str, cache_dir: str | None = None) -> bool:
+    """Whether a path names a pipeline that works in latents."""
+    return _component(path, cache_dir) is not None
+
+
 def _component(path: str, cache_dir: str | None) -> str | None:
     """Returns the subfolder of the autoencoder in a pipeline; None if the path names no pipeline, or one without."""
     if Path(path).is_dir() and not (Path(path) / "model_index.json").is_file():
@@ -81,6 +86,8 @@ def _component(path: str, cache_dir: str | None) -> str | None:
 
 
 def _load(path: str, subfolder: str | None, cache_dir: str | None) -> nn.Module:
+    if not path or Path(path).is_file():
+        raise UsageError("not a folder or Hub id: name the folder that holds config.json and the weights")
     where = {"subfolder": subfolder or "", "cache_dir": cache_dir}
     name = AutoencoderKL.load_config(path, **where).get("_class_name")
     if name not in AUTOENCODERS:

@@ -6,6 +6,7 @@ so the network starts as the given one.
 
 from __future__ import annotations
 
+import hashlib
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -14,9 +15,10 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from ..runtime.errors import UsageError
+from ..sampling.sampler import add_tensors
 from ..settings.model import ModelSettings
 
-__all__ = ["add_lora", "check_peft", "keep_trained_only", "lora_file_arguments"]
+__all__ = ["add_lora", "check_peft", "frozen_sha256", "keep_trained_only", "lora_file_arguments"]
 
 _FILE = "model.safetensors"
 
@@ -69,6 +71,16 @@ def lora_file_arguments(network: nn.Module, component: str) -> dict:
         f"{component}_lora_layers": convert_state_dict_to_diffusers(layers),
         f"{component}_lora_adapter_metadata": network.peft_config["default"].to_dict(),
     }
+
+
+def frozen_sha256(network: nn.Module) -> str | None:
+    """Returns a hash of the frozen parameters, which checkpoints of adapters lack; None if there are none."""
+    frozen = {name: value for name, value in network.named_parameters() if not value.requires_grad}
+    if not frozen:
+        return None
+    digest = hashlib.sha256()
+    add_tensors(digest, frozen)
+    return digest.hexdigest()
 
 
 def keep_trained_only(accelerator: Accelerator, network: nn.Module) -> None:

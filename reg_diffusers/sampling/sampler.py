@@ -6,7 +6,7 @@ import contextlib
 import hashlib
 import json
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 
 import torch
@@ -23,7 +23,7 @@ from .inference_steps import available_steps
 from .schedulers import fitting_samplers
 from .settings import SampleSettings
 
-__all__ = ["Sampler", "add_weights", "model_sha256"]
+__all__ = ["Sampler", "add_tensors", "add_weights", "model_sha256"]
 
 _logger = logging.get_logger(__name__)
 
@@ -46,7 +46,12 @@ def model_sha256(pipeline: RegDDPMPipeline) -> str:
 
 def add_weights(digest, network: nn.Module) -> None:
     """Adds the names, types and values of all weights to a hash."""
-    for name, tensor in sorted(network.state_dict().items()):
+    add_tensors(digest, network.state_dict())
+
+
+def add_tensors(digest, tensors: Mapping[str, Tensor]) -> None:
+    """Adds the names, types and values of tensors to a hash."""
+    for name, tensor in sorted(tensors.items()):
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
         digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
 

@@ -17,6 +17,7 @@ from ..data.training_data import TrainingData, cache_folder, load_training_data
 from ..networks.autoencoders import autoencoder_sha256, load_autoencoder
 from ..networks.build import GivenModel, load_given_model
 from ..networks.families import FAMILIES, Family, family_of
+from ..networks.lora import frozen_sha256
 from ..runtime.errors import UsageError, warn
 from ..sampling.sampler import add_weights
 from ..settings.data import DataSettings
@@ -47,6 +48,15 @@ class Loaded:
     family: Family | None = None
     previews: Tensor | None = None
 
+    def frozen_parts(self) -> dict[str, str]:
+        """Returns hashes of what decides the result but is in no checkpoint, by name: files may change in place."""
+        found = {
+            "autoencoder": self.vae and autoencoder_sha256(self.vae),
+            "frozen weights": self.given.unet and frozen_sha256(self.given.unet),
+            "texts": self.data.prompts and self.data.prompts.fingerprint,
+        }
+        return {name: value for name, value in found.items() if value}
+
 
 def load_model_and_data(
     model: ModelSettings, data: DataSettings, device: torch.device, validation_prompts: tuple[str, ...] | None = None
@@ -70,10 +80,11 @@ def load_model_and_data(
         )
         return Loaded(given, images, images)
     factor = downsampling(vae)
-    _check_data_of_latents(data, factor)
+    _check_data_of_latents(data, factor, f"--vae {model.vae}" if model.vae else f"the autoencoder of {base}")
     images = load_training_data(data, vae.config.in_channels, factor * (given.resolution or 0), None, 0)
     if not images.is_picture:
-        raise UsageError("an autoencoder encodes images, but the data are fields: drop --vae")
+        fix = "drop --vae" if model.vae else f"{base} needs images"
+        raise UsageError(f"an autoencoder encodes images, but the data are fields: {fix}")
     key, encode = autoencoder_sha256(vae), partial(encoded, vae.to(device))
     folder = cache_folder(data.cache_dir)
     prompts, previews = None, None
@@ -151,12 +162,12 @@ def _sha256(encoder) -> str:
     return digest.hexdigest()
 
 
-def _check_data_of_latents(data: DataSettings, factor: int) -> None:
-    """Raises `UsageError` for settings of the data that latents do not support."""
+def _check_data_of_latents(data: DataSettings, factor: int, autoencoder: str) -> None:
+    """Raises `UsageError` for settings of the data that latents of this autoencoder do not support."""
     if data.streaming:
-        raise UsageError("--streaming: images are encoded once for --vae, not on demand; drop one of the two flags")
+        raise UsageError(f"--streaming: images are encoded once for {autoencoder}, not on demand; drop --streaming")
     if data.conditioning_image_column:
-        raise UsageError("--conditioning_image_column is not supported in latents (--vae); drop one of the two flags")
+        raise UsageError(f"--conditioning_image_column is not supported in latents, here of {autoencoder}; drop it")
     if data.resolution is not None and data.resolution % factor:
         near = max(data.resolution // factor, 1) * factor
         raise UsageError(

@@ -99,8 +99,11 @@ def record_of_data(settings: DataSettings, data: TrainingData) -> dict:
     }
 
 
-def record_of_objective(loss: LossSettings, terms: tuple[Term, ...], noise_scheduler, *, is_picture: bool) -> dict:
-    """Describes the objective: the denoising loss, and each term with its weight and weighting."""
+def record_of_objective(
+    loss: LossSettings, terms: tuple[Term, ...], noise_scheduler, *, is_picture: bool, is_decoded: bool
+) -> dict:
+    """Describes the objective: the denoising loss, and each term with its weight, its weighting and what it sees."""
+    units = "model" if is_picture else loss.reg_units
     rules = weight_rules(loss, terms)
     given = zip(terms, loss.regularizer, loss.reg_weighting, loss.estimators, loss.schedules, strict=True)
     return {
@@ -108,7 +111,7 @@ def record_of_objective(loss: LossSettings, terms: tuple[Term, ...], noise_sched
         "snr_gamma": loss.snr_gamma,
         **({} if loss.loss_weighting == "none" else {"loss_weighting": loss.loss_weighting}),
         **({} if loss.timestep_sampling == "uniform" else {"timestep_sampling": loss.timestep_sampling}),
-        "units": "model" if is_picture else loss.reg_units,
+        "units": "decoded" if is_decoded else units,
         "terms": [
             {
                 "name": term.name,

@@ -24,7 +24,7 @@ from ..data.training_data import TrainingData
 from ..hub.card import write_card
 from ..hub.lora_card import write_lora_card
 from ..hub.uploads import Uploads, check_upload
-from ..networks.autoencoders import autoencoder_sha256, decoded_view
+from ..networks.autoencoders import decoded_view
 from ..networks.build import build_noise_scheduler, build_unet
 from ..networks.computation import Computation, choose_computation
 from ..networks.conditions import Conditions
@@ -256,8 +256,7 @@ def open_run(launch: Launch) -> Run:
     computation = on_main_process(state, lambda: _computation(settings, data, unet, state))
     (computation,) = broadcast_object_list([computation])
     mathematics = mathematical_settings(settings, data, state, computation.recorded)
-    if vae is not None:
-        mathematics["autoencoder"] = autoencoder_sha256(vae)
+    mathematics |= loaded.frozen_parts()
     on_main_process(state, lambda: check_settings(output, optimization.lr_scheduler, mathematics))
     ending.command = resume_command(argv, state)
     uploads = on_main_process(state, lambda: Uploads(settings.hub, repo_id, output) if repo_id else None)
@@ -274,7 +273,9 @@ def open_run(launch: Launch) -> Run:
             base_model=settings.model.pretrained_model_name_or_path,
             vae=settings.model.vae,
             data=record_of_data(settings.data, loaded.images),
-            objective=record_of_objective(loss, terms, noise_scheduler, is_picture=data.is_picture),
+            objective=record_of_objective(
+                *(loss, terms, noise_scheduler), is_picture=data.is_picture, is_decoded=vae is not None
+            ),
         )
         lines = describe_machine(machine, state, computation, keeps_memory)
         data_and_model = data, loaded.images, settings.data.source, unet, noise_scheduler

@@ -169,8 +169,9 @@ class _Trial:
         return "" if attached or trace.cut is None else f". It is cut off by {trace.cut}"
 
     def _check_precision(self, x0_hat: Tensor, context: dict) -> None:
+        seen = viewed(self._term, x0_hat)  # not traced: a decoder may compute in half precision
         with contextlib.suppress(Exception), Trace() as trace:  # code may fail only while it is traced
-            checked_values(self._term, viewed(self._term, x0_hat), context)
+            checked_values(self._term, seen, context)
             if trace.half:
                 self._warn(f"it computes in {trace.half}; compute L' and its gradient in float32")
 
