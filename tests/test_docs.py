@@ -5,6 +5,7 @@ import re
 import runpy
 import subprocess
 import sys
+from operator import attrgetter
 from statistics import mean
 
 import pytest
@@ -42,7 +43,7 @@ def test_images_exist(page):
 
 def test_every_image_is_shown_and_small():
     text = "".join(page.read_text(encoding="utf-8") for page in PAGES)
-    images = sorted((ROOT / "docs" / "images").glob("*.png"))
+    images = sorted((ROOT / "docs" / "images").rglob("*.png"))
     assert images
     assert [image.name for image in images if image.name not in text] == []
     assert [image.name for image in images if image.stat().st_size > 150_000] == []
@@ -90,8 +91,32 @@ def test_no_damage_was_missed():
 
 def test_every_regularizer_is_in_the_table():
     table = (ROOT / "docs" / "regularizers.md").read_text(encoding="utf-8")
-    rows = re.findall(r"^\| `(\w+)` \| \$", table, re.MULTILINE)
-    assert sorted(rows) == sorted(regularizers.__all__)
+    rows = set(re.findall(r"^\| `([\w.]+)` \| \$", table, re.MULTILINE))
+    assert {*regularizers.__all__, *(f"physics.{name}" for name in regularizers.physics.__all__)} <= rows
+    for name in rows:
+        attrgetter(name)(regularizers)
+
+
+def test_the_gallery_is_as_measured():
+    """The weight of each command and the numbers below each picture are those of the benchmark."""
+    page = (ROOT / "docs" / "regularizers.md").read_text(encoding="utf-8")
+    measured = json.loads((ROOT / "docs" / "benchmarks" / "gallery.json").read_text())
+    assert {*regularizers.physics.__all__, "perceptual", "self_perceptual", "score"} < {*measured}
+    for name, row in measured.items():
+        entry = " ".join(page.split(f"### `{name}`\n")[1].split("\n#")[0].split())
+        assert f"(images/gallery/{name}.png)" in entry
+        assert f"--reg_weight {row['weight']:g} " in entry or "--reg_weight" not in entry, name
+        assert f"gate `{row['gate'].replace('min_snr=', '')}`" in entry, name
+        assert f"Diagnosis: *{row['verdict']}*;" in entry, name
+        plain, trained, data = (row[title] for title in ("plain", "with", "data"))
+        for key, title, digits in (
+            ("loss", "$L'$", ".2g"),
+            ("distance", "distance", ".3f"),
+            ("standard_deviation", "standard deviation", ".2f"),
+        ):
+            if key in plain:
+                numbers = f"{plain[key]:{digits}} → {trained[key]:{digits}} ("
+                assert f"{title} {numbers}" in entry and f"{data[key]:{digits}})" in entry, (name, key)
 
 
 def forgot_the_image(x0_hat, /):
