@@ -19,64 +19,38 @@ if TYPE_CHECKING:  # for editors and type checkers, which do not follow __getatt
     from .context import Shared as Shared
     from .diagnosis import diagnose as diagnose
     from .diagnosis import judge as judge
-    from .estimators import (
-        Ddim as Ddim,
-    )
-    from .estimators import (
-        KnownNoise as KnownNoise,
-    )
-    from .estimators import (
-        MonteCarlo as MonteCarlo,
-    )
-    from .estimators import (
-        Prediction as Prediction,
-    )
-    from .estimators import (
-        one_step as one_step,
-    )
+    from .estimators import Ddim as Ddim
+    from .estimators import KnownNoise as KnownNoise
+    from .estimators import MonteCarlo as MonteCarlo
+    from .estimators import Prediction as Prediction
+    from .estimators import one_step as one_step
     from .guidance import Guidance as Guidance
     from .loss_output import LossOutput as LossOutput
     from .objective import RegularizedLoss as RegularizedLoss
     from .objective import draw_timesteps as draw_timesteps
     from .paired import Paired as Paired
     from .pipeline import RegDDPMPipeline as RegDDPMPipeline
-    from .prediction import (
-        NoiseLevel as NoiseLevel,
-    )
-    from .prediction import (
-        add_noise as add_noise,
-    )
-    from .prediction import (
-        model_output_for as model_output_for,
-    )
-    from .prediction import (
-        noise_level as noise_level,
-    )
-    from .prediction import (
-        predict_original_sample as predict_original_sample,
-    )
-    from .prediction import (
-        prediction_target as prediction_target,
-    )
-    from .prediction import (
-        scale_model_input as scale_model_input,
-    )
+    from .prediction import NoiseLevel as NoiseLevel
+    from .prediction import add_noise as add_noise
+    from .prediction import model_output_for as model_output_for
+    from .prediction import noise_level as noise_level
+    from .prediction import predict_original_sample as predict_original_sample
+    from .prediction import prediction_target as prediction_target
+    from .prediction import scale_model_input as scale_model_input
     from .regularization import X0Regularization as X0Regularization
     from .regularizers import Regularizer as Regularizer
-    from .specs import (
-        load_estimator as load_estimator,
-    )
-    from .specs import (
-        load_regularizer as load_regularizer,
-    )
-    from .specs import (
-        load_weighting as load_weighting,
-    )
+    from .specs import load_estimator as load_estimator
+    from .specs import load_regularizer as load_regularizer
+    from .specs import load_schedule as load_schedule
+    from .specs import load_weighting as load_weighting
     from .term import Term as Term
     from .term import TermError as TermError
     from .term import needs_of as needs_of
     from .weight_rules import AutoWeight as AutoWeight
     from .weight_rules import Target as Target
+    from .weight_schedules import every as every
+    from .weight_schedules import linear_decay as linear_decay
+    from .weight_schedules import warmup as warmup
 
 __version__ = "0.4.0.dev0"
 
