@@ -7,6 +7,7 @@ import sys
 
 from .. import __version__
 from ..runtime.errors import exit_on_usage_error
+from ..runtime.messages import show_messages
 from ..settings.parser import Parser
 from . import demo, diagnose, environment, evaluate, sample, sweep, train
 
@@ -23,8 +24,13 @@ def build_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--version", action="version", version=f"reg-diffusers {__version__}")
     subparsers = parser.add_subparsers(title="subcommands", metavar="COMMAND", required=True)
-    for command in (diagnose, train, evaluate, sweep, sample, demo, environment):
-        command.add_parser(subparsers)
+    train.add_parser(subparsers)
+    for command in (diagnose, evaluate, sweep, sample):
+        command.add_parser(subparsers).add_argument(
+            "--quiet", action="store_true", help="hide progress bars and messages, not results, warnings and errors"
+        )
+    for command in (demo, environment):
+        command.add_parser(subparsers).set_defaults(quiet=False)
     return parser
 
 
@@ -39,4 +45,5 @@ def main(argv: list[str] | None = None) -> None:
     else:
         args = build_parser().parse_args(argv)
         args.argv = argv  # for the records of a command
+        show_messages(quiet=args.quiet)
         args.run(args)

@@ -8,6 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from ..runtime.files import write_whole
+from ..runtime.messages import bars_are_hidden, say
 from ..settings.arguments import add_objective_flags, complete
 from ..settings.data import DataSettings
 from ..settings.flag_values import natural, positive_int
@@ -106,7 +107,7 @@ def run(args: argparse.Namespace) -> None:
     scheduler = pipeline.scheduler if pipeline else build_noise_scheduler(settings.model, given)
     images, context = _images(args.num_images, data)
     source = settings.data.source or "embedded Fashion-MNIST"
-    print(
+    say(
         f"data: {len(images):,} of {data.number:,} {'images' if data.is_picture else 'fields'} from {source}{reason}\n"
     )
     for term, weight in zip(terms, loss.reg_weight, strict=True):
@@ -163,14 +164,16 @@ def _diagnose(args, snr_gamma, term, weight, scheduler, images, context: dict, p
         "snr_gamma": snr_gamma,
         "num_levels": args.num_levels,
         "seed": args.seed,
-        "progress": lambda levels: tqdm(levels, desc=term.name, unit="timestep", dynamic_ncols=True, leave=False),
+        "progress": lambda levels: tqdm(
+            levels, desc=term.name, unit="timestep", dynamic_ncols=True, leave=False, disable=bars_are_hidden()
+        ),
     }
     try:
         rule = rule_of(weight)
         if rule.is_measured:
             share = diagnose(scheduler, replace(term, weight=1.0), images, **settings, **context).gradient_share()
             term = replace(term, weight=rule.share / share if share else 0.0)
-            print(f"--reg_weight {weight} is about {term.weight:.3g} for {term.name}")
+            say(f"--reg_weight {weight} is about {term.weight:.3g} for {term.name}")
         diagnosis = diagnose(scheduler, term, images, **settings, **context)
     except TermError:
         raise
@@ -230,7 +233,7 @@ def _command_of(file: Path) -> list[str] | None:
 
 
 def _without_switches(command: list[str]) -> list[str]:
-    return [word for word in command if word not in ("--overwrite", "--verbose")]
+    return [word for word in command if word not in ("--overwrite", "--quiet", "--verbose")]
 
 
 def _pipeline(args):

@@ -7,6 +7,7 @@ import shlex
 import sys
 from pathlib import Path
 
+from ..runtime.messages import say
 from .bench import load_models, open_bench
 from .explanations import explanations
 from .judging import (
@@ -94,7 +95,7 @@ def run(args: argparse.Namespace) -> None:
     names = dict(zip(models, args.model, strict=True))
     samplers = together(state, lambda: samplers_of(args, models, names, bench, output / "samples"))
     if state.is_main_process:
-        print(f"data        {bench.description}{args.data_reason}", *units, sep="\n", flush=True)
+        say("\n".join([f"data        {bench.description}{args.data_reason}", *units]))
     features = on_main_process(state, lambda: _features(args, bench, state.device))
     settings = _settings(args, samplers, bench, specs, features)
     on_main_process(state, lambda: _keep_settings(args, output, settings))
@@ -159,7 +160,7 @@ def _check_fid(args: argparse.Namespace, bench) -> None:
 def _features(args: argparse.Namespace, bench, device):
     features, why = choose_features(args, bench, device)
     if why:
-        print(f"features    {why}", flush=True)
+        say(f"features    {why}")
     return features
 
 

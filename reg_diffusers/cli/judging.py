@@ -7,6 +7,7 @@ import json
 from dataclasses import dataclass
 from pathlib import Path
 
+from ..runtime.messages import bars_are_hidden
 from .bench import Bench
 
 __all__ = [
@@ -134,7 +135,7 @@ def choose_features(args: argparse.Namespace, bench: Bench, device):
             labels,
             len(bench.data.classes),
             args.seed,
-            lambda steps: tqdm(steps, desc="classifier", unit="step", dynamic_ncols=True),
+            lambda steps: tqdm(steps, desc="classifier", unit="step", dynamic_ncols=True, disable=bars_are_hidden()),
         )
     except FeaturesError as error:
         if args.features == "classifier":
@@ -282,6 +283,13 @@ def _vectors(features, images, number: int, device, title: str):
     import torch
     from tqdm import tqdm
 
-    batches = tqdm(_batches(number), desc=f"features of {title}", unit="batch", dynamic_ncols=True, leave=False)
+    batches = tqdm(
+        _batches(number),
+        desc=f"features of {title}",
+        unit="batch",
+        dynamic_ncols=True,
+        leave=False,
+        disable=bars_are_hidden(),
+    )
     with torch.no_grad():
         return torch.cat([features.extract(images(places).to(device)) for places in batches])

@@ -7,6 +7,7 @@ import hashlib
 from pathlib import Path
 
 from ..runtime.files import file_name
+from ..runtime.messages import say
 from .bench import Bench
 
 __all__ = ["draw_samples_of", "read_samples", "samplers_of"]
@@ -65,12 +66,12 @@ def draw_samples_of(args: argparse.Namespace, samplers: dict, state) -> None:
     from ..sampling.drawing import draw_missing
 
     if state.is_main_process and (line := _time(samplers, args.batch_size, state.num_processes)):
-        print(line, flush=True)
+        say(line)
     for title, (sampler, store, missing) in samplers.items():
         if not missing:
             continue
         if state.is_main_process:
-            print(f"sampling    {title}: {len(missing):,} images", flush=True)
+            say(f"sampling    {title}: {len(missing):,} images")
         try:
             draw_missing(sampler, store, missing, args.batch_size, state)
         except torch.OutOfMemoryError as error:

@@ -8,6 +8,7 @@ import sys
 import time
 from pathlib import Path
 
+from ..runtime.messages import say
 from ..settings.flag_values import natural, positive_int
 from .model import add_model_flag, load_pipeline
 from .sampling_flags import add_machine_flags, add_sampler_flags, add_units_flag
@@ -105,7 +106,7 @@ def run(args: argparse.Namespace) -> None:
     store = _store(args, sampler)
     missing = _missing(args, sampler, store)
     if state.is_main_process and 0 < len(missing) < args.num_images:
-        print(f"continuing: {args.num_images - len(missing):,} of {args.num_images:,} are in {store.path}", flush=True)
+        say(f"continuing: {args.num_images - len(missing):,} of {args.num_images:,} are in {store.path}")
     try:
         started = time.monotonic()
         if missing:

@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 from ..runtime.files import file_name
+from ..runtime.messages import say
 from ..settings import Settings
 from .bench import check_num_images, load_models, open_bench
 from .judging import check_regularizers, choose_features, judge_models, regularizers_of
@@ -82,9 +83,9 @@ def run(args: argparse.Namespace) -> None:
     for number, (title, weighting, weight) in enumerate(runs, 1):
         folder = output / "runs" / _name(title)
         if _is_finished(folder):
-            print(f"run {number} of {len(runs)}  {title}: complete already", flush=True)
+            say(f"run {number} of {len(runs)}  {title}: complete already")
             continue
-        print(f"run {number} of {len(runs)}  {title}", flush=True)
+        say(f"run {number} of {len(runs)}  {title}")
         _train(args, folder, weighting, weight)
     set_threads(args.num_threads)
     state = PartialState(cpu=cpu_is_wanted())
@@ -98,7 +99,7 @@ def run(args: argparse.Namespace) -> None:
     samplers = samplers_of(args, models, names, bench, output / "samples")
     features, why = choose_features(args, bench, state.device)
     if why:
-        print(f"features    {why}", flush=True)
+        say(f"features    {why}")
     try:
         draw_samples_of(args, samplers, state)
         samples = read_samples(bench, samplers)
@@ -205,6 +206,7 @@ def _train(args: argparse.Namespace, folder: Path, weighting: str, weight: float
     script = ["-m", "train_reg"] if args.script is None else [args.script]
     command = [sys.executable, *script, *args.training, "--reg_weight", str(weight), "--reg_weighting", weighting]
     command += ["--no-compare", "--output_dir", str(folder), "--resume", "auto"]
+    command += ["--quiet"] if args.quiet else []
     status = run_to_its_end(command)
     if status - 128 in SIGNALS:  # before the training could save
         _stop(Path(args.output))

@@ -17,6 +17,7 @@ from tqdm.auto import tqdm
 
 from .. import __version__
 from ..runtime.errors import UsageError, warn
+from ..runtime.messages import bars_are_hidden
 from .normalization import Normalization
 from .pictures_data import PictureData
 from .prompts import Prompts
@@ -121,7 +122,9 @@ def latents_of(
 
 def _pieces(images: PictureData, encode, device: torch.device, mirrored: bool) -> Iterator[Tensor]:
     """Yields the latents of a few images at a time, (n, 1 or 2, c, h, w)."""
-    for start in tqdm(range(0, len(images), _AT_A_TIME), desc="encoding images, once", unit="batch"):
+    for start in tqdm(
+        range(0, len(images), _AT_A_TIME), desc="encoding images, once", unit="batch", disable=bars_are_hidden()
+    ):
         indices = list(range(start, min(start + _AT_A_TIME, len(images))))
         pixels = images.normalization.normalize(images.__getitems__(indices)["values"].to(device))
         views = [pixels, pixels.flip(-1)] if mirrored else [pixels]

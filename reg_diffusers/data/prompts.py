@@ -12,6 +12,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from .. import __version__
+from ..runtime.messages import bars_are_hidden
 from .stored_rows import stored_rows
 
 __all__ = ["Prompts"]
@@ -52,5 +53,7 @@ class Prompts:
 
 
 def _pieces(texts: list[str], embed: Callable[[list[str]], Tensor]) -> Iterator[Tensor]:
-    for start in tqdm(range(0, len(texts), _AT_A_TIME), desc="embedding texts, once", unit="batch"):
+    for start in tqdm(
+        range(0, len(texts), _AT_A_TIME), desc="embedding texts, once", unit="batch", disable=bars_are_hidden()
+    ):
         yield embed(texts[start : start + _AT_A_TIME])

@@ -13,6 +13,7 @@ from huggingface_hub.utils import validate_repo_id
 from ..runs.run_folder import private_patterns
 from ..runtime.errors import UsageError, warn
 from ..runtime.links import check_links, linked_folders
+from ..runtime.messages import say
 from ..settings.hub import HubSettings
 from ..settings.output import OutputSettings
 from .background_upload import Upload, reason
@@ -160,7 +161,7 @@ class Uploads:
         final = None
         try:
             if self._upload is not None and self._upload.is_alive:
-                print(f"waiting for the upload of step {self._step}", flush=True)
+                say(f"waiting for the upload of step {self._step}")
                 self._upload.wait()
             final = self._start(output_dir, "Upload a training run", show_progress=True)
             return final.wait()

@@ -13,7 +13,6 @@ import json
 import shutil
 import sys
 import uuid
-from collections.abc import Callable
 from pathlib import Path
 from typing import Protocol
 
@@ -23,6 +22,7 @@ from accelerate.utils import broadcast_object_list
 
 from ..runtime.errors import UsageError
 from ..runtime.machines import bring_files, check_folder
+from ..runtime.messages import say
 from ..runtime.processes import on_main_process, together
 from ..settings.output import OutputSettings
 from .lineage import PREFIX, REPLACED, checkpoints, find_checkpoint, free_name, is_named, set_aside, step_of
@@ -146,7 +146,7 @@ class Checkpoints:
         named = on_main_process(self._accelerator.state, lambda: set_aside(self._output_dir, folder))
         return broadcast_object_list([named])[0]
 
-    def save(self, step: int, tell: Callable[[str], None] = print) -> Path:
+    def save(self, step: int) -> Path:
         """Saves the state of all processes to checkpoint-STEP and returns that folder.
 
         After that, it deletes the oldest checkpoints beyond the limit. The main process reports the path.
@@ -168,7 +168,7 @@ class Checkpoints:
             shutil.rmtree(unfinished, ignore_errors=True)
             raise _not_saved(folder, error) from error
         if accelerator.is_main_process:
-            tell(f"saved {folder}; continue with: {self._command}")
+            say(f"saved {folder}; continue with: {self._command}")
         elif accelerator.is_local_main_process:
             shutil.rmtree(unfinished, ignore_errors=True)  # on a machine that does not see the folder
         return folder

@@ -8,6 +8,8 @@ import os
 import sys
 import traceback
 
+from .messages import warn
+
 __all__ = ["DataError", "UsageError", "exit_on_usage_error", "warn"]
 
 
@@ -53,9 +55,3 @@ def _line(error: UsageError) -> str:
     """Returns the message; for an error in a DataLoader worker its last line, which follows the traceback."""
     lines = str(error).strip().splitlines() or [""]
     return lines[-1].removeprefix(f"{type(error).__module__}.{type(error).__qualname__}: ")
-
-
-def warn(message: str) -> None:
-    """Prints one line to stderr, in one process of each machine."""
-    if os.environ.get("LOCAL_RANK", "0") == "0":
-        print(f"{os.path.basename(sys.argv[0])}: warning: {message}", file=sys.stderr, flush=True)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from accelerate import PartialState
 from tqdm import tqdm
 
+from ..runtime.messages import bars_are_hidden
 from .sampler import Sampler
 from .settings import SampleSettings
 from .store import SampleStore
@@ -52,7 +53,11 @@ def draw_missing(
     share = missing[state.process_index :: state.num_processes]
     among = f" (process 1 of {state.num_processes})" if state.num_processes > 1 else ""
     with tqdm(
-        total=len(share), desc=f"sampling{among}", unit="image", dynamic_ncols=True, disable=not state.is_main_process
+        total=len(share),
+        desc=f"sampling{among}",
+        unit="image",
+        dynamic_ncols=True,
+        disable=not state.is_main_process or bars_are_hidden(),
     ) as progress:
         for start in range(0, len(share), batch_size):
             indices = share[start : start + batch_size]

@@ -72,6 +72,13 @@ class OutputSettings:
         metavar="NAME",
         mathematics=False,
     )
+    quiet: bool = flag(
+        False,
+        "hide progress bars and messages; warnings, errors and the result are shown",
+        mathematics=False,
+        kept=False,
+    )
+    verbose: bool = flag(False, "also print the logged numbers, one line each time", mathematics=False, kept=False)
     profile: int | None = flag(
         None,
         "profile N steps after a warm-up: print the time of each part, and write OUTPUT_DIR/profile/trace.json for"

@@ -18,6 +18,7 @@ from tqdm.auto import tqdm
 from ..balancing import BalancedLoss
 from ..regularization import X0Regularization
 from ..runtime.errors import UsageError, warn
+from ..runtime.messages import bars_are_hidden, detail, say
 from ..settings.optimization import OptimizationSettings
 from ..weight_rules import WeightRule
 from .bad_steps import BadSteps
@@ -81,7 +82,7 @@ class Monitors:
         self._bar_settings = {
             "desc": title,
             "total": training.max_train_steps,
-            "disable": not accelerator.is_local_main_process,
+            "disable": not accelerator.is_local_main_process or bars_are_hidden(),
             "dynamic_ncols": True,
         }
 
@@ -116,7 +117,8 @@ class Monitors:
     def step(self) -> None:
         """Finishes an optimizer step, and sets the weights of the next one."""
         self._dropped.update()
-        self.print_lines(self.weights.compute())
+        for line in self.weights.compute():
+            say(line)
         self.bar.update()
 
     def look(self, step: int) -> UsageError | None:
@@ -144,7 +146,10 @@ class Monitors:
             **self._weights(step),
         )
         self._training.trackers.log(means, step)
-        self.bar.set_postfix(self._shown(means))
+        shown = self._shown(means)
+        self.bar.set_postfix(shown)
+        if self._training.accelerator.is_main_process:
+            detail(f"step {step:,}: {', '.join(f'{name} {value}' for name, value in shown.items())}")
 
     def _shown(self, means: dict[str, float]) -> dict[str, str]:
         """Returns what the bar shows: the denoising loss, L' beside that of the data, the learning rate.
@@ -167,9 +172,9 @@ class Monitors:
         return found
 
     def print_lines(self, lines: list[str]) -> None:
-        """Prints lines above the progress bar."""
+        """Prints lines above the progress bar, with --quiet, too: skipped steps, and a profile that was asked for."""
         for line in lines:
-            self.bar.write(line)
+            tqdm.write(line)
 
     def _is_logged(self, step: int) -> bool:
         return step == self._training.max_train_steps or step % LOG_INTERVAL == 0

@@ -37,6 +37,7 @@ from ..runtime.errors import UsageError
 from ..runtime.hardware import choose_mixed_precision, keep_freed_memory, set_threads
 from ..runtime.interruption import Interruption
 from ..runtime.launch import resume_command
+from ..runtime.messages import say, show_messages
 from ..runtime.processes import in_turn, join_processes, leave_processes, on_main_process, together
 from ..settings import Settings
 from ..settings.advice import advise
@@ -217,6 +218,7 @@ def launched(settings: Settings, argv: list[str] | None = None) -> Iterator[Laun
         argv: flags as typed, for the printed commands; None: derived from the settings.
     """
     argv = as_flags(settings) if argv is None else argv
+    show_messages(quiet=settings.output.quiet, verbose=settings.output.verbose)
     state = join_processes()
     with ended_well(argv, state) as ending, ExitStack() as held:
         yield Launch(settings, argv, state, ending, held)
@@ -281,7 +283,7 @@ def open_run(launch: Launch) -> Run:
         data_and_model = data, loaded.images, settings.data.source, unet, noise_scheduler
         estimates = describe_needs(settings, state, data, unet, noise_scheduler, terms, computation, vae)
         described = describe(*data_and_model, loss, terms, on_data, estimates, lines, output.output_dir)
-        print(described, flush=True)
+        say(described)
     interruption = Interruption(state, output.max_train_time)
     of_data = loaded, terms, on_data
     return Run(settings, state, *of_data, computation, mathematics, ending, interruption, uploads, repo_id)

@@ -84,14 +84,14 @@ class Saves:
 
     def stop(self, step: int, problem: UsageError) -> None:
         """Saves a checkpoint, and raises the problem to end the training."""
-        self._checkpoints.save(step, self._monitors.bar.write)
+        self._checkpoints.save(step)
         raise problem
 
     def save(self, step: int) -> None:
         """Saves a checkpoint and, with the weights to sample from, the pipeline, a grid and an upload, when due."""
         is_checkpoint = self._is_checkpoint(step)
         if is_checkpoint:
-            self._checkpoints.save(step, self._monitors.bar.write)
+            self._checkpoints.save(step)
         is_saved, is_shown = step % self._pipeline_steps == 0, step % self._preview_steps == 0
         is_compared = self._output_dir != self._run.output_dir  # the plain model, which is not uploaded
         is_uploaded = is_checkpoint and not is_compared and self._run.settings.hub.hub_strategy == "checkpoint"
