@@ -25,7 +25,6 @@ def events_of(folder):
 
 def test_tensorboard_gets_pictures_and_settings_of_both_trainings(train):
     flags = "--max_train_steps 2 --preview_steps 1 --compare --report_to tensorboard --hub_token hf_secret"
-    flags += " --regularizer total_variation"
     out = train(*flags.split(), "--num_threads", 1)
     for folder in (out, out / "plain"):
         events = events_of(folder)
