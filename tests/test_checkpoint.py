@@ -77,7 +77,7 @@ def test_a_resumed_run_leaves_what_an_undisturbed_one_leaves(train, flags):
 
 
 def test_sums_of_metrics_survive_between_two_lines_of_the_log(train):
-    flags = ("--max_train_steps", 20, "--checkpointing_steps", 4)
+    flags = ("--max_train_steps", 20, "--checkpoints_total_limit", 0, "--checkpointing_steps", 4)
     whole = train(*flags, output="whole")
     part = train(*flags, output="part")
     for step in (8, 12, 16, 20):
