@@ -26,20 +26,24 @@ GATES = {"matched (default)": matched, "gated(3)": gated(3), "gated(0.184)": gat
 PROCESSOR = {"size": {"height": 224, "width": 224}, "image_mean": [0.5] * 3, "image_std": [0.5] * 3}
 
 
+def denoiser() -> UNet2DModel:
+    """The network of diffusers' train_unconditional.py for 64 x 64 images."""
+    return UNet2DModel(
+        sample_size=64,
+        in_channels=3,
+        out_channels=3,
+        layers_per_block=2,
+        block_out_channels=(128, 128, 256, 256, 512, 512),
+        down_block_types=("DownBlock2D",) * 4 + ("AttnDownBlock2D", "DownBlock2D"),
+        up_block_types=("UpBlock2D", "AttnUpBlock2D") + ("UpBlock2D",) * 4,
+    )
+
+
 def networks() -> tuple[UNet2DModel, transformers.ViTModel]:
     """The denoising network and the ViT-S, without values."""
     with torch.device("meta"):
-        unet = UNet2DModel(
-            sample_size=64,
-            in_channels=3,
-            out_channels=3,
-            layers_per_block=2,
-            block_out_channels=(128, 128, 256, 256, 512, 512),
-            down_block_types=("DownBlock2D",) * 4 + ("AttnDownBlock2D", "DownBlock2D"),
-            up_block_types=("UpBlock2D", "AttnUpBlock2D") + ("UpBlock2D",) * 4,
-        )
         config = transformers.ViTConfig(hidden_size=384, num_attention_heads=6, intermediate_size=1536)
-        return unet, transformers.ViTModel(config)
+        return denoiser(), transformers.ViTModel(config)
 
 
 def operations(unet: UNet2DModel, terms: tuple[Term, ...] = ()) -> float:
