@@ -131,6 +131,19 @@ def test_adapters_are_not_continued_on_another_base_or_other_texts_under_the_sam
     assert "trained with other settings: texts " in refusal(fine_tune, capsys, "--resume", "auto")
 
 
+@pytest.mark.parametrize(
+    ("changed", "reason"),
+    [
+        (("--lora_rank", 4), "of another rank: see --lora_rank"),
+        (("--lora_target_modules", "to_q"), "in other layers: see --lora_target_modules"),
+    ],
+)
+def test_adapters_of_another_shape_are_refused_where_changed_settings_are_allowed(fine_tune, capsys, changed, reason):
+    fine_tune("--checkpointing_steps", 4, rank=1)
+    flags = ("--resume", "auto", "--allow_changed_settings", "--lr_scheduler", "constant", "--max_train_steps", 6)
+    assert reason in refusal(fine_tune, capsys, *flags, *changed, rank=1)
+
+
 def test_commands_that_draw_refuse_adapters_by_name(fine_tune, capsys):
     out = fine_tune()
     for command in (["sample"], ["evaluate", "--regularizer", "total_variation"]):

@@ -108,6 +108,8 @@ def keep_trained_only(accelerator: Accelerator, network: nn.Module) -> None:
         saved, now = load_file(Path(folder) / _FILE), trained()
         if saved.keys() != now.keys():
             raise UsageError(f"--resume: {folder} has adapters in other layers: see --lora_target_modules")
+        if any(saved[name].shape != value.shape for name, value in now.items()):  # copy_ would repeat rank 1
+            raise UsageError(f"--resume: {folder} has adapters of another rank: see --lora_rank")
         for name, value in now.items():
             value.data.copy_(saved[name])
 
