@@ -144,6 +144,11 @@ def test_adapters_of_another_shape_are_refused_where_changed_settings_are_allowe
     assert reason in refusal(fine_tune, capsys, *flags, *changed, rank=1)
 
 
+def test_a_missing_text_encoder_is_one_line(fine_tune, capsys):
+    shutil.rmtree(Path("base", "text_encoder"))
+    assert "--pretrained_model_name_or_path base: no readable text encoder" in refusal(fine_tune, capsys)
+
+
 def test_commands_that_draw_refuse_adapters_by_name(fine_tune, capsys):
     out = fine_tune()
     for command in (["sample"], ["evaluate", "--regularizer", "total_variation"]):
@@ -201,6 +206,7 @@ def test_what_cannot_work_is_refused_in_one_line(fine_tune, capsys, monkeypatch)
 def test_texts_without_a_text_to_image_model_are_refused(train, capsys):
     error = refusal(train, capsys, "--prompt", "a cat")
     assert error.endswith("(StableDiffusionPipeline): name one by --pretrained_model_name_or_path")
+    assert "--prompt needs a text-to-image pipeline" in refusal(train, capsys, "--prompt", "")
     assert "--lora_alpha has no effect without --lora_rank" in refusal(train, capsys, "--lora_alpha", 2)
 
 

@@ -89,7 +89,7 @@ def load_model_and_data(
     folder = cache_folder(data.cache_dir)
     prompts, previews = None, None
     if family is not None:
-        encoder = family.load_encoder(base, data.cache_dir).to(device)
+        encoder = _load_encoder(family, base, data.cache_dir).to(device)
         prompts = _prompts(images, data, family, encoder, folder)
         shown = list(validation_prompts or dict.fromkeys(prompts.texts[:_TEXTS_SHOWN]))
         previews = torch.cat([family.embed(encoder, [text]) for text in shown]).cpu()
@@ -121,11 +121,19 @@ def _check_texts(
         "--validation_prompts": validation_prompts,
         "--condition_dropout": data.condition_dropout,
     }
-    if flags := [flag for flag, value in given.items() if value]:
+    if flags := [flag for flag, value in given.items() if value not in (None, 0.0)]:
         known = ", ".join(family.pipeline for family in FAMILIES)
         raise UsageError(
             f"{flags[0]} needs a text-to-image pipeline ({known}): name one by --pretrained_model_name_or_path"
         )
+
+
+def _load_encoder(family: Family, base: str, cache_dir: str | None):
+    try:
+        return family.load_encoder(base, cache_dir)
+    except Exception as error:  # of any type, because the files may be corrupt
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise UsageError(f"--pretrained_model_name_or_path {base}: no readable text encoder: {reason}") from error
 
 
 def _prompts(images: TrainingData, data: DataSettings, family: Family, encoder, folder: Path) -> Prompts:
