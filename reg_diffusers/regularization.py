@@ -240,7 +240,7 @@ class X0Regularization(nn.Module):
         terms, per_image, counts = {}, {}, {}
         for term in self.terms:
             name, weights = term.name, lambdas[term.name]
-            counts[name] = _count(term, weights, image_mask)
+            counts[name] = term.images_in_mean(weights, image_mask)
             total, per_image[name] = self._sum(term, weights, shown[name], context, prediction.timesteps)
             terms[name] = (total / counts[name]).to(dtype)
         self.nonfinite.check()
@@ -348,10 +348,3 @@ class X0Regularization(nn.Module):
             values = checked_values(term, by_draw(images, shown.draws), context, compare=term.name not in self._tried)
         self._tried.add(term.name)
         return guarded.drop_values(mean_of_draws(values, shown.draws), given)
-
-
-def _count(term: Term, weights: Tensor, image_mask: Tensor | None) -> int | Tensor:
-    """Returns the number of images in the mean of a term."""
-    if term.normalize == "active":
-        return (weights != 0).sum().clamp(min=1)
-    return max(len(weights), 1) if image_mask is None else torch.as_tensor(image_mask).sum().clamp(min=1)

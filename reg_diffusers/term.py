@@ -105,6 +105,17 @@ class Term:
         """Names of the keyword arguments that the regularizer needs in addition to the image."""
         return needs_of(self.regularizer)
 
+    def images_in_mean(self, weights: Tensor, image_mask: Tensor | None) -> int | Tensor:
+        """Returns the number of images that the sum over a batch is divided by, at least 1.
+
+        Args:
+            weights: (B,) weighting of each image.
+            image_mask: (B,) bool, images that take part; None: all.
+        """
+        if self.normalize == "active":
+            return (weights != 0).sum().clamp(min=1)
+        return max(len(weights), 1) if image_mask is None else torch.as_tensor(image_mask).sum().clamp(min=1)
+
 
 def seen_through(term: Term, view: Callable[[Tensor], Tensor] | None) -> Term:
     """Returns the term with this view, unless it already has a view."""

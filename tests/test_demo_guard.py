@@ -1,4 +1,4 @@
-"""The page of the demonstration is for the browser on this machine: others are refused, many are told to wait."""
+"""The demo serves the browser on this machine: it rejects others, and answers "busy" to too many at once."""
 
 import http.client
 import json
