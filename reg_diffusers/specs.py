@@ -131,7 +131,7 @@ def _bound(found, values: list, keywords: dict, kind: str, spec: str):
         return _instance(found, values, keywords, kind, spec)
     if not (values or keywords):
         return found
-    name, signature = name_of(spec), inspect.signature(found)
+    name, signature = name_of(spec), inspect.signature(found).replace(return_annotation=inspect.Signature.empty)
     own = [parameter.name for parameter in signature.parameters.values() if parameter.kind is parameter.KEYWORD_ONLY]
     if values:
         raise ValueError(f"{kind} {spec!r}: give the arguments by name: {name}{signature}")
@@ -163,7 +163,7 @@ def _parameters(found: Callable) -> str:
 
 
 def _instance(found: Callable, values: list, keywords: dict, kind: str, spec: str):
-    name, signature = name_of(spec), inspect.signature(found)
+    name, signature = name_of(spec), inspect.signature(found).replace(return_annotation=inspect.Signature.empty)
     try:
         bound = signature.bind_partial(*values, **keywords).arguments
     except TypeError as error:

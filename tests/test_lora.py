@@ -144,8 +144,9 @@ def test_adapters_of_another_shape_are_refused_where_changed_settings_are_allowe
     assert reason in refusal(fine_tune, capsys, *flags, *changed, rank=1)
 
 
-def test_a_missing_text_encoder_is_one_line(fine_tune, capsys):
-    shutil.rmtree(Path("base", "text_encoder"))
+@pytest.mark.parametrize("part", ["text_encoder", "tokenizer"])
+def test_a_missing_part_of_the_text_encoder_is_one_line(fine_tune, capsys, part):
+    shutil.rmtree(Path("base", part))
     assert "--pretrained_model_name_or_path base: no readable text encoder" in refusal(fine_tune, capsys)
 
 

@@ -89,7 +89,7 @@ def load_model_and_data(
     folder = cache_folder(data.cache_dir)
     prompts, previews = None, None
     if family is not None:
-        encoder = _load_encoder(family, base, data.cache_dir).to(device)
+        encoder = _load_encoder(family, base, data.cache_dir, device)
         prompts = _prompts(images, data, family, encoder, folder)
         shown = list(validation_prompts or dict.fromkeys(prompts.texts[:_TEXTS_SHOWN]))
         previews = torch.cat([family.embed(encoder, [text]) for text in shown]).cpu()
@@ -128,9 +128,11 @@ def _check_texts(
         )
 
 
-def _load_encoder(family: Family, base: str, cache_dir: str | None):
+def _load_encoder(family: Family, base: str, cache_dir: str | None, device: torch.device):
     try:
-        return family.load_encoder(base, cache_dir)
+        encoder = family.load_encoder(base, cache_dir).to(device)
+        family.embed(encoder, [""])  # some missing files are noticed only when they are used
+        return encoder
     except Exception as error:  # of any type, because the files may be corrupt
         reason = " ".join(str(error).split()) or type(error).__name__
         raise UsageError(f"--pretrained_model_name_or_path {base}: no readable text encoder: {reason}") from error
