@@ -17,7 +17,7 @@ def ssim(x0_hat: Tensor, /, *, original_samples: Tensor, window: int = 11) -> Te
     contrast and structure in flat regions more than a squared difference does. The windows have a fixed size in
     pixels, so at a higher resolution it looks at finer detail.
 
-    Computed by pytorch-msssim (`pip install "reg_diffusers[ssim]"`). Gates as for `spectrum`.
+    Computed by pytorch-msssim. Gates as for `spectrum`.
 
     Source: Wang, Bovik, Sheikh & Simoncelli 2004.
 
@@ -30,13 +30,10 @@ def ssim(x0_hat: Tensor, /, *, original_samples: Tensor, window: int = 11) -> Te
         (B,), from 0 to 2, without unit.
 
     Raises:
-        ImportError: pytorch-msssim is not installed.
         ValueError: the window is even or larger than the image.
     """
-    try:
-        from pytorch_msssim import ssim as similarity
-    except ImportError as error:
-        raise ImportError("ssim needs a package that is not installed: pip install pytorch-msssim") from error
+    from pytorch_msssim import ssim as similarity
+
     if window % 2 == 0 or window > min(x0_hat.shape[-2:]):
         raise ValueError(
             f"window must be odd and at most the size of the image, {min(x0_hat.shape[-2:])}, not {window}"
