@@ -487,7 +487,7 @@ def test_the_command_measures_a_model(folder, tiny_unet):
         "--output",
         "with_model",
     )
-    done = command(folder, *flags, "--model", "model")
+    done = command(folder, *flags, "--model", "model", "--verbose")
     assert done.returncode == 0, done.stderr
     assert "The same for the model:" in done.stdout
     assert json.loads((folder / "with_model" / "sparsity.json").read_text())["levels"][0]["model"]["source"] == "model"

@@ -23,6 +23,7 @@ REPO, OUT = "tester/smooth", "my runs/smooth run"
 RUN = (
     "--regularizer total_variation my_losses:Dark --reg_weight 0.05 0.1 --reg_weighting matched my_losses:early"
     " --prediction_type v_prediction --max_train_steps 4 --preview_steps 2 --checkpointing_steps 1 --no-use_ema"
+    " --checkpoints_total_limit 0"
     f" --train_data_dir photos --compare --hub_model_id {REPO} --hub_private_repo --hub_license mit"
     f" --hub_strategy checkpoint --hub_token {TOKEN} --output_dir"
 ).split()
