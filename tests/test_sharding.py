@@ -136,7 +136,7 @@ def test_a_sharded_comparison_in_bfloat16_leaves_out_a_bad_step(folder):
     for folder in (output, output / "plain"):
         assert all(value.dtype == torch.float32 and value.isfinite().all() for value in weights(folder).values())
     rows = json.loads((output / "comparison.json").read_text())["rows"]
-    assert list(rows) == ["data", "without", "with near_background"]
+    assert list(rows) == ["data", "without", "with total_variation"]
 
 
 # The parts, with PyTorch alone
