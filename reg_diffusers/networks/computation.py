@@ -56,7 +56,7 @@ def choose_computation(
     device: torch.device,
     *,
     batch_size: int,
-    batches: int | None,
+    batches: int,
     earlier: Callable[[], str | None],
     call: Callable[[nn.Module, int], Tensor],
 ) -> Computation:
@@ -69,7 +69,7 @@ def choose_computation(
         unet: the network of `build_unet`.
         device: the device of the training.
         batch_size: images per batch on this device.
-        batches: the number of batches in the run; None if unknown.
+        batches: the number of batches in the run.
         earlier: finds the precision at an earlier start of the run; returns None for a new run.
         call: calls a network on that number of images, and returns its output.
 
@@ -84,7 +84,7 @@ def choose_computation(
         return Computation(precision, attention)
     if (before := earlier()) in ("no", "bf16"):
         precision = Choice(before, "as at the start of this run")
-    elif batches is None or batches < LEAST_BATCHES:
+    elif batches < LEAST_BATCHES:
         precision = Choice("no", f"bf16 is timed from {LEAST_BATCHES} batches on; --mixed_precision bf16 uses it")
     else:
         timing = time_precision(unet, call, dtype=torch.bfloat16, attention=attention.value, batch_size=batch_size)

@@ -42,14 +42,13 @@ from ..runtime.processes import in_turn, join_processes, leave_processes, on_mai
 from ..settings import Settings
 from ..settings.advice import advise
 from ..settings.arguments import as_flags
-from ..settings.optimization import OptimizationSettings
 from ..settings.output import OutputSettings
 from ..term import Term
 from ..trial.checks import OnData, check_terms
 from ..weight_rules import WeightRule
 from .conflict_free import check_balance
 from .ending import Ending, ended_well
-from .estimate import describe_needs
+from .estimate import describe_needs, number_of_steps
 from .loading import Loaded, load_model_and_data
 from .metrics import check_logger
 from .output import claim_output_dir, remove_earlier_run, write_settings
@@ -306,8 +305,9 @@ def _load(settings: Settings, state: PartialState) -> Loaded:
 def _computation(settings: Settings, data: TrainingData, unet, state: PartialState) -> Computation:
     """Chooses how to compute the network; only the batches of the run decide whether it is worth a measurement."""
     optimization, loss = settings.optimization, settings.loss
-    batches = _batches(optimization, data, state.num_processes)
-    if batches is not None and loss.compare and loss.regularizer:
+    steps, _ = number_of_steps(optimization, data.number, state.num_processes)
+    batches = steps * optimization.gradient_accumulation_steps
+    if loss.compare and loss.regularizer:
         batches *= 2
 
     def call(network, images: int):
@@ -329,13 +329,6 @@ def _computation(settings: Settings, data: TrainingData, unet, state: PartialSta
 def _earlier_precision(output: OutputSettings) -> str | None:
     resumed = find_checkpoint(output, Path(output.output_dir))
     return read_manifest(resumed)["settings"].get("--mixed_precision") if resumed else None
-
-
-def _batches(optimization: OptimizationSettings, data: TrainingData, processes: int) -> int | None:
-    if optimization.max_train_steps is not None:
-        return optimization.max_train_steps * optimization.gradient_accumulation_steps
-    per_epoch = None if data.number is None else data.number // (optimization.train_batch_size * processes)
-    return per_epoch and optimization.num_epochs * max(per_epoch, 1)
 
 
 def _check_length(data: TrainingData, source: str | None, max_train_steps: int | None) -> None:
