@@ -27,9 +27,9 @@ pytestmark = pytest.mark.training
 def load(tmp_path):
     """Loads the data of a command line, with the cache in a folder of the test's own."""
 
-    def load_with(*flags, channels=None, resolution=None):
+    def load_with(*flags, channels=None, size=None):
         settings = parse_args([*map(str, flags), "--cache_dir", str(tmp_path / "cache")])
-        return load_training_data(settings.data, channels, resolution)
+        return load_training_data(settings.data, channels, size)
 
     return load_with
 
@@ -64,7 +64,7 @@ def test_every_mode_of_picture_becomes_uint8(image, expected):
         image.save(stored, "png")
         image = PIL.Image.open(stored)
     for channels in (1, 3):
-        pixels = decode(image, 4, channels)
+        pixels = decode(image, (4, 4), channels)
         assert pixels.shape == (channels, 4, 4) and pixels.dtype == np.uint8
         if expected is not None and len(expected) in (1, channels):
             assert pixels[:, 0, 0].tolist() == (expected * channels)[:channels]
@@ -73,14 +73,14 @@ def test_every_mode_of_picture_becomes_uint8(image, expected):
 def test_a_palette_keeps_its_colours():
     image = PIL.Image.new("P", (4, 4), 1)
     image.putpalette([0, 0, 0, 200, 100, 50])
-    assert decode(image, 4, 3)[:, 0, 0].tolist() == [200, 100, 50]
+    assert decode(image, (4, 4), 3)[:, 0, 0].tolist() == [200, 100, 50]
 
 
 def test_pictures_are_cropped_to_the_centre():
     wide = np.zeros((4, 12), np.uint8)
     wide[:, 4:8] = 255
-    assert (decode(PIL.Image.fromarray(wide), 4, 1) == 255).all()
-    assert (decode(PIL.Image.fromarray(wide.T.copy()), 4, 1) == 255).all()
+    assert (decode(PIL.Image.fromarray(wide), (4, 4), 1) == 255).all()
+    assert (decode(PIL.Image.fromarray(wide.T.copy()), (4, 4), 1) == 255).all()
 
 
 def test_pictures_are_turned_upright():
@@ -89,7 +89,7 @@ def test_pictures_are_turned_upright():
     exif[0x0112] = 3  # turned by half a circle
     stored = io.BytesIO()
     image.save(stored, "png", exif=exif)
-    upright = decode(PIL.Image.open(stored), 4, 1)
+    upright = decode(PIL.Image.open(stored), (4, 4), 1)
     assert np.array_equal(upright[0], np.asarray(image)[::-1, ::-1])
 
 
@@ -109,7 +109,7 @@ def test_a_folder_of_images_is_read_in_colour_with_its_classes(load, image_folde
 
 
 def test_a_given_model_decides_on_channels_and_resolution(load, image_folder):
-    assert load("--train_data_dir", image_folder(), channels=1, resolution=4).shape == (1, 4, 4)
+    assert load("--train_data_dir", image_folder(), channels=1, size=(4, 6)).shape == (1, 4, 6)
 
 
 def test_unresized_pixels_arrive_unchanged_in_any_order(load, tmp_path):

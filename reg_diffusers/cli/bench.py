@@ -169,7 +169,7 @@ def _load_data(args: argparse.Namespace, title: str, pipeline, by_class: bool):
 
     def load(class_conditional: bool):
         settings = DataSettings(**given, class_conditional=class_conditional)
-        return load_training_data(settings, channels, height, normalization, condition_channels, naming)
+        return load_training_data(settings, channels, (height, width), normalization, condition_channels, naming)
 
     try:
         data = _with_labels_if_there(load, by_class or args.label_column or args.features == "classifier")

@@ -26,7 +26,7 @@ class ConditionFolder:
 
     Args:
         folder: the folder, with images of any size; subfolders and other files are ignored.
-        resolution: the side of the square that they are resized to.
+        size: the height and width that they are resized and cropped to.
         channels: 1 for grayscale, 3 for RGB.
 
     Attributes:
@@ -36,7 +36,7 @@ class ConditionFolder:
         UsageError: if the folder is missing or holds no images, or if an image is damaged.
     """
 
-    def __init__(self, folder: Path, resolution: int, channels: int):
+    def __init__(self, folder: Path, size: tuple[int, int], channels: int):
         if not folder.is_dir():
             raise UsageError(f"--condition_dir {folder}: no such folder")
         known = PIL.Image.registered_extensions()
@@ -44,7 +44,7 @@ class ConditionFolder:
         if not files:
             raise UsageError(f"--condition_dir {folder}: holds no images")
         self._files = sorted(files)
-        self._resolution, self._channels = resolution, channels
+        self._size, self._channels = size, channels
         self.sha256 = self._checked()
         depth = look_at_depth([functools.partial(PIL.Image.open, path) for path in self._files])
         if depth.warning:
@@ -74,7 +74,7 @@ class ConditionFolder:
         path = self._files[index]
         try:
             with PIL.Image.open(path) as image:
-                pixels = decode(image, self._resolution, self._channels, self._white)
+                pixels = decode(image, self._size, self._channels, self._white)
         except Exception as error:
             raise _damaged(path, error) from error
         return PictureData.normalization.normalize(torch.from_numpy(pixels.copy())[None])[0]

@@ -249,8 +249,9 @@ def _load_data(settings: DataSettings, model: str | None, given, pipeline):
     from ..data.training_data import Normalization, load_training_data
     from ..prediction import image_channels
     from ..runtime.errors import UsageError
+    from ..settings.size import shown, sides
 
-    channels, resolution, normalization = given.channels, given.resolution, given.normalization
+    channels, size, normalization = given.channels, given.size, given.normalization
     if pipeline is not None:
         config = pipeline.unet.config
         if pipeline.vqvae is not None:
@@ -260,15 +261,13 @@ def _load_data(settings: DataSettings, model: str | None, given, pipeline):
             raise UsageError(
                 f"--model {model} is conditional, but only unconditional models can be diagnosed: drop the flag"
             )
-        side = config.sample_size
-        resolution = side if isinstance(side, int) else side[0]
-        if settings.resolution not in (None, resolution):
-            raise UsageError(f"--resolution {settings.resolution}: --model {model} draws {resolution} x {resolution}")
-        settings = replace(settings, resolution=resolution)
+        size = pipeline.image_shape[1:]
+        if settings.resolution is not None and sides(settings.resolution) != size:
+            raise UsageError(f"--resolution {settings.resolution}: --model {model} draws images {shown(size)}")
         if pipeline.config.normalization:
             offset, scale = (tuple(pipeline.config.normalization[name]) for name in ("offset", "scale"))
             normalization = Normalization(offset, scale)
-    return load_training_data(settings, channels, resolution, normalization, given.condition_channels)
+    return load_training_data(settings, channels, size, normalization, given.condition_channels)
 
 
 def _images(wanted: int, data):

@@ -185,20 +185,19 @@ def _conditions(args: argparse.Namespace, pipeline):
     from ..runtime.errors import UsageError
     from .conditions import ConditionFolder
 
-    channels, size = pipeline.unet.config.in_channels - pipeline._channels, pipeline.unet.config.sample_size
+    channels = pipeline.unet.config.in_channels - pipeline._channels
     if not channels and args.condition_dir:
         raise UsageError("--condition_dir: the model is not conditioned on images; drop the flag")
     if not channels:
         return None
     if not args.condition_dir:
         raise UsageError(f"--model {args.model} is conditioned on images: name a folder by --condition_dir")
-    height, width = (size, size) if isinstance(size, int) else size
-    if channels not in (1, 3) or height != width:
+    if channels not in (1, 3):
         raise UsageError(
-            f"--condition_dir supports square images of 1 or 3 channels, but the condition of this model is {channels}"
-            f" x {height} x {width}: use RegDDPMPipeline in Python"
+            f"--condition_dir supports images of 1 or 3 channels, but the condition of this model has {channels}: use"
+            " RegDDPMPipeline in Python"
         )
-    return ConditionFolder(Path(args.condition_dir), height, channels)
+    return ConditionFolder(Path(args.condition_dir), pipeline.image_shape[1:], channels)
 
 
 def _store(args: argparse.Namespace, sampler):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import hashlib
 import io
+import math
 import os
 import warnings
 import zipfile
@@ -32,14 +33,14 @@ _IMAGES_LOOKED_AT = 1000
 _IMAGES_PER_PROCESS = 5000
 
 
-def decode(image: PIL.Image.Image, resolution: int, channels: int, white: int = WHITE_16) -> np.ndarray:
-    """Converts an image to (C, H, W) uint8: upright, shorter side resized (bilinear, antialiased), center-cropped.
+def decode(image: PIL.Image.Image, size: tuple[int, int], channels: int, white: int = WHITE_16) -> np.ndarray:
+    """Converts an image to (C, H, W) uint8: upright, resized (bilinear, antialiased) to cover it, center-cropped.
 
     Transparency is composited on white; 16-bit images keep their upper 8 bits.
 
     Args:
         image: a PIL image of any mode.
-        resolution: side of the square.
+        size: height and width of the result.
         channels: 1 for grayscale, 3 for RGB.
         white: the value of a 32-bit integer image that becomes 255, see `Depth`.
 
@@ -56,7 +57,7 @@ def decode(image: PIL.Image.Image, resolution: int, channels: int, white: int = 
         image = image.convert("RGBA")
         image = PIL.Image.alpha_composite(PIL.Image.new("RGBA", image.size, "white"), image)
     image = image.convert("L" if channels == 1 else "RGB")
-    image = PIL.ImageOps.fit(image, (resolution, resolution), PIL.Image.Resampling.BILINEAR)
+    image = PIL.ImageOps.fit(image, size[::-1], PIL.Image.Resampling.BILINEAR)
     pixels = np.asarray(image)
     return pixels[None] if channels == 1 else pixels.transpose(2, 0, 1)
 
@@ -74,14 +75,14 @@ class BadImage(DataError):
 
 
 def decode_stored(
-    stored: dict | None, row: str, resolution: int, channels: int, white: int, source: Source
+    stored: dict | None, row: str, size: tuple[int, int], channels: int, white: int, source: Source
 ) -> np.ndarray:
     """Decodes a stored image, {"bytes", "path"}, to (C, H, W) uint8; see `decode`.
 
     Args:
         stored: the content of the file, or its path.
         row: the name of the row, for the message.
-        resolution: side of the square.
+        size: height and width of the result.
         channels: 1 or 3.
         white: the white value of integers, see `Depth`.
         source: the source that files must lie in.
@@ -93,7 +94,7 @@ def decode_stored(
     path = (stored or {}).get("path")
     try:
         with _open(stored, source) as image:
-            return decode(image, resolution, channels, white)
+            return decode(image, size, channels, white)
     except UsageError:
         raise
     except Exception as error:  # Pillow raises many types on damaged files
@@ -106,7 +107,7 @@ def decode_table(
     table,
     column: str,
     into: str,
-    resolution: int,
+    size: tuple[int, int],
     channels: int,
     white: int,
     source: Source,
@@ -120,7 +121,7 @@ def decode_table(
         table: a `datasets.Dataset` with an undecoded image column ({"bytes", "path"}).
         column: the image column.
         into: the name of the new column.
-        resolution: side of the square.
+        size: height and width of the result.
         channels: 1 or 3.
         white: the white value of integers, see `Depth`.
         source: the source that image files must lie in.
@@ -134,11 +135,11 @@ def decode_table(
     from datasets import Features, List, Value
 
     features = {name: feature for name, feature in table.features.items() if name != column}
-    features[into] = List(Value("uint8"), length=channels * resolution * resolution)
+    features[into] = List(Value("uint8"), length=channels * math.prod(size))
     features["readable"] = Value("bool")
     # The fingerprint identifies the rows, the other settings their processing. It comes with the data and must not
     # become a file name.
-    settings = (table._fingerprint, column, into, resolution, channels, white, skip_bad_images, source.roots)
+    settings = (table._fingerprint, column, into, size, channels, white, skip_bad_images, source.roots)
     settings += (__version__,)
     cache_name = hashlib.sha256(repr(settings).encode()).hexdigest()
     cache_dir.mkdir(parents=True, exist_ok=True)
@@ -149,7 +150,7 @@ def decode_table(
         fn_kwargs={
             "column": column,
             "into": into,
-            "resolution": resolution,
+            "size": size,
             "channels": channels,
             "white": white,
             "source": source,
@@ -215,18 +216,18 @@ def _decode_row(
     index: int,
     column: str,
     into: str,
-    resolution: int,
+    size: tuple[int, int],
     channels: int,
     white: int,
     source: Source,
     skip_bad_images: bool,
 ) -> dict:
     try:
-        pixels = decode_stored(row[column], f"row {index}", resolution, channels, white, source)
+        pixels = decode_stored(row[column], f"row {index}", size, channels, white, source)
     except BadImage:
         if not skip_bad_images:
             raise
-        return {into: np.zeros(channels * resolution * resolution, np.uint8), "readable": False}
+        return {into: np.zeros(channels * math.prod(size), np.uint8), "readable": False}
     return {into: pixels.reshape(-1), "readable": True}
 
 

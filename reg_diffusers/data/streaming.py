@@ -28,7 +28,7 @@ class StreamedPictures:
             first images).
         label: the column of the class labels, integers.
         classes: the names of the classes.
-        resolution: side of the images.
+        size: height and width of the images.
         number: the number of rows, if known.
         source: the source that image files must lie in.
         skip_bad_images: whether to skip images that cannot be decoded.
@@ -56,7 +56,7 @@ class StreamedPictures:
         columns: dict[str, tuple[str, int | None]],
         label: str | None,
         classes: list[str] | None,
-        resolution: int,
+        size: tuple[int, int],
         number: int | None,
         source: Source,
         *,
@@ -68,12 +68,12 @@ class StreamedPictures:
             into: wanted or (3 if any(has_colour(row[name], source) for _, row in first) else 1)
             for into, (name, wanted) in columns.items()
         }
-        self.shape = (channels["pixels"], resolution, resolution)
+        self.shape = (channels["pixels"], *size)
         self.condition_channels = channels.get("condition", 0)
         depths = {into: depth_of([row[name] for _, row in first], source) for into, (name, _) in columns.items()}
         self.note = depths["pixels"].note
         images = {into: (name, channels[into], depths[into].white) for into, (name, _) in columns.items()}
-        self.decoder = RowDecoder(images, label, resolution, source, skip_bad_images=skip_bad_images)
+        self.decoder = RowDecoder(images, label, size, source, skip_bad_images=skip_bad_images)
         self.examples = _Examples(first, self.decoder)
 
 
@@ -84,7 +84,7 @@ class RowDecoder(torch.utils.data.Dataset):
         images: for "pixels" and "condition", the name of the column, its channels, and the white value of integers,
             see `Depth`.
         label: the column of the class labels.
-        resolution: side of the images.
+        size: height and width of the images.
         source: the source that image files must lie in.
         skip_bad_images: whether to skip images that cannot be decoded.
     """
@@ -93,12 +93,12 @@ class RowDecoder(torch.utils.data.Dataset):
         self,
         images: dict[str, tuple[str, int, int]],
         label: str | None,
-        resolution: int,
+        size: tuple[int, int],
         source: Source,
         *,
         skip_bad_images: bool,
     ):
-        self._images, self._label, self._resolution, self._source = images, label, resolution, source
+        self._images, self._label, self._size, self._source = images, label, size, source
         self._skip = skip_bad_images
         self._bad = 0
 
@@ -123,7 +123,7 @@ class RowDecoder(torch.utils.data.Dataset):
         try:
             found = {
                 {"pixels": "values"}.get(into, into): decode_stored(
-                    row[name], where, self._resolution, channels, white, self._source
+                    row[name], where, self._size, channels, white, self._source
                 )
                 for into, (name, channels, white) in self._images.items()
             }

@@ -19,6 +19,7 @@ from ..runs.checkpoint import Progress
 from ..runtime.errors import UsageError, warn
 from ..settings.data import DataSettings
 from ..settings.optimization import OptimizationSettings
+from ..settings.size import shown, sides
 from .fields import check_order, field_file, read_fields
 from .latents import LatentData
 from .normalization import Normalization, field_normalization
@@ -103,7 +104,7 @@ TrainingData = PictureData | FieldData | StreamedPictures | LatentData
 def load_training_data(
     settings: DataSettings,
     channels: int | None = None,
-    resolution: int | None = None,
+    size: tuple[int, int] | None = None,
     normalization: Normalization | None = None,
     condition_channels: int | None = None,
     naming: Naming = FLAGS_OF_TRAINING,
@@ -113,7 +114,7 @@ def load_training_data(
     Args:
         settings: the data settings.
         channels: the channels of a given model; by default, 1 for grayscale images, else 3.
-        resolution: side of the images if --resolution is not set.
+        size: height and width of the images if --resolution is not set.
         normalization: the field normalization of a given model; by default, from the data.
         condition_channels: the condition channels of a given model; the default is as for `channels`.
         naming: the names of the data and of that model in messages.
@@ -138,14 +139,15 @@ def load_training_data(
             raise LabelsError(".npy/.npz fields have no class labels")
         if settings.conditioning_image_column:
             raise UsageError("--conditioning_image_column names a column of images, which fields lack")
-        if settings.resolution not in (None, *data.shape[1:]):
+        if settings.resolution is not None and sides(settings.resolution) != data.shape[1:]:
             raise UsageError(
-                f"--resolution {settings.resolution}: fields keep their size, here {data.shape[1:]}; drop it"
+                f"--resolution {settings.resolution}: fields keep their size, here {shown(data.shape[1:])}; drop it"
             )
     else:
         if settings.field_scale != "channel":
             raise UsageError(f"--field_scale {settings.field_scale} applies to .npy/.npz fields only; drop the flag")
-        data = _load_pictures(settings, channels, settings.resolution or resolution or 64, condition_channels, naming)
+        size = size if settings.resolution is None else sides(settings.resolution)
+        data = _load_pictures(settings, channels, size or (64, 64), condition_channels, naming)
     if channels is not None and data.shape[0] != channels:
         raise UsageError(f"the data have {data.shape[0]} channels, but {naming.model} has {channels}")
     if condition_channels is not None and data.condition_channels != condition_channels:
@@ -194,7 +196,11 @@ def _identity(batch: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def _load_pictures(
-    settings: DataSettings, channels: int | None, resolution: int, condition_channels: int | None, naming: Naming
+    settings: DataSettings,
+    channels: int | None,
+    size: tuple[int, int],
+    condition_channels: int | None,
+    naming: Naming,
 ) -> PictureData | StreamedPictures:
     from datasets import Dataset, Image
 
@@ -224,11 +230,11 @@ def _load_pictures(
     for name in images:
         table = table.cast_column(name, Image(decode=False))
     if not settings.streaming:
-        return _decoded(settings, table, columns, classes, resolution, source)
+        return _decoded(settings, table, columns, classes, size, source)
     number = len(table) if isinstance(table, Dataset) else number_of_rows(settings, table)
     rows = table.to_iterable_dataset(num_shards=min(number, 1024)) if isinstance(table, Dataset) else table
     return StreamedPictures(
-        rows, columns, label, classes, resolution, number, source, skip_bad_images=settings.skip_bad_images
+        rows, columns, label, classes, size, number, source, skip_bad_images=settings.skip_bad_images
     )
 
 
@@ -254,7 +260,7 @@ def _check_cache_dir(cache_dir: str | None) -> None:
 
 
 def _decoded(
-    settings: DataSettings, table, columns: dict, classes: list[str] | None, resolution: int, source: Source
+    settings: DataSettings, table, columns: dict, classes: list[str] | None, size: tuple[int, int], source: Source
 ) -> PictureData:
     """Decodes all images of a table into a cache."""
     cache_dir = cache_folder(settings.cache_dir)
@@ -264,10 +270,10 @@ def _decoded(
         depth = depth_of_table(table, name, source)
         notes[into] = depth.note
         table = decode_table(
-            *(table, name, into, resolution, channels[into], depth.white, source, cache_dir),
+            *(table, name, into, size, channels[into], depth.white, source, cache_dir),
             skip_bad_images=settings.skip_bad_images,
         )
-    shape = (channels["pixels"], resolution, resolution)
+    shape = (channels["pixels"], *size)
     return PictureData(table, shape, classes, channels.get("condition", 0), notes["pixels"], settings.caption_column)
 
 

@@ -16,6 +16,7 @@ from ..prediction import image_channels, prediction_type, refuse_zero_terminal_s
 from ..runtime.errors import UsageError
 from ..settings.machine import MachineSettings
 from ..settings.model import ModelSettings
+from ..settings.size import as_setting
 from .families import FAMILIES, Family, family_of
 from .lora import add_lora, check_peft
 
@@ -55,10 +56,10 @@ class GivenModel:
         return None if self.unet is None else self.unet.config.in_channels - self.channels
 
     @property
-    def resolution(self) -> int | None:
-        """Side of its square images; None if it does not determine it."""
+    def size(self) -> tuple[int, int] | None:
+        """Height and width of its images; None if it does not determine them."""
         size = self._entry("sample_size")
-        return size if isinstance(size, int) else None
+        return (size, size) if isinstance(size, int) else size and tuple(size)
 
     def _entry(self, name: str):
         config = self.unet.config if self.unet is not None else self.config
@@ -189,7 +190,7 @@ def build_unet(machine: MachineSettings, given: GivenModel, data: TrainingData) 
             f"--{flag}_name_or_path: class_embed_type {unet.config.class_embed_type!r} is not supported: remove it"
             " from the config; --class_conditional trains with class labels"
         )
-    _check_halving(unet, height, width, getattr(data, "downsampling", 1))  # of latents
+    _check_halving(unet, height, width, getattr(data, "downsampling", 1), is_picture=data.is_picture)  # of latents
     if machine.enable_xformers_memory_efficient_attention:
         try:
             unet.enable_xformers_memory_efficient_attention()
@@ -322,7 +323,7 @@ def _check_classes(classes: int | None, data: TrainingData) -> None:
         raise UsageError(f"the given model has {classes or 'no'} classes, but the data have {wanted or 'none'}: {fix}")
 
 
-def _check_halving(unet: UNet2DModel, height: int, width: int, downsampling: int) -> None:
+def _check_halving(unet: UNet2DModel, height: int, width: int, downsampling: int, *, is_picture: bool) -> None:
     """Raises `UsageError` for a size that the network cannot halve; the message is in pixels of the images."""
     factor = downsampling * 2 ** (len(unet.config.block_out_channels) - 1)
     height, width = downsampling * height, downsampling * width
@@ -332,7 +333,7 @@ def _check_halving(unet: UNet2DModel, height: int, width: int, downsampling: int
         near = f"{below} or {above}" if below != above else f"{above}"
         halvings = len(unet.config.block_out_channels) - 1
         of_latents = f" after the autoencoder reduces it by {downsampling}" if downsampling > 1 else ""
-        size = f"--resolution {height}" if height == width else f"fields of {height} x {width}"
+        size = f"--resolution {as_setting((height, width))}" if is_picture else f"fields of {height} x {width}"
         raise UsageError(
             f"{size}: the network halves the resolution {halvings} times{of_latents}, so sides must be multiples of"
             f" {factor}, such as {near}; or name a shallower network by --model_config_name_or_path"

@@ -5,8 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from ..runtime.errors import UsageError
-from .flag_values import fraction, natural, positive_int
+from .flag_values import fraction, natural
 from .flags import flag
+from .size import resolution
 
 __all__ = ["DataSettings"]
 
@@ -40,11 +41,12 @@ class DataSettings:
     image_column: str | None = flag(None, "column of the images; default: the first image column")
     class_conditional: bool = flag(False, "condition on the class label of each image")
     label_column: str | None = flag(None, "column of the class labels, for --class_conditional; default: 'label'")
-    resolution: int | None = flag(
+    resolution: int | str | None = flag(
         None,
-        "images are resized and cropped to a square of this size; default: that of a given model, 16 for the embedded"
-        " data, else 64. Fields keep their size",
-        parse=positive_int,
+        "images are resized and cropped to a square of this side or to WIDTHxHEIGHT, such as 256x192; default: that of"
+        " a given model, 16 for the embedded data, else 64. Fields keep their size",
+        parse=resolution,
+        metavar="SIZE",
     )
     center_crop: bool = flag(
         False,

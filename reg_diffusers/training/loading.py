@@ -22,6 +22,7 @@ from ..runtime.errors import UsageError, warn
 from ..sampling.sampler import add_weights
 from ..settings.data import DataSettings
 from ..settings.model import ModelSettings
+from ..settings.size import sides
 
 __all__ = ["Loaded", "load_model_and_data"]
 
@@ -75,13 +76,12 @@ def load_model_and_data(
     given = load_given_model(model, data.cache_dir)
     vae = load_autoencoder(model, data.cache_dir)
     if vae is None:
-        images = load_training_data(
-            data, given.channels, given.resolution, given.normalization, given.condition_channels
-        )
+        images = load_training_data(data, given.channels, given.size, given.normalization, given.condition_channels)
         return Loaded(given, images, images)
     factor = downsampling(vae)
     _check_data_of_latents(data, factor, f"--vae {model.vae}" if model.vae else f"the autoencoder of {base}")
-    images = load_training_data(data, vae.config.in_channels, factor * (given.resolution or 0), None, 0)
+    size = given.size and tuple(factor * side for side in given.size)
+    images = load_training_data(data, vae.config.in_channels, size, None, 0)
     if not images.is_picture:
         fix = "drop --vae" if model.vae else f"{base} needs images"
         raise UsageError(f"an autoencoder encodes images, but the data are fields: {fix}")
@@ -178,9 +178,10 @@ def _check_data_of_latents(data: DataSettings, factor: int, autoencoder: str) ->
         raise UsageError(f"--streaming: images are encoded once for {autoencoder}, not on demand; drop --streaming")
     if data.conditioning_image_column:
         raise UsageError(f"--conditioning_image_column is not supported in latents, here of {autoencoder}; drop it")
-    if data.resolution is not None and data.resolution % factor:
-        near = max(data.resolution // factor, 1) * factor
+    size = sides(data.resolution or factor)
+    if wrong := [side for side in size if side % factor]:
+        near = max(wrong[0] // factor, 1) * factor
         raise UsageError(
-            f"--resolution {data.resolution}: the autoencoder reduces images by {factor}, so use a multiple of"
+            f"--resolution {data.resolution}: the autoencoder reduces images by {factor}, so use multiples of"
             f" {factor}, such as {near} or {near + factor}"
         )
