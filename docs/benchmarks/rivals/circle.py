@@ -15,12 +15,12 @@ import time
 import torch
 from diffusers import DDPMScheduler
 from ensemble import StackedMLP, clip_by_member
-from methods import groups
+from methods import METHODS, groups
 from torch import Tensor
 
 from reg_diffusers.evaluation.measuring import sliced_wasserstein
 
-POINTS, STEPS, BATCH, GAMMA = 10_000, 100, 128, 5.0
+POINTS, STEPS, BATCH, GAMMA, EPOCHS = 10_000, 100, 128, 5.0, 401
 EVALUATIONS, EVERY, SAMPLES = 7, 10, 1000  # the last evaluations, epochs between them, samples of each
 
 
@@ -58,14 +58,14 @@ def residual(points: Tensor) -> Tensor:
     return points.square().sum(1, keepdim=True) - 1
 
 
-def run(angles, methods, seeds, *, epochs: int = 401) -> dict:
-    """Trains these methods on points with these angles; returns rows of numbers by method and seed."""
-    start = time.perf_counter()
+def run(angles, seeds, *, quick: bool = False) -> dict:
+    """Trains all methods on points with these angles; returns rows of numbers by method and seed."""
+    start, epochs = time.perf_counter(), 1 if quick else EPOCHS
     scheduler = DDPMScheduler(STEPS, trained_betas=cosine_betas().numpy(), prediction_type="sample")
     streams = [torch.Generator().manual_seed(seed) for seed in seeds]
     data = torch.stack([torch.stack([angle.cos(), angle.sin()], 1) for angle in map(angles, streams)])
     trained = []
-    for loss_fn, chosen in groups(methods, seeds, scheduler, residual, GAMMA):
+    for loss_fn, chosen in groups(METHODS, seeds, scheduler, residual, GAMMA):
         members = list(seeds) * len(chosen)
         network = StackedMLP(members, 2, 128, STEPS)
         optimizer = torch.optim.Adam(network.parameters(), lr=5e-4, fused=True)
@@ -99,7 +99,7 @@ def run(angles, methods, seeds, *, epochs: int = 401) -> dict:
     rows["exact denoiser", 0.0] = judge(exact, data) | {"denoiser error": [0.0] * len(seeds)}
     return {
         "seeds": list(seeds),
-        "epochs": epochs,
+        "length": f"{epochs} epochs",
         "seconds": round(time.perf_counter() - start),
         "rows": [{"method": name, "weight": weight, **numbers} for (name, weight), numbers in rows.items()],
     }

@@ -1,14 +1,12 @@
-"""The tables and the picture of the benchmark, from its results alone."""
+"""The tables and the pictures of the benchmark, from its results alone."""
 
 from __future__ import annotations
 
 import statistics
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 
-TITLES = {
-    "circle": "A. Unit circle, uniform",
-    "weighted_circle": "B. Circle with two modes: .7 von Mises(0, 4) + .3 von Mises(2.5, 8)",
-}
 LOWER, SAME = 1 / 3, 0.02  # goals of case B: share of the plain model's residual, change of the small mode's mass
 # The colours of Okabe & Ito (2008), each with a marker of its own for print in grey.
 STYLES = {
@@ -22,28 +20,6 @@ STYLES = {
 }
 
 
-def table(name: str, found: dict) -> str:
-    """One case as text: mean ± standard deviation over the seeds, and whether the goals hold on every seed."""
-    lines = [
-        TITLES[name],
-        f"{found['epochs']} epochs, seeds {', '.join(map(str, found['seeds']))}, {found['seconds']} s",
-        "",
-        f"{'':24}{'weight':>7}{'residual':>19}{'small mode':>16}{'denoiser error':>17}{'distance':>16}  goals",
-    ]
-    plain = found["rows"][0]
-    for row in found["rows"]:
-        cells = (
-            spread(row["residual"], 4),
-            spread(row["mass"]),
-            spread(row["denoiser error"]),
-            spread(row["distance"]),
-        )
-        widths = (19, 16, 17, 16)
-        numbers = "".join(f"{cell:>{width}}" for cell, width in zip(cells, widths, strict=True))
-        lines.append(f"{row['method']:24}{row['weight']:>7g}{numbers}  {goals(row, plain)}".rstrip())
-    return "\n".join(lines)
-
-
 def goals(row: dict, plain: dict) -> str:
     """Whether the residual is a third of the plain model's, and the mass within .02 of its mass, on every seed."""
     if row is plain or row["method"] == "exact denoiser":
@@ -53,16 +29,77 @@ def goals(row: dict, plain: dict) -> str:
     return f"a third: {'yes' if lower else 'NO'}, mass: {'yes' if same else 'NO'}"
 
 
+@dataclass(frozen=True)
+class Table:
+    """How a case is shown.
+
+    Attributes:
+        title: of the case.
+        columns: the numbers of a row, in this order: heading and digits after the point, by name in the results.
+        axes: the names of the constraint and of the distribution, for the picture, each with its label.
+        notes: the last column, from (row, plain row).
+        log: whether the axis of the constraint is logarithmic.
+        band: half the width of the band around the plain model's distribution, and the share of its constraint at which
+            a line is drawn; None: neither.
+    """
+
+    title: str
+    columns: dict[str, tuple[str, int]]
+    axes: dict[str, str]
+    notes: Callable[[dict, dict], str] = lambda row, plain: ""
+    log: bool = False
+    band: tuple[float, float] | None = None
+
+
+POINTS = {
+    "columns": {
+        "residual": ("residual", 4),
+        "mass": ("small mode", 3),
+        "denoiser error": ("denoiser error", 3),
+        "distance": ("distance", 3),
+    },
+    "axes": {"residual": "residual, mean of | |x|² - 1 | (less is better)", "mass": "mass of the small mode"},
+    "notes": goals,
+    "log": True,
+    "band": (SAME, LOWER),
+}
+TABLES = {
+    "circle": Table("A. Unit circle, uniform", **POINTS),
+    "weighted_circle": Table("B. Circle with two modes: .7 von Mises(0, 4) + .3 von Mises(2.5, 8)", **POINTS),
+}
+PICTURES = {"rivals": ("circle", "weighted_circle")}  # the cases of each picture in docs/images
+
+
+def table(name: str, found: dict) -> str:
+    """One case as text: mean ± standard deviation over the seeds."""
+    shown = TABLES[name]
+    headings = "".join(f"{heading:>19}" for heading, _ in shown.columns.values())
+    lines = [
+        shown.title,
+        f"{found['length']}, seeds {', '.join(map(str, found['seeds']))}, {found['seconds']} s",
+        "",
+        f"{'':24}{'weight':>7}{headings}",
+    ]
+    plain = found["rows"][0]
+    for row in found["rows"]:
+        cells = (spread(row[name], digits) if name in row else "" for name, (_, digits) in shown.columns.items())
+        numbers = "".join(f"{cell:>19}" for cell in cells)
+        lines.append(f"{row['method']:24}{row['weight']:>7g}{numbers}  {shown.notes(row, plain)}".rstrip())
+    return "\n".join(lines)
+
+
 def spread(values: list[float], digits: int = 3) -> str:
     deviation = f" ± {statistics.stdev(values):.{digits}f}" if len(values) > 1 else ""
     return f"{statistics.mean(values):.{digits}f}{deviation}"
 
 
-def write(found: dict[str, dict], text: Path, picture: Path) -> None:
-    """Writes the tables of all cases, and one panel for each: the mass of the small mode over the residual."""
+def write(found: dict[str, dict], text: Path, images: Path) -> None:
+    """Writes the tables of all cases, and the pictures: distribution over constraint, one panel for each case."""
     text.write_text("\n\n".join(table(name, case) for name, case in found.items()) + "\n")
     print(text.read_text())
-    draw(found, picture)
+    for picture, cases in PICTURES.items():
+        if known := {name: found[name] for name in cases if name in found}:
+            draw(known, images / f"{picture}.png")
 
 
 def draw(found: dict[str, dict], picture: Path) -> None:
@@ -73,21 +110,28 @@ def draw(found: dict[str, dict], picture: Path) -> None:
 
     figure, panels = plt.subplots(1, len(found), figsize=(6.4 * len(found), 4), squeeze=False, layout="constrained")
     for axes, (name, case) in zip(panels[0], found.items(), strict=True):
-        for row in case["rows"]:
-            marker, colour = STYLES[row["method"]]
-            label = row["method"] + (f", {row['weight']:g}" if row["weight"] else "")
-            middle = statistics.mean(row["residual"]), statistics.mean(row["mass"])
-            axes.plot(row["residual"], row["mass"], marker, color=colour, alpha=0.35, markersize=4)
-            axes.plot(*middle, marker, color=colour, markersize=10, label=label)
-            if row["weight"]:
-                axes.annotate(f"{row['weight']:g}", middle, (7, 5), textcoords="offset points", fontsize=8)
-        plain = case["rows"][0]
-        axes.axhspan(*(statistics.mean(plain["mass"]) + side * SAME for side in (-1, 1)), color="0.92", zorder=0)
-        axes.axvline(LOWER * statistics.mean(plain["residual"]), color="0.5", linestyle="--", linewidth=1)
-        axes.set_xscale("log")
-        axes.set_xlabel("residual, mean of | |x|² - 1 | (less is better)")
-        axes.set_ylabel("mass of the small mode")
-        axes.set_title(TITLES[name].split(":")[0], fontsize=10)
-        axes.legend(fontsize=7)
+        panel(axes, TABLES[name], case["rows"])
     figure.savefig(picture, dpi=130, metadata={"Software": None})
     plt.close(figure)
+
+
+def panel(axes, shown: Table, rows: list[dict]) -> None:
+    x, y = shown.axes
+    for row in rows:
+        marker, colour = STYLES[row["method"]]
+        label = row["method"] + (f", {row['weight']:g}" if row["weight"] else "")
+        middle = statistics.mean(row[x]), statistics.mean(row[y])
+        axes.plot(row[x], row[y], marker, color=colour, alpha=0.35, markersize=4)
+        axes.plot(*middle, marker, color=colour, markersize=10, label=label)
+        if row["weight"]:
+            axes.annotate(f"{row['weight']:g}", middle, (7, 5), textcoords="offset points", fontsize=8)
+    if shown.band:
+        half, share = shown.band
+        axes.axhspan(*(statistics.mean(rows[0][y]) + side * half for side in (-1, 1)), color="0.92", zorder=0)
+        axes.axvline(share * statistics.mean(rows[0][x]), color="0.5", linestyle="--", linewidth=1)
+    if shown.log:
+        axes.set_xscale("log")
+    axes.set_xlabel(shown.axes[x])
+    axes.set_ylabel(shown.axes[y])
+    axes.set_title(shown.title.split(":")[0], fontsize=10)
+    axes.legend(fontsize=7)
