@@ -74,7 +74,7 @@ def fit(run: Run, output_dir, terms=()):
     ).to(accelerator.device)
     needs, density = loss_fn.regularization.needs, DENSITIES[settings.loss.timestep_sampling]
     chosen = choose_backward(accelerator, training.network, settings.loss.reg_balance if terms else None)
-    network = profile.around("forward", chosen.network)
+    network = profile.around("forward", training.as_called(chosen.network))
     means_on_data, rules = run.means_on_data(terms), run.rules(terms)
     monitors = Monitors(
         training,

@@ -74,11 +74,11 @@ class LatentData(torch.utils.data.Dataset):
     def __getitems__(self, indices: list[int]) -> dict[str, Tensor]:
         """Reads the batch of these indices: {"values": (B, c, h, w), "ids": (B,), "class_labels": (B,)}.
 
-        With mirror images, also their latents: {"mirrored": (B, c, h, w)}. With texts, {"prompt_embeds": (B, L, D)}.
+        With mirror images, also their latents: {"mirrored": (B, c, h, w)}. With texts, their embeddings by name.
         """
         found = torch.from_numpy(np.array(self._latents[indices]))
         latents = dict(zip(("values", "mirrored"), found.unbind(1), strict=False))
-        texts = {} if self.prompts is None else {"prompt_embeds": self.prompts.__getitems__(indices)}
+        texts = {} if self.prompts is None else self.prompts.__getitems__(indices)
         return {**self._images.labels(indices), **latents, **texts}
 
 

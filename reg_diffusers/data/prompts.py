@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
 import numpy as np
@@ -25,34 +25,57 @@ class Prompts:
 
     Args:
         texts: the text of each image.
-        embed: n texts -> (n, L, D).
-        key: a hash of everything that affects `embed`.
+        embed: n texts -> tensors (n, ...) by name.
+        null: the embedding of no text, by the same names and in the same shapes, (1, ...).
+        key: a hash of everything that affects `embed` and `null`.
         cache_dir: the folder that keeps the embeddings for the next run.
 
     Attributes:
         texts: as given.
-        empty: the embedding of the empty text, (L, D).
+        null: the embedding of no text, (1, ...) by name, as in the file.
         fingerprint: identifies the text of each image and what embeds it.
     """
 
-    def __init__(self, texts: list[str], embed: Callable[[list[str]], Tensor], key: str, cache_dir: Path):
+    def __init__(
+        self,
+        texts: list[str],
+        embed: Callable[[list[str]], Mapping[str, Tensor]],
+        null: Mapping[str, Tensor],
+        key: str,
+        cache_dir: Path,
+    ):
         self.texts = texts
         self.fingerprint = hashlib.sha256(repr((texts, key)).encode()).hexdigest()
-        distinct = list(dict.fromkeys(["", *texts]))
-        name = hashlib.sha256(repr((distinct, key, __version__)).encode()).hexdigest()
-        self._embeddings = stored_rows(
-            cache_dir / f"prompts-{name}.npy", len(distinct), lambda: _pieces(distinct, embed)
+        self._shapes = {name: value.shape[1:] for name, value in null.items()}
+        distinct = list(dict.fromkeys(texts))
+        name = hashlib.sha256(repr((distinct, self._shapes, key, __version__)).encode()).hexdigest()
+        self._rows = stored_rows(
+            cache_dir / f"prompts-{name}.npy",
+            1 + len(distinct),
+            lambda: map(self._flat, _pieces(distinct, embed, null)),
         )
-        place = {text: number for number, text in enumerate(distinct)}
+        place = {text: number for number, text in enumerate(distinct, start=1)}
         self._places = np.array([place[text] for text in texts])
-        self.empty = torch.from_numpy(np.array(self._embeddings[0]))
+        self.null = self._named(self._rows[:1])
 
-    def __getitems__(self, indices: list[int]) -> Tensor:
-        """Reads the embeddings of the texts of these images, (B, L, D)."""
-        return torch.from_numpy(np.array(self._embeddings[self._places[indices]]))
+    def __getitems__(self, indices: list[int]) -> dict[str, Tensor]:
+        """Reads the embeddings of the texts of these images, (B, ...) by name."""
+        return self._named(self._rows[self._places[indices]])
+
+    def _flat(self, embeddings: Mapping[str, Tensor]) -> Tensor:
+        return torch.cat([embeddings[name].flatten(1) for name in self._shapes], dim=1)
+
+    def _named(self, rows: np.ndarray) -> dict[str, Tensor]:
+        parts = torch.from_numpy(np.array(rows)).split([shape.numel() for shape in self._shapes.values()], dim=1)
+        return {
+            name: part.unflatten(1, shape) for (name, shape), part in zip(self._shapes.items(), parts, strict=True)
+        }
 
 
-def _pieces(texts: list[str], embed: Callable[[list[str]], Tensor]) -> Iterator[Tensor]:
+def _pieces(
+    texts: list[str], embed: Callable[[list[str]], Mapping[str, Tensor]], null: Mapping[str, Tensor]
+) -> Iterator[Mapping[str, Tensor]]:
+    yield null
     for start in tqdm(
         range(0, len(texts), _AT_A_TIME), desc="embedding texts, once", unit="batch", disable=bars_are_hidden()
     ):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -18,7 +19,7 @@ from ..settings.machine import MachineSettings
 from ..settings.model import ModelSettings
 from ..settings.size import as_setting
 from .families import FAMILIES, Family, family_of
-from .lora import add_lora, check_peft
+from .lora import frozen_dtype, load_with_lora
 
 __all__ = ["GivenModel", "build_noise_scheduler", "build_unet", "load_given_model"]
 __all__ += ["new_unet_config"]
@@ -36,6 +37,7 @@ class GivenModel:
         config: the config of a network to train from scratch.
         normalization: the field normalization of the pipeline.
         is_large: whether a new network is the large one for the size of the images.
+        family: family of the text-to-image pipeline that the network belongs to.
     """
 
     unet: UNet2DModel | None = None
@@ -43,10 +45,19 @@ class GivenModel:
     config: dict | None = None
     normalization: Normalization | None = None
     is_large: bool = False
+    family: Family | None = None
+
+    def as_called(self, network: Callable, data: TrainingData) -> Callable:
+        """Returns the network to call in a loss: one of a text-to-image pipeline takes embeddings by name."""
+        if self.family is None:
+            return network
+        return self.family.as_called(network, self.unet.config, frozen_dtype(self.unet), data.downsampling)
 
     @property
     def channels(self) -> int | None:
         """Channels of its images; None if it does not determine them."""
+        if self.family is not None:
+            return self.family.channels(self.unet.config)
         channels = self._entry("out_channels")
         return channels if self.scheduler is None else image_channels(channels, self.scheduler.config)
 
@@ -97,8 +108,8 @@ def _load(settings: ModelSettings, cache_dir: str | None, named: str) -> GivenMo
     try:
         if path is not None:
             if (family := family_of(path, cache_dir)) is not None:
-                network = _with_adapters(family, settings, cache_dir)
-                return GivenModel(unet=network, scheduler=_given_scheduler(path, cache_dir))
+                network = load_with_lora(family, settings, cache_dir)
+                return GivenModel(unet=network, scheduler=_given_scheduler(path, cache_dir), family=family)
             if not _is_pipeline(path, cache_dir):
                 return GivenModel(unet=_given_unet(path, cache_dir))
             _check_class(path, cache_dir)
@@ -259,22 +270,6 @@ def _check_class(path: str, cache_dir: str | None) -> None:
             f"--pretrained_model_name_or_path {path}: a {name} is not supported: use a pipeline"
             f" with a UNet2DModel, or by LoRA one of {known}"
         )
-
-
-def _with_adapters(family: Family, settings: ModelSettings, cache_dir: str | None):
-    path = settings.pretrained_model_name_or_path
-    if settings.lora_rank is None:
-        raise UsageError(
-            f"--pretrained_model_name_or_path {path}: a {family.pipeline} is fine-tuned by LoRA: pass"
-            " --lora_rank, such as 16"
-        )
-    check_peft()
-    check_weights(Path(path, family.component))
-    network = family.network_class.from_pretrained(
-        path, subfolder=family.component, cache_dir=cache_dir, use_safetensors=True
-    )
-    add_lora(network, settings, family.target_modules)
-    return network
 
 
 def _given_unet(path: str, cache_dir: str | None, subfolder: str = "") -> UNet2DModel:

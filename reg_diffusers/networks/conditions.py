@@ -91,7 +91,7 @@ class ConditioningImage(Condition):
 
 
 class PromptEmbeddings(Condition):
-    """The embedding of the text of each image, (B, L, D)."""
+    """The embedding of the text of each image, (B, L, D), for a network as its family of pipelines calls it."""
 
     name, flag = "prompt_embeds", "--caption_column"
 
@@ -101,11 +101,17 @@ class PromptEmbeddings(Condition):
     def is_wanted(self, settings: DataSettings) -> bool:
         return settings.caption_column is not None or settings.prompt is not None
 
-    def bind(self, network: Callable, values: Tensor) -> tuple[Callable, dict[str, Tensor]]:
-        return network, {"encoder_hidden_states": values}
+
+class PooledPromptEmbeddings(PromptEmbeddings):
+    """The pooled embedding of the text of each image, (B, P), which most families have in addition."""
+
+    name = "pooled_prompt_embeds"
+
+    def is_wanted(self, settings: DataSettings) -> bool:
+        return False  # not every family gives it to a regularizer
 
 
-KINDS: tuple[Condition, ...] = (ClassLabels(), ConditioningImage(), PromptEmbeddings())
+KINDS: tuple[Condition, ...] = (ClassLabels(), ConditioningImage(), PromptEmbeddings(), PooledPromptEmbeddings())
 
 
 class Conditions(Mapping[str, Tensor]):
@@ -149,17 +155,20 @@ class Conditions(Mapping[str, Tensor]):
         """Returns the conditions after the images in `mask` (B, 1, 1, 1) are flipped left to right."""
         return Conditions({kind.name: kind.flipped(self[kind.name], mask) for kind in KINDS if kind.name in self})
 
-    def without_some(self, empty: Tensor, probability: float) -> Conditions:
-        """Returns the conditions after each text is replaced by the empty one with a probability.
+    def without_some(self, null: Mapping[str, Tensor], probability: float) -> Conditions:
+        """Returns the conditions after each text is replaced by none with a probability.
 
         Args:
-            empty: the embedding of the empty text, (L, D).
+            null: the embedding of no text, by name, (1, ...) each.
             probability: from 0 to below 1.
         """
         embeddings = self["prompt_embeds"]
-        dropped = torch.rand(len(embeddings), 1, 1, device=embeddings.device) < probability
-        kept = torch.where(dropped, empty.to(embeddings), embeddings)
-        return Conditions({**self, "prompt_embeds": kept})
+        dropped = torch.rand(len(embeddings), device=embeddings.device) < probability
+        kept = {
+            name: torch.where(dropped.reshape(-1, *(1,) * (value.ndim - 1)), value.to(self[name]), self[name])
+            for name, value in null.items()
+        }
+        return Conditions({**self, **kept})
 
     def taken_by(self, networks: Iterable[tuple[Mapping[str, Any], int]]) -> Conditions:
         """Those that any of some networks takes; each is given by its config and the channels of its images."""

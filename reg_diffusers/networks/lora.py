@@ -10,23 +10,42 @@ import hashlib
 from importlib.util import find_spec
 from pathlib import Path
 
+import torch
 from accelerate import Accelerator
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from ..hub.model_index import check_weights
 from ..runtime.errors import UsageError
 from ..sampling.sampler import add_tensors
 from ..settings.model import ModelSettings
+from .families import Family
 
-__all__ = ["add_lora", "check_peft", "frozen_sha256", "keep_trained_only", "lora_file_arguments"]
+__all__ = ["add_lora", "frozen_dtype", "frozen_sha256", "keep_trained_only", "load_with_lora", "lora_file_arguments"]
 
 _FILE = "model.safetensors"
 
 
-def check_peft() -> None:
-    """Raises `UsageError` if peft is not installed."""
+def load_with_lora(family: Family, settings: ModelSettings, cache_dir: str | None = None) -> nn.Module:
+    """Loads the network of --pretrained_model_name_or_path, a pipeline of this family, and adds adapters.
+
+    Raises:
+        UsageError: --lora_rank is missing, peft is not installed, or no layer has one of the given names.
+    """
+    path = settings.pretrained_model_name_or_path
+    if settings.lora_rank is None:
+        raise UsageError(
+            f"--pretrained_model_name_or_path {path}: a {family.pipeline} is fine-tuned by LoRA: pass"
+            " --lora_rank, such as 16"
+        )
     if find_spec("peft") is None:
         raise UsageError("--lora_rank needs a package that is not installed: pip install peft")
+    check_weights(Path(path, family.component))
+    network = family.network_class.from_pretrained(
+        path, subfolder=family.component, cache_dir=cache_dir, use_safetensors=True
+    )
+    add_lora(network, settings, family.target_modules)
+    return network
 
 
 def add_lora(network: nn.Module, settings: ModelSettings, default_modules: tuple[str, ...]) -> None:
@@ -71,6 +90,11 @@ def lora_file_arguments(network: nn.Module, component: str) -> dict:
         f"{component}_lora_layers": convert_state_dict_to_diffusers(layers),
         f"{component}_lora_adapter_metadata": network.peft_config["default"].to_dict(),
     }
+
+
+def frozen_dtype(network: nn.Module) -> torch.dtype:
+    """Returns the dtype of the frozen parameters of an adapted network."""
+    return next(value.dtype for value in network.parameters() if not value.requires_grad)
 
 
 def frozen_sha256(network: nn.Module) -> str | None:

@@ -49,7 +49,7 @@ def batches_of(
             flipped = batch.get("mirrored")  # latents of the mirror images
             original_samples, conditions = flip_half(original_samples, conditions, flipped)
         if condition_dropout:
-            conditions = conditions.without_some(data.prompts.empty, condition_dropout)
+            conditions = conditions.without_some(data.prompts.null, condition_dropout)
         yield Batch(original_samples, conditions, batch["ids"])
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import shutil
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -15,6 +16,7 @@ from torch import nn
 
 from ..data.training_data import TrainingData
 from ..networks.attention import use_explicit_attention
+from ..networks.build import GivenModel
 from ..networks.computation import Computation
 from ..networks.conditions import Conditions
 from ..networks.trained import trained_parameters
@@ -51,6 +53,7 @@ def describe_needs(
     settings: Settings,
     state: PartialState,
     data: TrainingData,
+    given: GivenModel,
     unet,
     noise_scheduler,
     terms: tuple[Term, ...],
@@ -68,6 +71,7 @@ def describe_needs(
         noise_scheduler,
         data,
         state,
+        model=given.as_called(unet, data),
         mixed_precision=computation.mixed_precision.value,
         is_explicit=computation.attention.value == "explicit",
         batch_size=optimization.train_batch_size,
@@ -105,6 +109,7 @@ def measure_speed(
     data: TrainingData,
     state: PartialState,
     *,
+    model: Callable,
     mixed_precision: str,
     is_explicit: bool,
     batch_size: int,
@@ -120,6 +125,7 @@ def measure_speed(
         noise_scheduler: scheduler of the training.
         data: data of the training.
         state: processes of the launch; with several on CPUs, the others are idle meanwhile.
+        model: the network as a loss calls it.
         mixed_precision: precision of the training.
         is_explicit: whether attention is computed by explicit matrix products.
         batch_size: images per process and step.
@@ -138,17 +144,17 @@ def measure_speed(
     def step(number: int, with_gradient: bool = True) -> float:
         rows = torch.arange(number, device=device) % len(samples)
         chosen, given = samples[rows], conditions.of_images(rows)
-        model, arguments = given.bind(unet)
+        bound, arguments = given.bind(model)
         timesteps, noise = draw_timesteps(noise_scheduler, number), torch.randn_like(chosen)
         arguments["return_dict"] = False
         start = time.perf_counter()
         with torch.set_grad_enabled(with_gradient), torch.autocast(device.type, dtype, enabled=dtype is not None):
             if with_gradient:
                 needed = {name: given[name] for name in loss_fn.regularization.needs if name in given}
-                output = loss_fn(model, chosen, noise=noise, timesteps=timesteps, model_kwargs=arguments, **needed)
+                output = loss_fn(bound, chosen, noise=noise, timesteps=timesteps, model_kwargs=arguments, **needed)
                 output.loss.backward()
             else:
-                model(chosen, timesteps.to(device), **arguments)
+                bound(chosen, timesteps.to(device), **arguments)
         if device.type != "cpu":
             torch.accelerator.synchronize()
         return (time.perf_counter() - start) / number

@@ -16,7 +16,7 @@ from ..data.prompts import Prompts
 from ..data.training_data import TrainingData, cache_folder, load_training_data
 from ..networks.autoencoders import autoencoder_sha256, load_autoencoder
 from ..networks.build import GivenModel, load_given_model
-from ..networks.families import FAMILIES, Family, family_of
+from ..networks.families import FAMILIES, Embeddings, Family, family_of
 from ..networks.lora import frozen_sha256
 from ..runtime.errors import UsageError, warn
 from ..sampling.sampler import add_weights
@@ -39,7 +39,7 @@ class Loaded:
         data: data as the network sees them: `images`, or their latents.
         vae: autoencoder of the latents, or None.
         family: family of a text-to-image pipeline, or None.
-        previews: embeddings of the texts of the previews, (P, L, D); None without texts.
+        previews: embeddings of the texts of the previews, (P, ...) by name; None without texts.
     """
 
     given: GivenModel
@@ -47,7 +47,7 @@ class Loaded:
     data: TrainingData
     vae: nn.Module | None = None
     family: Family | None = None
-    previews: Tensor | None = None
+    previews: dict[str, Tensor] | None = None
 
     def frozen_parts(self) -> dict[str, str]:
         """Returns hashes of what decides the result but is in no checkpoint, by name: files may change in place."""
@@ -89,10 +89,11 @@ def load_model_and_data(
     folder = cache_folder(data.cache_dir)
     prompts, previews = None, None
     if family is not None:
-        encoder = _load_encoder(family, base, data.cache_dir, device)
-        prompts = _prompts(images, data, family, encoder, folder)
+        encoder, null = _load_encoder(family, base, data.cache_dir, device)
+        prompts = _prompts(images, data, family, encoder, null, folder)
         shown = list(validation_prompts or dict.fromkeys(prompts.texts[:_TEXTS_SHOWN]))
-        previews = torch.cat([family.embed(encoder, [text]) for text in shown]).cpu()
+        embedded = [family.embed(encoder, [text]) for text in shown]
+        previews = {name: torch.cat([one[name] for one in embedded]).cpu() for name in prompts.null}
     latents = latents_of(images, encode, key, folder, device, mirrored=data.random_flip, prompts=prompts)
     if given.unet is not None and given.channels != latents.shape[0]:
         raise UsageError(
@@ -129,17 +130,19 @@ def _check_texts(
 
 
 def _load_encoder(family: Family, base: str, cache_dir: str | None, device: torch.device):
+    """Returns the pipeline that embeds texts, and its embedding of no text."""
     try:
-        encoder = family.load_encoder(base, cache_dir).to(device)
-        family.embed(encoder, [""])  # some missing files are noticed only when they are used
-        return encoder
+        encoder = family.load_encoder(base, cache_dir, torch.float32).to(device)
+        return encoder, family.null(encoder)  # some missing files are noticed only when they are used
     except Exception as error:  # of any type, because the files may be corrupt
         reason = " ".join(str(error).split()) or type(error).__name__
         raise UsageError(f"--pretrained_model_name_or_path {base}: no readable text encoder: {reason}") from error
 
 
-def _prompts(images: TrainingData, data: DataSettings, family: Family, encoder, folder: Path) -> Prompts:
-    """Reads and embeds the texts of the images; warns of those that the tokenizer cuts off.
+def _prompts(
+    images: TrainingData, data: DataSettings, family: Family, encoder, null: Embeddings, folder: Path
+) -> Prompts:
+    """Reads and embeds the texts of the images; warns of those that a tokenizer cuts off.
 
     Raises:
         UsageError: images have no text.
@@ -151,13 +154,16 @@ def _prompts(images: TrainingData, data: DataSettings, family: Family, encoder, 
             f"--caption_column {data.caption_column}: {len(missing)} of {len(texts)} images have no text, the first is"
             f" row {missing[0]}: add texts, or give one for all by --prompt"
         )
-    lost = {text: number for text in set(texts) if (number := family.lost_tokens(encoder, text))}
+    lost = {text: cut for text in set(texts) if (cut := family.lost_tokens(encoder, text))}
     if too_long := [text for text in texts if text in lost]:
+        limits = family.token_limits(encoder)
+        of_each = {name: sum(name in lost[text] for text in too_long) for name in limits}
+        counts = ", ".join(f"{name} {number} of them, at {limits[name]} tokens" for name, number in of_each.items())
         warn(
             f"the tokenizer cuts off the end of {len(too_long)} of {len(texts)} texts, such as {too_long[0][:60]!r},"
-            f" which is {lost[too_long[0]]} tokens too long"
+            f" which is {max(lost[too_long[0]].values())} tokens too long{f'; {counts}' if len(limits) > 1 else ''}"
         )
-    return Prompts(texts, partial(family.embed, encoder), _sha256(encoder), folder)
+    return Prompts(texts, partial(family.embed, encoder), null, _sha256(encoder), folder)
 
 
 def _sha256(encoder) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -44,6 +45,7 @@ class Training:
         noise_scheduler: scheduler with the noise levels of the training.
         unet: network, as prepared by Accelerate.
         network: network that a step calls: `unet`, or its compiled form.
+        as_called: returns a network as the loss calls it, see `GivenModel.as_called`.
         trained: trained parameters of the network.
         optimizer: their optimizer, as prepared by Accelerate.
         lr_scheduler: learning rate scheduler of the optimizer.
@@ -60,6 +62,7 @@ class Training:
     noise_scheduler: object
     unet: nn.Module
     network: Callable
+    as_called: Callable[[Callable], Callable]
     trained: list[nn.Parameter]
     optimizer: object
     lr_scheduler: object
@@ -147,6 +150,7 @@ def prepare(
         noise_scheduler=noise_scheduler,
         unet=unet,
         network=CompiledForBatches(unet, batch_size) if machine.compile else unet,
+        as_called=partial(given.as_called, data=data),
         trained=trained_parameters(unet),
         optimizer=optimizer,
         lr_scheduler=build_lr_scheduler(optimization, adamw, max_train_steps),

@@ -25,7 +25,7 @@ from ..hub.card import write_card
 from ..hub.lora_card import write_lora_card
 from ..hub.uploads import Uploads, check_upload
 from ..networks.autoencoders import decoded_view
-from ..networks.build import build_noise_scheduler, build_unet
+from ..networks.build import GivenModel, build_noise_scheduler, build_unet
 from ..networks.computation import Computation, choose_computation
 from ..networks.conditions import Conditions
 from ..pipeline import RegDDPMPipeline
@@ -254,7 +254,7 @@ def open_run(launch: Launch) -> Run:
     unet = build_unet(machine, given, data)
     check_logger(output.logger)
     on_main_process(state, lambda: launch.held.enter_context(claim_output_dir(output)))
-    computation = on_main_process(state, lambda: _computation(settings, data, unet, state))
+    computation = on_main_process(state, lambda: _computation(settings, given, data, unet, state))
     (computation,) = broadcast_object_list([computation])
     mathematics = mathematical_settings(settings, data, state, computation.recorded)
     mathematics |= loaded.frozen_parts()
@@ -280,7 +280,7 @@ def open_run(launch: Launch) -> Run:
         )
         lines = describe_machine(machine, state, computation, keeps_memory)
         data_and_model = data, loaded.images, settings.data.source, unet, noise_scheduler
-        estimates = describe_needs(settings, state, data, unet, noise_scheduler, terms, computation, vae)
+        estimates = describe_needs(settings, state, data, given, unet, noise_scheduler, terms, computation, vae)
         described = describe(*data_and_model, loss, terms, on_data, estimates, lines, output.output_dir)
         say(described)
     interruption = Interruption(state, output.max_train_time)
@@ -302,7 +302,7 @@ def _load(settings: Settings, state: PartialState) -> Loaded:
     return loaded
 
 
-def _computation(settings: Settings, data: TrainingData, unet, state: PartialState) -> Computation:
+def _computation(settings: Settings, given: GivenModel, data: TrainingData, unet, state: PartialState) -> Computation:
     """Chooses how to compute the network; only the batches of the run decide whether it is worth a measurement."""
     optimization, loss = settings.optimization, settings.loss
     steps, _ = number_of_steps(optimization, data.number, state.num_processes)
@@ -312,7 +312,7 @@ def _computation(settings: Settings, data: TrainingData, unet, state: PartialSta
 
     def call(network, images: int):
         samples = torch.randn(images, *data.shape)
-        model, arguments = Conditions.for_previews(data, images).bind(network)
+        model, arguments = Conditions.for_previews(data, images).bind(given.as_called(network, data))
         return model(samples, torch.randint(0, 1000, (images,)), return_dict=False, **arguments)[0]
 
     return choose_computation(

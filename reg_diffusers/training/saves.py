@@ -130,6 +130,7 @@ def _sampled_model(run: Run, unet, noise_scheduler) -> tuple[RegDDPMPipeline | T
     if loaded.family is None:
         pipeline = sampling_pipeline(unet, noise_scheduler, loaded.data, loaded.vae)
         return pipeline, partial(draw_samples, pipeline)
-    texts = loaded.previews, loaded.data.prompts.empty
-    model = TextModel(loaded.family, unet, noise_scheduler, loaded.vae, *texts)
+    size = loaded.images.shape[1:]
+    texts = loaded.previews, loaded.data.prompts.null
+    model = TextModel(loaded.family, unet, noise_scheduler, loaded.vae, size, *texts)
     return model, model.draw

@@ -7,9 +7,9 @@ from pathlib import Path
 from diffusers import DiffusionPipeline
 
 from . import stable_diffusion
-from .family import Family
+from .family import Embeddings, Family
 
-__all__ = ["FAMILIES", "Family", "family_of"]
+__all__ = ["FAMILIES", "Embeddings", "Family", "family_of"]
 
 FAMILIES = (stable_diffusion.FAMILY,)
 

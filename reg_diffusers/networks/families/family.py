@@ -2,14 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+import inspect
+import warnings
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
 
 import diffusers
+import torch
 from diffusers import DiffusionPipeline
 from torch import Tensor
 
-__all__ = ["Family"]
+__all__ = ["Embeddings", "Family"]
+
+# Of n texts, by the pipeline's arguments: prompt_embeds (n, L, D), and in most also pooled_prompt_embeds (n, P).
+Embeddings = dict[str, Tensor]
 
 
 @dataclass(frozen=True)
@@ -17,24 +24,39 @@ class Family:
     """What train_reg.py needs to know about a kind of text-to-image pipelines.
 
     Attributes:
-        pipeline: the name of the pipeline class of diffusers, which is imported when it is needed.
-        network: the name of the class of the network, in the component `component`.
-        component: the name of the network in the pipeline and in its LoRA files.
-        target_modules: the default layers of LoRA.
-        load_encoder: loads the pipeline without its network, to embed texts: (path, cache_dir) -> pipeline.
-        embed: embeds texts by that pipeline, without gradient: (pipeline, texts) -> (n, L, D).
-        assemble: builds the pipeline that samples from embeddings: (network, scheduler, vae) -> pipeline.
-        lost_tokens: the number of tokens of a text beyond the limit of the tokenizer: (pipeline, text) -> int.
+        pipeline: name of the pipeline class of diffusers, which is imported when it is needed.
+        network: name of the class of the network.
+        component: name of the network in the pipeline and in its LoRA files.
+        target_modules: default layers of LoRA, as in diffusers' training script.
+        guidance_scale: default of the pipeline, which previews use.
+        embed: embeds texts: (pipeline without its network, texts) -> embeddings.
+        null: embedding of no text, as in classifier-free guidance: (that pipeline) -> embeddings of n = 1.
+        token_limits: number of tokens that each tokenizer keeps, by its name: (that pipeline) -> numbers.
+        call: predicts from noisy samples (n, c, h, w): (network, its config, noisy_samples, timesteps, embeddings,
+            pixels per latent pixel) -> model_output (n, c, h, w).
+        channels: channels of the latents: (config of the network) -> c.
+        multiple: the sides of the latents must be multiples of it: (config of the network) -> number.
+        unpacked: converts what the pipeline returns as latents: (latents, h, w) -> (n, c, h, w).
+        resolution: side of the images if neither the network nor --resolution determines it.
+        vae_entries: entries that this pipeline reads in the config of its autoencoder, besides scaling_factor.
+        without: arguments that load or build the pipeline without parts that a training never uses.
     """
 
     pipeline: str
     network: str
     component: str
     target_modules: tuple[str, ...]
-    load_encoder: Callable[[str, str | None], DiffusionPipeline]
-    embed: Callable[[DiffusionPipeline, list[str]], Tensor]
-    assemble: Callable[..., DiffusionPipeline]
-    lost_tokens: Callable[[DiffusionPipeline, str], int]
+    guidance_scale: float
+    embed: Callable[[DiffusionPipeline, list[str]], Embeddings]
+    null: Callable[[DiffusionPipeline], Embeddings]
+    token_limits: Callable[[DiffusionPipeline], dict[str, int]]
+    call: Callable[[Callable, Mapping, Tensor, Tensor, Embeddings, int], Tensor]
+    channels: Callable[[Mapping], int]
+    multiple: Callable[[Mapping], int]
+    unpacked: Callable[[Tensor, int, int], Tensor] = lambda latents, height, width: latents
+    resolution: int | None = None
+    vae_entries: tuple[str, ...] = ()
+    without: Mapping[str, Any] = field(default_factory=dict)
 
     @property
     def pipeline_class(self) -> type[DiffusionPipeline]:
@@ -45,3 +67,44 @@ class Family:
     def network_class(self) -> type:
         """The class of the network."""
         return getattr(diffusers, self.network)
+
+    def load_encoder(self, path: str, cache_dir: str | None, dtype: torch.dtype) -> DiffusionPipeline:
+        """Loads the pipeline without its network and autoencoder, to embed texts."""
+        left_out = {self.component: None, "vae": None, **self.without}
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)  # of `dtype`, which older versions of diffusers lack
+            return self.pipeline_class.from_pretrained(
+                path, cache_dir=cache_dir, use_safetensors=True, torch_dtype=dtype, **left_out
+            )
+
+    def assemble(self, network, scheduler, vae) -> DiffusionPipeline:
+        """Builds the pipeline that samples from embeddings."""
+        parameters = inspect.signature(self.pipeline_class.__init__).parameters.items()
+        required = [name for name, one in parameters if name != "self" and one.default is one.empty]
+        given = {self.component: network, "scheduler": scheduler, "vae": vae, **self.without}
+        return self.pipeline_class(**(dict.fromkeys(required) | given))
+
+    def lost_tokens(self, pipeline: DiffusionPipeline, text: str) -> dict[str, int]:
+        """Returns how many tokens of a text each tokenizer cuts off, without those that cut off none."""
+        lost = {}
+        for name, limit in self.token_limits(pipeline).items():
+            tokens = getattr(pipeline, name)(text, truncation=False, verbose=False).input_ids
+            if len(tokens) > limit:
+                lost[name] = len(tokens) - limit
+        return lost
+
+    def as_called(self, network: Callable, config: Mapping, dtype: torch.dtype, downsampling: int) -> Callable:
+        """Returns the network as a loss calls it: (noisy_samples, timesteps, **embeddings) -> (model_output,).
+
+        Args:
+            network: a network of this family.
+            config: its config.
+            dtype: dtype of its frozen weights.
+            downsampling: pixels per latent pixel, along each axis.
+        """
+
+        def called(sample: Tensor, timesteps: Tensor, *, return_dict: bool = False, **embeddings: Tensor):
+            embeddings = {name: values.to(dtype) for name, values in embeddings.items()}
+            return (self.call(network, config, sample.to(dtype), timesteps, embeddings, downsampling),)
+
+        return called
