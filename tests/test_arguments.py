@@ -144,7 +144,7 @@ def test_one_weight_serves_all_and_none_means_none():
         ("--reg_weight nan", "--reg_weight: 'nan' is neither a number of at least 0"),
         ("--reg_weight inf", "--reg_weight: 'inf' is neither a number of at least 0"),
         ("--regularizer none total_variation", "--regularizer none cannot be combined"),
-        ("--resolution 0", "--resolution: '0' is not a whole number above 0"),
+        ("--resolution 0", "--resolution: '0' is neither a side such as 64 nor WIDTHxHEIGHT"),
         ("--adam_beta1 1", "--adam_beta1: '1' is not a number from 0 to below 1"),
         (
             "--train_data_dir x --rescale_betas_zero_snr",

@@ -1,6 +1,7 @@
 """What a run says before it starts: how long it takes, how much space it needs, how large its network is."""
 
 import re
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -53,7 +54,7 @@ def test_the_number_of_steps_is_that_of_the_training(train, image_folder, capsys
 
 
 def test_a_stream_of_unknown_length_has_the_steps_that_are_asked_for():
-    assert number_of_steps(OptimizationSettings(max_train_steps=7), None, 2)[0] == 7
+    assert number_of_steps(OptimizationSettings(max_train_steps=7), SimpleNamespace(number=None), 2)[0] == 7
 
 
 def test_the_space_that_is_named_is_the_space_that_is_used(train, image_folder, capsys):

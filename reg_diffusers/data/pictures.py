@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import numpy as np
+import PIL.ExifTags
 import PIL.features
 import PIL.Image
 import PIL.ImageOps
@@ -23,7 +24,7 @@ from .depth import WHITE_16, Depth, eight_bits, look_at_depth
 from .source import Source
 
 __all__ = ["BadImage", "decode", "decode_stored", "decode_table", "depth_of", "depth_of_table", "extensions"]
-__all__ += ["has_colour", "is_grey"]
+__all__ += ["has_colour", "is_grey", "sizes_of_table"]
 
 # Formats that Pillow decodes itself. Others start programs, such as EPS, or are rarely used and poorly maintained.
 _KINDS = "AVIF BMP DIB GIF ICO JPEG JPEG2000 PCX PNG PPM QOI SGI TGA TIFF WEBP XBM".split()
@@ -31,6 +32,7 @@ _OPTIONAL = {"AVIF": "avif", "JPEG2000": "jpg_2000", "WEBP": "webp"}  # Pillow m
 _GREY_MODES = ("1", "L", "LA", "La", "I", "I;16", "I;16B", "I;16L", "I;16N")
 _IMAGES_LOOKED_AT = 1000
 _IMAGES_PER_PROCESS = 5000
+_LYING = (5, 6, 7, 8)  # EXIF orientations that exchange width and height
 
 
 def decode(image: PIL.Image.Image, size: tuple[int, int], channels: int, white: int = WHITE_16) -> np.ndarray:
@@ -172,6 +174,24 @@ def decode_table(
     return decoded.select(np.flatnonzero(readable))
 
 
+def sizes_of_table(table, column: str, source: Source, cache_dir: Path) -> np.ndarray:
+    """Returns the (height, width) of all images of a table, upright, by their headers, (N, 2); 0 if unreadable."""
+    from datasets import Features, Value
+
+    key = hashlib.sha256(repr((table._fingerprint, column, "sizes", source.roots, __version__)).encode()).hexdigest()
+    cache_dir.mkdir(parents=True, exist_ok=True)
+    found = table.select_columns(column).map(
+        _size_of_row,
+        fn_kwargs={"column": column, "source": source},
+        remove_columns=[column],
+        features=Features({"height": Value("int32"), "width": Value("int32")}),
+        cache_file_name=str(cache_dir / f"{key}.arrow"),
+        desc="reading the sizes of images, once",
+    )
+    columns = found.with_format("numpy")[:]
+    return np.stack([columns["height"], columns["width"]], axis=1)
+
+
 def is_grey(table, column: str, source: Source) -> bool:
     """Whether a thousand evenly spaced images of the table are all grayscale, by their headers.
 
@@ -229,6 +249,19 @@ def _decode_row(
             raise
         return {into: np.zeros(channels * math.prod(size), np.uint8), "readable": False}
     return {into: pixels.reshape(-1), "readable": True}
+
+
+def _size_of_row(row: dict, column: str, source: Source) -> dict:
+    try:
+        with _open(row[column], source) as image:
+            width, height = image.size
+            if image.getexif().get(PIL.ExifTags.Base.Orientation) in _LYING:
+                width, height = height, width
+    except UsageError:
+        raise
+    except Exception:  # decoding will report it
+        width = height = 0
+    return {"height": height, "width": width}
 
 
 def _open(stored: dict | None, source: Source) -> PIL.Image.Image:

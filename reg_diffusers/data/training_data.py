@@ -8,6 +8,9 @@ loaded in the same way. A stream of images is decoded while it is read. Arrays o
 from __future__ import annotations
 
 import tempfile
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -19,11 +22,13 @@ from ..runs.checkpoint import Progress
 from ..runtime.errors import UsageError, warn
 from ..settings.data import DataSettings
 from ..settings.optimization import OptimizationSettings
-from ..settings.size import shown, sides
+from ..settings.size import as_setting, shown, sides
+from .buckets import BucketBatches, Buckets, bucket_dataloader, bucket_sizes, cropped, nearest_sizes
+from .depth import Depth
 from .fields import check_order, field_file, read_fields
 from .latents import LatentData
 from .normalization import Normalization, field_normalization
-from .pictures import decode_table, depth_of_table, is_grey
+from .pictures import decode_table, depth_of_table, is_grey, sizes_of_table
 from .pictures_data import PictureData
 from .source import FLAGS_OF_TRAINING, Naming, Source, source_of
 from .stream_batches import stream_dataloader
@@ -47,6 +52,7 @@ __all__ = [
     "Normalization",
     "PictureData",
     "TrainingData",
+    "batches_per_epoch",
     "cache_folder",
     "load_training_data",
     "make_dataloader",
@@ -98,7 +104,7 @@ class FieldData(torch.utils.data.Dataset):
         return {"values": torch.from_numpy(values), "ids": torch.tensor(indices)}
 
 
-TrainingData = PictureData | FieldData | StreamedPictures | LatentData
+TrainingData = PictureData | Buckets | FieldData | StreamedPictures | LatentData
 
 
 def load_training_data(
@@ -139,6 +145,8 @@ def load_training_data(
             raise LabelsError(".npy/.npz fields have no class labels")
         if settings.conditioning_image_column:
             raise UsageError("--conditioning_image_column names a column of images, which fields lack")
+        if settings.buckets:
+            raise UsageError("--buckets groups images by aspect ratio, but fields keep their size; drop the flag")
         if settings.resolution is not None and sides(settings.resolution) != data.shape[1:]:
             raise UsageError(
                 f"--resolution {settings.resolution}: fields keep their size, here {shown(data.shape[1:])}; drop it"
@@ -159,6 +167,13 @@ def load_training_data(
     return data
 
 
+def batches_per_epoch(data: TrainingData, batch_size: int, processes: int) -> int | None:
+    """Returns the number of batches that each process draws in an epoch; None for a stream of unknown length."""
+    if isinstance(data, Buckets):
+        return len(BucketBatches(data.members, batch_size, 0, 0, processes))
+    return None if data.number is None else data.number // (batch_size * processes) or 1  # drops an incomplete batch
+
+
 def make_dataloader(
     data: TrainingData,
     settings: OptimizationSettings,
@@ -177,6 +192,8 @@ def make_dataloader(
     """
     if isinstance(data, StreamedPictures):
         return stream_dataloader(data, settings.train_batch_size, settings.seed, workers, accelerator, progress)
+    if isinstance(data, Buckets):
+        return bucket_dataloader(data, settings.train_batch_size, settings.seed, workers, accelerator, _identity)
     return torch.utils.data.DataLoader(
         data,
         batch_size=settings.train_batch_size,
@@ -229,13 +246,38 @@ def _load_pictures(
     table = table.select_columns(images + [name for name in (label, caption) if name])
     for name in images:
         table = table.cast_column(name, Image(decode=False))
+    if settings.buckets and settings.streaming:
+        raise UsageError("--buckets: the sizes of all images are needed before the first step; drop --streaming")
     if not settings.streaming:
-        return _decoded(settings, table, columns, classes, size, source)
+        looks = _looks(table, columns, source)
+        decode = partial(_decoded, settings, looks, classes, source)
+        return _bucketed(settings, table, columns, size, source, decode) if settings.buckets else decode(table, size)
     number = len(table) if isinstance(table, Dataset) else number_of_rows(settings, table)
     rows = table.to_iterable_dataset(num_shards=min(number, 1024)) if isinstance(table, Dataset) else table
     return StreamedPictures(
         rows, columns, label, classes, size, number, source, skip_bad_images=settings.skip_bad_images
     )
+
+
+def _bucketed(
+    settings: DataSettings, table, columns: dict, size: tuple[int, int], source: Source, decode: Callable
+) -> Buckets:
+    """Decodes the images of a table in the sizes nearest to their own aspect ratios."""
+    sizes = bucket_sizes(size, settings.buckets)
+    if not sizes:
+        raise UsageError(
+            f"--buckets {settings.buckets}: no size with such sides has the area of --resolution {as_setting(size)}:"
+            " use a smaller number"
+        )
+    own = sizes_of_table(table, columns["pixels"][0], source, cache_folder(settings.cache_dir))
+    readable = own.min(1) > 0
+    if not readable.any():
+        raise UsageError(f"{source.flag}: none of the {len(own)} images can be read")
+    nearest = np.zeros(len(own), int)
+    nearest[readable] = nearest_sizes(own[readable], sizes)
+    nearest[~readable] = np.bincount(nearest[readable]).argmax()  # decoding reports or skips them
+    parts = [decode(table.select(np.flatnonzero(nearest == place)), sizes[place]) for place in np.unique(nearest)]
+    return Buckets(parts, cropped(own[readable], np.array(sizes)[nearest[readable]]))
 
 
 def cache_folder(cache_dir: str | None) -> Path:
@@ -259,22 +301,42 @@ def _check_cache_dir(cache_dir: str | None) -> None:
         ) from error
 
 
+@dataclass(frozen=True)
+class _Look:
+    """How the images of one column are decoded: its name, their channels and depth."""
+
+    column: str
+    channels: int
+    depth: Depth
+
+
+def _looks(table, columns: dict, source: Source) -> dict[str, _Look]:
+    """Looks at the images of the columns, {"pixels": (name, wanted channels), ...}; detects what is not wanted."""
+    return {
+        into: _Look(name, wanted or (1 if is_grey(table, name, source) else 3), depth_of_table(table, name, source))
+        for into, (name, wanted) in columns.items()
+    }
+
+
 def _decoded(
-    settings: DataSettings, table, columns: dict, classes: list[str] | None, size: tuple[int, int], source: Source
+    settings: DataSettings,
+    looks: dict[str, _Look],
+    classes: list[str] | None,
+    source: Source,
+    table,
+    size: tuple[int, int],
 ) -> PictureData:
     """Decodes all images of a table into a cache."""
-    cache_dir = cache_folder(settings.cache_dir)
-    channels, notes = {}, {}
-    for into, (name, wanted) in columns.items():
-        channels[into] = wanted or (1 if is_grey(table, name, source) else 3)
-        depth = depth_of_table(table, name, source)
-        notes[into] = depth.note
+    for into, look in looks.items():
         table = decode_table(
-            *(table, name, into, size, channels[into], depth.white, source, cache_dir),
+            *(table, look.column, into, size, look.channels, look.depth.white, source),
+            cache_folder(settings.cache_dir),
             skip_bad_images=settings.skip_bad_images,
         )
-    shape = (channels["pixels"], *size)
-    return PictureData(table, shape, classes, channels.get("condition", 0), notes["pixels"], settings.caption_column)
+    pixels, condition = looks["pixels"], looks.get("condition")
+    shape = (pixels.channels, *size)
+    number = condition.channels if condition else 0
+    return PictureData(table, shape, classes, number, pixels.depth.note, settings.caption_column)
 
 
 def _shown(numbers: tuple[float, ...]) -> str:

@@ -11,6 +11,7 @@ from pathlib import Path
 import diffusers
 from diffusers import DDPMScheduler, DiffusionPipeline, FlowMatchEulerDiscreteScheduler, UNet2DModel
 
+from ..data.buckets import Buckets
 from ..data.training_data import Normalization, TrainingData
 from ..hub.model_index import MOST_TIMESTEPS, check_schedule, check_weights, saved_normalization
 from ..prediction import image_channels, prediction_type, refuse_zero_terminal_snr
@@ -201,7 +202,7 @@ def build_unet(machine: MachineSettings, given: GivenModel, data: TrainingData) 
             f"--{flag}_name_or_path: class_embed_type {unet.config.class_embed_type!r} is not supported: remove it"
             " from the config; --class_conditional trains with class labels"
         )
-    _check_halving(unet, height, width, getattr(data, "downsampling", 1), is_picture=data.is_picture)  # of latents
+    _check_halving(unet, data)
     if machine.enable_xformers_memory_efficient_attention:
         try:
             unet.enable_xformers_memory_efficient_attention()
@@ -318,18 +319,22 @@ def _check_classes(classes: int | None, data: TrainingData) -> None:
         raise UsageError(f"the given model has {classes or 'no'} classes, but the data have {wanted or 'none'}: {fix}")
 
 
-def _check_halving(unet: UNet2DModel, height: int, width: int, downsampling: int, *, is_picture: bool) -> None:
+def _check_halving(unet: UNet2DModel, data: TrainingData) -> None:
     """Raises `UsageError` for a size that the network cannot halve; the message is in pixels of the images."""
-    factor = downsampling * 2 ** (len(unet.config.block_out_channels) - 1)
-    height, width = downsampling * height, downsampling * width
-    if height % factor or width % factor:
+    downsampling = getattr(data, "downsampling", 1)  # of latents
+    halvings = len(unet.config.block_out_channels) - 1
+    factor = downsampling * 2**halvings
+    parts, flag = (data.parts, "--buckets: size") if isinstance(data, Buckets) else ([data], "--resolution")
+    for part in parts:
+        height, width = (downsampling * side for side in part.shape[1:])
+        if not (height % factor or width % factor):
+            continue
         side = height if height % factor else width
         below, above = max(side // factor, 1) * factor, -(-side // factor) * factor
         near = f"{below} or {above}" if below != above else f"{above}"
-        halvings = len(unet.config.block_out_channels) - 1
         of_latents = f" after the autoencoder reduces it by {downsampling}" if downsampling > 1 else ""
-        size = f"--resolution {as_setting((height, width))}" if is_picture else f"fields of {height} x {width}"
+        named = f"{flag} {as_setting((height, width))}" if data.is_picture else f"fields of {height} x {width}"
         raise UsageError(
-            f"{size}: the network halves the resolution {halvings} times{of_latents}, so sides must be multiples of"
+            f"{named}: the network halves the resolution {halvings} times{of_latents}, so sides must be multiples of"
             f" {factor}, such as {near}; or name a shallower network by --model_config_name_or_path"
         )

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from ..runtime.errors import UsageError
-from .flag_values import fraction, natural
+from .flag_values import fraction, natural, positive_int
 from .flags import flag
 from .size import resolution
 
@@ -47,6 +47,13 @@ class DataSettings:
         " a given model, 16 for the embedded data, else 64. Fields keep their size",
         parse=resolution,
         metavar="SIZE",
+    )
+    buckets: int | None = flag(
+        None,
+        "group images by aspect ratio into sizes of about the area of --resolution, with sides that are multiples of"
+        " this number of pixels, instead of cropping all to one size; 64 is usual. Each batch has one size",
+        parse=positive_int,
+        metavar="MULTIPLE",
     )
     center_crop: bool = flag(
         False,

@@ -14,7 +14,7 @@ from accelerate import PartialState
 from accelerate.utils import parse_flag_from_env
 from torch import nn
 
-from ..data.training_data import TrainingData
+from ..data.training_data import TrainingData, batches_per_epoch
 from ..networks.attention import use_explicit_attention
 from ..networks.build import GivenModel
 from ..networks.computation import Computation
@@ -76,7 +76,7 @@ def describe_needs(
         is_explicit=computation.attention.value == "explicit",
         batch_size=optimization.train_batch_size,
     )
-    steps, _ = number_of_steps(optimization, data.number, state.num_processes)
+    steps, _ = number_of_steps(optimization, data, state.num_processes)
     needed = _time(speed, optimization, output, data, state.num_processes, models=models, measured=measured)
     trained = sum(parameter.numel() for parameter in trained_parameters(unet))
     whole, beside = (sum(p.numel() for p in module.parameters()) if module else 0 for module in (unet, vae))
@@ -85,18 +85,17 @@ def describe_needs(
     return needed, _disk(saved, kept, trained, optimization, output, steps, models=models)
 
 
-def number_of_steps(settings: OptimizationSettings, number: int | None, processes: int) -> tuple[int, float]:
+def number_of_steps(settings: OptimizationSettings, data: TrainingData, processes: int) -> tuple[int, float]:
     """Returns the steps of a training, and those of one epoch; the latter are infinite for a stream.
 
     Args:
         settings: settings with the length of the training and the size of a batch.
-        number: number of images; None for a stream of unknown length, which needs --max_train_steps.
+        data: the data; a stream of unknown length needs --max_train_steps.
         processes: number of processes.
     """
-    if number is None:
+    batches = batches_per_epoch(data, settings.train_batch_size, processes)
+    if batches is None:
         return settings.max_train_steps, math.inf
-    per_batch = settings.train_batch_size * processes
-    batches = number // per_batch or 1  # an incomplete last batch is left out
     per_epoch = math.ceil(batches / settings.gradient_accumulation_steps)
     steps = math.ceil(settings.num_epochs * batches / settings.gradient_accumulation_steps)
     return settings.max_train_steps or steps, per_epoch
@@ -194,7 +193,7 @@ def _time(
         models: number of trainings.
         measured: samples of each model that are measured at the end.
     """
-    steps, per_epoch = number_of_steps(optimization, data.number, processes)
+    steps, per_epoch = number_of_steps(optimization, data, processes)
     trained = f"{models} x " * (models > 1) + f"{steps:,} step{'s' * (steps > 1)}"
     if isinstance(speed, str):
         return f"{trained}; not estimated: {speed}"

@@ -182,6 +182,8 @@ def _check_data_of_latents(data: DataSettings, factor: int, autoencoder: str) ->
     """Raises `UsageError` for settings of the data that latents of this autoencoder do not support."""
     if data.streaming:
         raise UsageError(f"--streaming: images are encoded once for {autoencoder}, not on demand; drop --streaming")
+    if data.buckets:
+        raise UsageError(f"--buckets is not supported in latents, here of {autoencoder}; drop it")
     if data.conditioning_image_column:
         raise UsageError(f"--conditioning_image_column is not supported in latents, here of {autoencoder}; drop it")
     size = sides(data.resolution or factor)

@@ -305,7 +305,7 @@ def _load(settings: Settings, state: PartialState) -> Loaded:
 def _computation(settings: Settings, given: GivenModel, data: TrainingData, unet, state: PartialState) -> Computation:
     """Chooses how to compute the network; only the batches of the run decide whether it is worth a measurement."""
     optimization, loss = settings.optimization, settings.loss
-    steps, _ = number_of_steps(optimization, data.number, state.num_processes)
+    steps, _ = number_of_steps(optimization, data, state.num_processes)
     batches = steps * optimization.gradient_accumulation_steps
     if loss.compare and loss.regularizer:
         batches *= 2
