@@ -178,7 +178,7 @@ def test_error_messages_are_those_of_the_table(message):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("script", ["mathematics", "regularizers", "four_corners"])
+@pytest.mark.parametrize("script", ["mathematics", "regularizers", "four_corners", "buckets"])
 def test_figures_can_be_made(script, tmp_path, monkeypatch):
     folder = ROOT / "docs" / "figures"
     monkeypatch.syspath_prepend(str(folder))
