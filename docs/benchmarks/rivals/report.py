@@ -39,8 +39,8 @@ class Table:
         axes: the names of the constraint and of the distribution, for the picture, each with its label.
         notes: the last column, from (row, plain row).
         log: whether the axis of the constraint is logarithmic.
-        band: half the width of the band around the plain model's distribution, and the share of its constraint at which
-            a line is drawn; None: neither.
+        band: half the width of the band around the plain model's distribution, and the share of its constraint at
+            which a line is drawn; None: neither.
     """
 
     title: str
