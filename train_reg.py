@@ -98,7 +98,7 @@ def fit(run: Run, output_dir, terms=()):
                 batch = next(batches)
             noise = torch.randn_like(batch.original_samples)
             timesteps = draw_timesteps(training.noise_scheduler, len(noise), density)
-            model, arguments = batch.conditions.bind(network)
+            model, arguments = batch.given.bind(network)
             with accelerator.accumulate(unet):
                 output = loss_fn(
                     model,

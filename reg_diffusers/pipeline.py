@@ -8,6 +8,7 @@ model_index.json.
 
 from __future__ import annotations
 
+import copy
 import inspect
 import json
 from collections.abc import Callable, Mapping, Sequence
@@ -22,10 +23,9 @@ from diffusers.utils.torch_utils import randn_tensor
 from huggingface_hub import HfApi
 from torch import Tensor
 
-from .conditioning import with_condition
 from .guidance import Guidance
 from .hub.card import write_card
-from .hub.model_index import as_saved, check_components, check_saved_schedule, check_weights, saved_normalization
+from .hub.model_index import as_saved, check_components, check_saved_schedule, check_weights, own_entries
 from .hub.repository import STALE, check_source, fetch_evidence, open_repository, remote_card
 from .prediction import output_for_step, predict_original_sample
 from .regularizers.contract import Regularizer
@@ -35,11 +35,10 @@ from .sampling.call_inputs import (
     by_name,
     check_needs,
     check_output_type,
-    checked_class_labels,
-    checked_condition,
     checked_generator,
-    refuse_keywords,
 )
+from .sampling.class_names import check_class_names
+from .sampling.conditioned_network import ConditionedNetwork
 from .sampling.fast_scheduler import fast_scheduler
 from .sampling.image_space import ImageSpace
 from .sampling.inference_steps import available_steps
@@ -53,7 +52,7 @@ __all__ = ["RegDDPMPipeline", "RegDDPMPipelineOutput", "fast_scheduler"]
 _logger = logging.get_logger(__name__)
 
 
-class RegDDPMPipeline(ImageSpace, DiffusionPipeline):
+class RegDDPMPipeline(ImageSpace, ConditionedNetwork, DiffusionPipeline):
     """Generates images with a UNet2DModel and any diffusers scheduler.
 
         pipeline = RegDDPMPipeline.from_pretrained("folder or Hub id")
@@ -71,6 +70,8 @@ class RegDDPMPipeline(ImageSpace, DiffusionPipeline):
             offset + scale * sample; None for pictures.
         vqvae: the autoencoder of a network for latents, such as an AutoencoderKL, named as in `LDMPipeline`; None for
             a network for images. It is frozen.
+        class_names: name of each class of a class-conditional network, in the order of its labels. If the network has
+            one class embedding more than names, the last one stands for no class, for classifier-free guidance.
     """
 
     model_cpu_offload_seq = "unet->vqvae"
@@ -83,10 +84,13 @@ class RegDDPMPipeline(ImageSpace, DiffusionPipeline):
         scheduler: SchedulerMixin,
         normalization: dict | None = None,
         vqvae: ModelMixin | None = None,
+        class_names: list[str] | None = None,
     ):
         super().__init__()
         self.register_modules(unet=unet, scheduler=scheduler, vqvae=vqvae)
-        self.register_to_config(normalization=normalization)
+        self.register_to_config(normalization=normalization, class_names=class_names)
+        if class_names is not None:
+            check_class_names(class_names, self._class_embeddings)
         self._interrupt = False
         self._num_timesteps = 0
 
@@ -110,8 +114,9 @@ class RegDDPMPipeline(ImageSpace, DiffusionPipeline):
         return_dict: bool = True,
         *,
         regularizers: Sequence[Regularizer] | Mapping[str, Regularizer] = (),
-        class_labels: Tensor | Sequence[int] | int | None = None,
+        class_labels: Tensor | Sequence[int | str] | int | str | None = None,
         condition: Tensor | None = None,
+        guidance_scale: float | None = None,
         eta: float = 0.0,
         guidance: Sequence[Term | Regularizer] = (),
         regularizer_scale: float = 1.0,
@@ -133,8 +138,11 @@ class RegDDPMPipeline(ImageSpace, DiffusionPipeline):
                 "np" and "pt". Fields of a model with `normalization` are in their own units, see `views.Affine`.
             return_dict: return a `RegDDPMPipelineOutput`; otherwise (images, scores), and x0_hat with `return_x0_hat`.
             regularizers: sequence or dictionary of losses that score the samples before clipping (fields: own units).
-            class_labels: (B,) or one for all, for a class-conditional network.
+            class_labels: (B,) or one for all, as numbers or `class_names`, for a class-conditional network.
             condition: (B, K, H, W) or (1, K, H, W) in [-1, 1], for a network with K additional input channels.
+            guidance_scale: scale of classifier-free guidance, at least 0: 1, the default, is the network alone; more
+                follows the class more closely at the cost of variety. It needs a network that was also trained without
+                labels, and takes two network calls per step.
             eta: eta of DDIM, from 0 (deterministic) to 1 (ancestral); ignored by other schedulers.
             guidance: losses that steer the sampler, as `Term` with a weight and a weighting; see `guidance`. They see
                 fields in their own units, which the weight refers to. A `Term` with its own view keeps it;
@@ -150,23 +158,24 @@ class RegDDPMPipeline(ImageSpace, DiffusionPipeline):
             callback_on_step_end_tensor_inputs: tensors passed to it: latents (the sample after the step), model_output
                 (after guidance), x0_hat.
             return_x0_hat: also return the predicted image of each step, after guidance, neither clipped nor decoded.
-            **kwargs: rejected. `guidance_scale` is reserved for classifier-free guidance, which this pipeline lacks.
+            **kwargs: rejected.
 
         Raises:
-            ValueError: a number is out of range; the number of generators differs from batch_size; class labels or a
-                condition do not suit the network; output_type is unknown or does not suit the samples; a regularizer
-                needs an argument that is not available, or two have the same name; `guidance_scale` is given; a tensor
+            ValueError: a number is out of range; the number of generators differs from batch_size; class labels, a
+                condition, a guidance_scale or texts do not suit the network; output_type is unknown or does not suit
+                the samples; a regularizer needs an argument that is not available, or two have the same name; a tensor
                 for the callback is unknown.
             TypeError: an argument is unknown.
         """
-        refuse_keywords(kwargs)
         batch_size = at_least_one("batch_size", batch_size)
         num_inference_steps = at_least_one("num_inference_steps", num_inference_steps)
         generator = checked_generator(generator, batch_size)
         check_output_type(output_type, self.image_shape[0])
         view = self._view
         steering = Guidance(guidance, regularizer_scale, guidance_method, guidance_samples, view)
-        context = self._context(class_labels, condition, batch_size)
+        context, without = self._contexts(
+            batch_size, guidance_scale, class_labels=class_labels, condition=condition, **kwargs
+        )
         regularizers = by_name(regularizers)
         check_needs([*regularizers.items(), *((term.name, term.regularizer) for term in steering.terms)], context)
         callback = StepCallback(callback_on_step_end, callback_on_step_end_tensor_inputs)
@@ -181,7 +190,7 @@ class RegDDPMPipeline(ImageSpace, DiffusionPipeline):
         self._interrupt = False
         self._num_timesteps = len(self.scheduler.timesteps)
         for index, t in enumerate(self.progress_bar(self.scheduler.timesteps)):
-            model = self._network(t, **context)
+            model = self._guided_network(t, context, without, guidance_scale)
             model_output = steering.model_output(
                 model, self.scheduler, t, sample, generator=generator, context=context
             )
@@ -202,6 +211,12 @@ class RegDDPMPipeline(ImageSpace, DiffusionPipeline):
         if not return_dict:
             return (images, scores, trajectory) if return_x0_hat else (images, scores)
         return RegDDPMPipelineOutput(images=images, scores=scores, x0_hat=trajectory)
+
+    def with_parts(self, **parts) -> RegDDPMPipeline:
+        """Returns a copy with other components, such as `scheduler=`; the remaining ones are shared."""
+        other = copy.copy(self)
+        other.register_modules(**parts)
+        return other
 
     def to_json_string(self) -> str:
         """Returns model_index.json in a form that the pipelines of diffusers load."""
@@ -305,29 +320,9 @@ class RegDDPMPipeline(ImageSpace, DiffusionPipeline):
 
     @classmethod
     def extract_init_dict(cls, config_dict, **kwargs):
-        """Reads the arguments of a saved pipeline as in diffusers, with the normalization from the private key."""
+        """Reads the arguments of a saved pipeline as in diffusers, with those under the private key."""
         check_components(config_dict)
-        return super().extract_init_dict({**config_dict, "normalization": saved_normalization(config_dict)}, **kwargs)
-
-    def _context(self, class_labels, condition, batch_size: int) -> dict[str, Tensor]:
-        """Returns the conditions of the network by name; regularizers may list them in `needs`."""
-        config, device = self.unet.config, self._execution_device
-        condition_shape = (config.in_channels - self._channels, *self._size)
-        context = {
-            "class_labels": checked_class_labels(class_labels, config.num_class_embeds, batch_size, device),
-            "condition": checked_condition(condition, condition_shape, batch_size, device),
-        }
-        return {name: value for name, value in context.items() if value is not None}
-
-    def _network(self, t, class_labels: Tensor | None = None, condition: Tensor | None = None) -> Callable:
-        """Returns the network at one timestep, as a function of the sample alone."""
-        unet = with_condition(self.unet, condition)
-
-        def network(sample: Tensor) -> Tensor:
-            scale = getattr(self.scheduler, "scale_model_input", None)  # flow-matching schedulers lack it
-            return unet(sample if scale is None else scale(sample, t), t, class_labels=class_labels).sample
-
-        return network
+        return super().extract_init_dict({**config_dict, **own_entries(config_dict)}, **kwargs)
 
     def _step_kwargs(self, generator, eta: float) -> dict:
         accepted = inspect.signature(self.scheduler.step).parameters
@@ -336,5 +331,5 @@ class RegDDPMPipeline(ImageSpace, DiffusionPipeline):
 
 # diffusers reads the components' classes from these annotations, and up to 0.35 does not resolve strings.
 RegDDPMPipeline.__init__.__annotations__.update(
-    unet=UNet2DModel, scheduler=SchedulerMixin, normalization=dict, vqvae=ModelMixin
+    unet=UNet2DModel, scheduler=SchedulerMixin, normalization=dict, vqvae=ModelMixin, class_names=list
 )

@@ -38,7 +38,9 @@ _MODULES = (
         "hub/repository",
     ),
     *(
+        "sampling/class_names",
         "sampling/call_inputs",
+        "sampling/conditioned_network",
         "sampling/step_callback",
         "sampling/pipeline_output",
         "sampling/image_space",

@@ -367,7 +367,8 @@ def test_samples_of_version_0_3_are_gone_on_from(model, sample):
     path = Path("samples/sample_settings.json")
     stored = json.loads(path.read_text())
     stored["guidance_scale"] = stored.pop("regularizer_scale")
-    del stored["output_type"]
+    for later in ("output_type", "class_labels"):
+        del stored[later]
     path.write_text(json.dumps(stored))
     assert "continuing: 1 of 2" in sample("--num_images", 2)
 
@@ -411,7 +412,10 @@ def test_other_files_are_left_alone(model, sample, tmp_path):
             ("--guidance", "symmetry", "--regularizer_scale", -1),
             "--regularizer_scale -1: must be finite and at least 0",
         ),
-        (("--guidance", "symmetry", "--guidance_scale", 2), "--guidance_scale 2: use --regularizer_scale 2"),
+        (
+            ("--guidance", "symmetry", "--guidance_scale", 2),
+            "--guidance_scale is that of classifier-free guidance, which needs a model with class labels or texts",
+        ),
         (("--num_images", 0), "argument --num_images: '0' is not a whole number above 0"),
         (
             ("--push_to_hub", "me/it", "--output", "a.npz"),

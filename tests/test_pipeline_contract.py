@@ -67,7 +67,8 @@ def test_the_latent_is_the_sample_as_the_last_step_gives_it(tiny_unet):
         ({"generator": 0}, "generator must be a torch.Generator or a list of them"),
         ({"generator": [0, 1]}, "generator must be a torch.Generator or a list of them"),
         *(({"generator": [torch.Generator()] * n}, f"a list of {n} for batch_size=2") for n in (0, 1, 3)),
-        ({"guidance_scale": 2.0}, "guidance_scale is reserved .* is regularizer_scale="),
+        ({"guidance_scale": 2.0}, "needs a model with class labels or texts: .* is regularizer_scale="),
+        ({"negative_prompt": "cat"}, "negative_prompt is for text-to-image pipelines"),
     ],
     ids=str,
 )

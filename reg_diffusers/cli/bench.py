@@ -60,8 +60,7 @@ def _titles(names: list[str]) -> list[str]:
 
 
 def _kind(pipeline) -> tuple:
-    condition_channels = pipeline.unet.config.in_channels - pipeline._channels
-    return pipeline.image_shape, pipeline.config.normalization, condition_channels
+    return pipeline.image_shape, pipeline.config.normalization, pipeline.condition_channels
 
 
 def _shape(what) -> str:
@@ -122,7 +121,7 @@ def open_bench(args: argparse.Namespace, models: dict) -> Bench:
 
     check_num_images(args.num_images)
     title, pipeline = next(iter(models.items()))
-    by_class = any(model.unet.config.num_class_embeds is not None for model in models.values())
+    by_class = any(model.num_classes is not None for model in models.values())
     data = _load_data(args, title, pipeline, by_class)
     source = args.data or "embedded Fashion-MNIST"
     total = len(data)
@@ -145,7 +144,7 @@ def open_bench(args: argparse.Namespace, models: dict) -> Bench:
         dict(Conditions.of_batch(data, batch).taken_by(networks)) for batch in halves
     )
     for name, model in models.items():
-        classes = model.unet.config.num_class_embeds
+        classes = model.num_classes
         if classes is not None and bench.conditions["class_labels"].max() >= classes:
             raise UsageError(f"--model {name} has {classes} classes, but the data have {len(data.classes)}")
     return bench

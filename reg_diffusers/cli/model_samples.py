@@ -29,7 +29,7 @@ def samplers_of(args: argparse.Namespace, models: dict, names: dict, bench: Benc
     found = {}
     labels, conditions = bench.conditions.get("class_labels"), bench.conditions.get("condition")
     for title, pipeline in models.items():
-        by_class = pipeline.unet.config.num_class_embeds is not None
+        by_class = pipeline.num_classes is not None
         settings = SampleSettings(
             model=names[title],
             model_sha256=model_sha256(pipeline),

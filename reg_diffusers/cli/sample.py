@@ -9,7 +9,7 @@ import time
 from pathlib import Path
 
 from ..runtime.messages import say
-from ..settings.flag_values import natural, positive_int
+from ..settings.flag_values import positive_int
 from .model import add_model_flag, load_pipeline
 from .sampling_flags import add_machine_flags, add_sampler_flags, add_units_flag
 
@@ -19,7 +19,7 @@ __all__ = ["add_parser", "run"]
 _GUIDANCE_SCALES = {"mpgd": 0.05, "dps": 2.0, "lgd": 2.0}
 _OF_THE_PICTURES = (
     *("model", "num_images", "num_inference_steps", "scheduler", "seed", "class_labels", "condition_dir", "guidance"),
-    *("regularizer_scale", "guidance_method", "reg_units", "mixed_precision"),
+    *("regularizer_scale", "guidance_method", "guidance_scale", "reg_units", "mixed_precision"),
 )
 
 
@@ -52,10 +52,9 @@ def add_parser(subparsers) -> argparse.ArgumentParser:
     add_sampler_flags(parser)
     add(
         "--class_labels",
-        type=natural,
         nargs="+",
         metavar="LABEL",
-        help="class labels to cycle through, for a class-conditional model (default: all classes)",
+        help="classes to cycle through, by name or number, for a class-conditional model (default: all classes)",
     )
     add(
         "--condition_dir",
@@ -71,7 +70,6 @@ def add_parser(subparsers) -> argparse.ArgumentParser:
     )
     scales = ", ".join(f"{scale:g} for {method}" for method, scale in _GUIDANCE_SCALES.items())
     add("--regularizer_scale", type=float, metavar="SCALE", help=f"strength of the guidance (default: {scales})")
-    add("--guidance_scale", help=argparse.SUPPRESS)
     add(
         "--guidance_method",
         choices=list(_GUIDANCE_SCALES),
@@ -133,11 +131,6 @@ def run(args: argparse.Namespace) -> None:
 def _check(args: argparse.Namespace) -> None:
     from ..runtime.errors import UsageError
 
-    if args.guidance_scale is not None:
-        raise UsageError(
-            f"--guidance_scale {args.guidance_scale}: use --regularizer_scale {args.guidance_scale}; the old name is"
-            " reserved for classifier-free guidance"
-        )
     for flag in ("regularizer_scale", "guidance_method"):
         if getattr(args, flag) is not None and not args.guidance:
             raise UsageError(f"--{flag} has no effect without --guidance")
@@ -160,7 +153,7 @@ def _sampler(args: argparse.Namespace, pipeline):
     conditions = _conditions(args, pipeline)
     method = args.guidance_method or "mpgd"
     scale = _GUIDANCE_SCALES[method] if args.regularizer_scale is None else args.regularizer_scale
-    labels = range(pipeline.unet.config.num_class_embeds or 0) if args.class_labels is None else args.class_labels
+    labels = range(pipeline.num_classes or 0) if args.class_labels is None else _labels(args.class_labels, pipeline)
     settings = SampleSettings(
         model=args.model,
         model_sha256=model_sha256(pipeline),
@@ -168,6 +161,7 @@ def _sampler(args: argparse.Namespace, pipeline):
         num_inference_steps=args.num_inference_steps,
         seed=args.seed,
         class_labels=tuple(labels),
+        guidance_scale=args.guidance_scale,
         condition_sha256=conditions.sha256 if conditions is not None else "",
         guidance=tuple(args.guidance),
         regularizer_scale=scale if args.guidance else 0.0,
@@ -181,11 +175,33 @@ def _sampler(args: argparse.Namespace, pipeline):
         raise UsageError(f"--{error}") from error
 
 
+def _labels(given: list[str], pipeline) -> list[int]:
+    """Converts names and numbers of classes to labels; a class that is named like a number is meant by its name."""
+    from ..runtime.errors import UsageError, warn
+    from ..sampling.class_names import label_of
+
+    names, labels = pipeline.config.class_names, []
+    if pipeline.num_classes is None:
+        raise UsageError("--class_labels are given, but the model has no classes")
+    for text in given:
+        is_number = text.isdecimal()
+        if is_number and text not in (names or ()):
+            labels.append(int(text))
+            continue
+        try:
+            labels.append(label_of(text, names))
+        except ValueError as error:
+            raise UsageError(f"--class_labels {text}: {error}") from None
+        if is_number and labels[-1] != int(text):
+            warn(f"--class_labels {text}: the class of this name, which has the label {labels[-1]}")
+    return labels
+
+
 def _conditions(args: argparse.Namespace, pipeline):
     from ..runtime.errors import UsageError
     from .conditions import ConditionFolder
 
-    channels = pipeline.unet.config.in_channels - pipeline._channels
+    channels = pipeline.condition_channels
     if not channels and args.condition_dir:
         raise UsageError("--condition_dir: the model is not conditioned on images; drop the flag")
     if not channels:

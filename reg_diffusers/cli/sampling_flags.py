@@ -10,7 +10,7 @@ __all__ = ["add_machine_flags", "add_sampler_flags", "add_units_flag"]
 
 
 def add_sampler_flags(parser: argparse.ArgumentParser) -> None:
-    """Adds the flags that determine the images: steps, scheduler, seed."""
+    """Adds the flags that determine the images: steps, scheduler, classifier-free guidance, seed."""
     add = parser.add_argument
     add(
         "--num_inference_steps",
@@ -20,6 +20,13 @@ def add_sampler_flags(parser: argparse.ArgumentParser) -> None:
         help="network calls per image (default: %(default)s)",
     )
     add("--scheduler", metavar="NAME", help="DDIM, DDPM, Euler, DPM-Solver++ or UniPC (default: DDIM; Euler for flow)")
+    add(
+        "--guidance_scale",
+        type=float,
+        metavar="SCALE",
+        help="scale of classifier-free guidance, for a model that was also trained without its condition; 1: none"
+        " (default: 1 by class; for texts, that of its pipeline in diffusers)",
+    )
     add("--seed", type=seed, default=0, metavar="N", help="image i has the seed N + i (default: %(default)s)")
 
 

@@ -52,7 +52,7 @@ class Demonstration:
 
     def __init__(self, pipeline: RegDDPMPipeline, regularizers: Mapping[str, Regularizer]):
         self.unet = pipeline.unet
-        self.classes: int | None = pipeline.unet.config.num_class_embeds
+        self.classes: int | None = pipeline.num_classes
         self.samplers = fitting_samplers(pipeline)
         self.most_steps = min(_MOST_STEPS, pipeline.scheduler.config.num_train_timesteps)
         self.regularizers = dict(regularizers)

@@ -19,7 +19,7 @@ from ..runs.run_folder import ABANDONED, CARD_FILE, CONFIG_FILE, EVIDENCE, files
 from ..runtime.files import write_whole
 from ..runtime.links import check_links, is_part_of
 from .card_text import CardFacts, card_text
-from .model_index import saved_normalization
+from .model_index import saved_class_names, saved_normalization
 
 __all__ = [
     *("BEGIN", "END", "as_card", "copy_evidence", "merge_cards", "model_card", "read_card", "read_json"),
@@ -170,13 +170,15 @@ def _is_foreign(result: EvalResult) -> bool:
 
 
 def _facts(folder: Path) -> CardFacts:
-    comparison = folder / COMPARISON_FILE
+    comparison, index = folder / COMPARISON_FILE, read_json(folder / "model_index.json")
+    record = read_json(folder / CONFIG_FILE)
     return CardFacts(
-        record=read_json(folder / CONFIG_FILE),
+        record=record,
         unet=read_json(folder / "unet" / "config.json"),
         scheduler=read_json(folder / "scheduler" / "scheduler_config.json"),
         vae=read_json(folder / "vqvae" / "config.json"),
-        is_field=saved_normalization(read_json(folder / "model_index.json")) is not None,
+        is_field=saved_normalization(index) is not None,
+        class_names=saved_class_names(index) or (record.get("data") or {}).get("classes") or [],
         settings=read_json(comparison),
         rows=read_comparison(comparison) if comparison.is_file() else {},
         pictures=shown_pictures(folder),

@@ -49,6 +49,7 @@ class CardFacts:
         scheduler: the config of the scheduler.
         vae: the config of the autoencoder of a model of latents; empty for a model of images.
         is_field: whether the samples are fields instead of images.
+        class_names: names of the classes, if they are known.
         settings: the settings of the measurement.
         rows: the measured rows, that of the model last.
         pictures: paths of the figures to show, by caption.
@@ -59,6 +60,7 @@ class CardFacts:
     scheduler: dict
     vae: dict
     is_field: bool
+    class_names: list[str]
     settings: dict
     rows: dict[str, Measurement]
     pictures: dict[str, str]
@@ -66,6 +68,11 @@ class CardFacts:
     @property
     def by_class(self) -> bool:
         return bool(self.unet.get("num_class_embeds"))
+
+    @property
+    def knows_no_class(self) -> bool:
+        """Whether the network was also trained without class labels."""
+        return bool(self.class_names) and self.unet.get("num_class_embeds") == len(self.class_names) + 1
 
     @property
     def by_image(self) -> bool:
@@ -288,10 +295,15 @@ def _usage(facts: CardFacts, repo_id: str) -> str:
         " by a loss. This runs the file pipeline.py of this repository on your machine: read it first.",
         block("python", *remote, *setup, *call),
     ]
-    classes = (facts.record.get("data") or {}).get("classes")
-    if facts.by_class and classes:
+    if facts.by_class and facts.class_names:
+        classes = facts.class_names
         named = [f"{number} {as_text(name)}" for number, name in enumerate(classes[:_CLASSES_NAMED])]
         sections.append(f"The classes: {', '.join(named)}{', ...' if len(classes) > _CLASSES_NAMED else '.'}")
+    if facts.knows_no_class:
+        sections.append(
+            "It was also trained without class labels: `guidance_scale=2` and more follows the class more closely, by"
+            " classifier-free guidance, at the cost of variety."
+        )
     return "\n\n".join(sections)
 
 

@@ -14,10 +14,13 @@ __all__ = [
     "check_saved_schedule",
     "check_schedule",
     "check_weights",
+    "own_entries",
+    "saved_class_names",
     "saved_normalization",
 ]
 
 _PRIVATE_KEY = "_reg_diffusers"
+_OWN_ENTRIES = ("normalization", "class_names")
 MOST_TIMESTEPS = 1_000_000  # of a training schedule: a thousand times the usual number, with tables of 4 MB
 
 
@@ -26,15 +29,25 @@ def as_saved(config: dict) -> dict:
 
     The class is "LDMPipeline" with an autoencoder, else "DDPMPipeline".
     """
-    own = {"normalization": config.get("normalization")}
+    own = {name: config.get(name) for name in _OWN_ENTRIES}
     in_latents = (config.get("vqvae") or [None])[0] is not None
     known = {name: value for name, value in config.items() if name not in own and (in_latents or name != "vqvae")}
     return {**known, "_class_name": "LDMPipeline" if in_latents else "DDPMPipeline", _PRIVATE_KEY: own}
 
 
+def own_entries(config: dict) -> dict:
+    """Returns the entries of a model_index.json that diffusers does not know; None for those that are missing."""
+    return {name: (config.get(_PRIVATE_KEY) or {}).get(name) for name in _OWN_ENTRIES}
+
+
 def saved_normalization(config: dict) -> dict | None:
     """Returns the normalization in a model_index.json, or None."""
-    return (config.get(_PRIVATE_KEY) or {}).get("normalization")
+    return own_entries(config)["normalization"]
+
+
+def saved_class_names(config: dict) -> list[str] | None:
+    """Returns the names of the classes in a model_index.json, or None."""
+    return own_entries(config)["class_names"]
 
 
 def check_components(config: dict) -> None:

@@ -13,9 +13,10 @@ from diffusers import DDPMScheduler, DiffusionPipeline, FlowMatchEulerDiscreteSc
 
 from ..data.buckets import Buckets
 from ..data.training_data import Normalization, TrainingData
-from ..hub.model_index import MOST_TIMESTEPS, check_schedule, check_weights, saved_normalization
+from ..hub.model_index import MOST_TIMESTEPS, check_schedule, check_weights, saved_class_names, saved_normalization
 from ..prediction import image_channels, prediction_type, refuse_zero_terminal_snr
-from ..runtime.errors import UsageError
+from ..runtime.errors import UsageError, warn
+from ..sampling.class_names import number_of_classes
 from ..settings.machine import MachineSettings
 from ..settings.model import ModelSettings
 from ..settings.size import as_setting
@@ -37,6 +38,7 @@ class GivenModel:
         scheduler: the noise scheduler saved with it.
         config: the config of a network to train from scratch.
         normalization: the field normalization of the pipeline.
+        class_names: the names of the classes that the pipeline records, if any.
         is_large: whether a new network is the large one for the size of the images.
         family: family of the text-to-image pipeline that the network belongs to.
     """
@@ -45,6 +47,7 @@ class GivenModel:
     scheduler: DDPMScheduler | FlowMatchEulerDiscreteScheduler | None = None
     config: dict | None = None
     normalization: Normalization | None = None
+    class_names: list[str] | None = None
     is_large: bool = False
     family: Family | None = None
 
@@ -118,6 +121,7 @@ def _load(settings: ModelSettings, cache_dir: str | None, named: str) -> GivenMo
                 unet=_given_unet(path, cache_dir, subfolder="unet"),
                 scheduler=_given_scheduler(path, cache_dir),
                 normalization=_given_normalization(path, cache_dir),
+                class_names=saved_class_names(DiffusionPipeline.load_config(path, cache_dir=cache_dir)),
             )
         path = settings.model_config_name_or_path
         if path == LARGE and not Path(path).exists():
@@ -175,8 +179,16 @@ def build_noise_scheduler(settings: ModelSettings, given: GivenModel):
     )
 
 
-def build_unet(machine: MachineSettings, given: GivenModel, data: TrainingData) -> UNet2DModel:
+def build_unet(
+    machine: MachineSettings, given: GivenModel, data: TrainingData, *, has_no_class: bool = False
+) -> UNet2DModel:
     """Returns the given network, or a new one for the shape of the data.
+
+    Args:
+        machine: the settings of the machine.
+        given: the model to start from.
+        data: the data of the training.
+        has_no_class: whether the network needs, beside an embedding for each class, one for images without a label.
 
     Raises:
         UsageError: if the data do not fit the network.
@@ -185,13 +197,13 @@ def build_unet(machine: MachineSettings, given: GivenModel, data: TrainingData) 
     size = height if height == width else (height, width)
     if given.unet is not None:
         unet = given.unet
-        _check_classes(unet.config.num_class_embeds, data)
+        _check_classes(unet.config.num_class_embeds, given.class_names, data, has_no_class)
         unet.register_to_config(sample_size=size)  # samples get the size of the latest training
     else:
         new = new_unet_config(min(height, width), given.is_large)
         config = new if given.config is None else dict(given.config)
         config.update(in_channels=channels + data.condition_channels, out_channels=channels, sample_size=size)
-        config["num_class_embeds"] = None if data.classes is None else len(data.classes)
+        config["num_class_embeds"] = None if data.classes is None else len(data.classes) + has_no_class
         try:
             unet = UNet2DModel.from_config(config)
         except (ValueError, TypeError, AttributeError) as error:
@@ -312,11 +324,24 @@ def _given_normalization(path: str, cache_dir: str | None) -> Normalization | No
     return Normalization(offset, scale)
 
 
-def _check_classes(classes: int | None, data: TrainingData) -> None:
+def _check_classes(embeddings: int | None, names: list[str] | None, data: TrainingData, has_no_class: bool) -> None:
+    """Raises `UsageError` if the classes of a given network are not those of the data; warns of other names."""
     wanted = None if data.classes is None else len(data.classes)
+    classes = number_of_classes(names, embeddings)
+    if names is None and has_no_class and embeddings == (wanted or 0) + 1:
+        classes = wanted
     if classes != wanted:
         fix = "pass --class_conditional with data of as many classes" if classes else "drop --class_conditional"
         raise UsageError(f"the given model has {classes or 'no'} classes, but the data have {wanted or 'none'}: {fix}")
+    if has_no_class and embeddings == classes:
+        raise UsageError(
+            "--condition_dropout: the given model has an embedding for each class, but none for images without a"
+            " label: drop the flag, or train a new model"
+        )
+    if names is not None and list(names) != list(data.classes):
+        pairs = zip(names, data.classes, strict=True)
+        number, (before, now) = next((number, pair) for number, pair in enumerate(pairs) if pair[0] != pair[1])
+        warn(f"the data name the classes otherwise than the given model: {number} was {before!r} and is {now!r}")
 
 
 def _check_halving(unet: UNet2DModel, data: TrainingData) -> None:

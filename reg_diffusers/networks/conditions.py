@@ -50,6 +50,10 @@ class Condition:
         """Returns the values for `number` samples; None if they must come from images of the data."""
         return None
 
+    def absent(self, data: TrainingData) -> Tensor | None:
+        """Returns the value of an image without this condition, (1, ...); None if networks have no such value."""
+        return None
+
     def flipped(self, values: Tensor, mask: Tensor) -> Tensor:
         """Returns the values after the images in `mask` (B, 1, 1, 1) are flipped left to right."""
         return values
@@ -70,6 +74,10 @@ class ClassLabels(Condition):
     def for_previews(self, data: TrainingData, number: int) -> Tensor | None:
         """Cycles through all classes."""
         return None if data.classes is None else torch.arange(number) % len(data.classes)
+
+    def absent(self, data: TrainingData) -> Tensor | None:
+        """One class more than the data have."""
+        return None if data.classes is None else torch.tensor([len(data.classes)])
 
 
 class ConditioningImage(Condition):
@@ -100,6 +108,11 @@ class PromptEmbeddings(Condition):
 
     def is_wanted(self, settings: DataSettings) -> bool:
         return settings.caption_column is not None or settings.prompt is not None
+
+    def absent(self, data: TrainingData) -> Tensor | None:
+        """The embedding of no text."""
+        prompts = getattr(data, "prompts", None)
+        return None if prompts is None else prompts.null.get(self.name)
 
 
 class PooledPromptEmbeddings(PromptEmbeddings):
@@ -138,6 +151,12 @@ class Conditions(Mapping[str, Tensor]):
         found = {kind.name: kind.for_previews(data, number) for kind in KINDS}
         return cls({name: values for name, values in found.items() if values is not None})
 
+    @classmethod
+    def absent(cls, data: TrainingData) -> Conditions:
+        """Returns the value of each condition of an image without it, (1, ...), for those that can be missing."""
+        found = {kind.name: kind.absent(data) for kind in KINDS}
+        return cls({name: value for name, value in found.items() if value is not None})
+
     def __getitem__(self, name: str) -> Tensor:
         return self._values[name]
 
@@ -155,18 +174,18 @@ class Conditions(Mapping[str, Tensor]):
         """Returns the conditions after the images in `mask` (B, 1, 1, 1) are flipped left to right."""
         return Conditions({kind.name: kind.flipped(self[kind.name], mask) for kind in KINDS if kind.name in self})
 
-    def without_some(self, null: Mapping[str, Tensor], probability: float) -> Conditions:
-        """Returns the conditions after each text is replaced by none with a probability.
+    def without_some(self, absent: Mapping[str, Tensor], probability: float) -> Conditions:
+        """Returns the conditions after each image loses, with a probability, all those that can be missing.
 
         Args:
-            null: the embedding of no text, by name, (1, ...) each.
+            absent: the value of each condition of an image without it, (1, ...), see `absent`.
             probability: from 0 to below 1.
         """
-        embeddings = self["prompt_embeds"]
-        dropped = torch.rand(len(embeddings), device=embeddings.device) < probability
+        first = self[next(iter(absent))]
+        dropped = torch.rand(len(first), device=first.device) < probability
         kept = {
             name: torch.where(dropped.reshape(-1, *(1,) * (value.ndim - 1)), value.to(self[name]), self[name])
-            for name, value in null.items()
+            for name, value in absent.items()
         }
         return Conditions({**self, **kept})
 

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from ..regularizers.contract import Regularizer, regularizer_name
 from ..term import needs_of
+from .class_names import label_of
 
 __all__ = [
     "at_least_one",
@@ -24,13 +25,10 @@ __all__ = [
 
 
 def refuse_keywords(keywords: Iterable[str]) -> None:
-    """Raises for unknown keywords: ValueError for `guidance_scale`, else TypeError."""
+    """Raises for unknown keywords: ValueError for the texts of a text-to-image pipeline, else TypeError."""
     for name in keywords:
-        if name == "guidance_scale":
-            raise ValueError(
-                "guidance_scale is reserved for classifier-free guidance, which this pipeline lacks: the factor of the"
-                " losses in guidance= is regularizer_scale="
-            )
+        if name in ("prompt", "negative_prompt"):
+            raise ValueError(f"{name} is for text-to-image pipelines: this network is not conditioned on texts")
         raise TypeError(f"RegDDPMPipeline.__call__() got an unexpected keyword argument {name!r}")
 
 
@@ -103,18 +101,21 @@ def checked_condition(
     return condition.to(device).expand(batch_size, -1, -1, -1)
 
 
-def checked_class_labels(class_labels, classes: int | None, batch_size: int, device: torch.device) -> Tensor | None:
+def checked_class_labels(
+    class_labels, classes: int | None, batch_size: int, device: torch.device, names: Sequence[str] | None = None
+) -> Tensor | None:
     """Returns the class labels on the device, (B,).
 
     Args:
-        class_labels: (B,) or one for all images, or None.
+        class_labels: (B,) or one for all images, as numbers or names, or None.
         classes: number of classes of the network; None if it is not class-conditional.
         batch_size: B.
         device: device of the network.
+        names: names of the classes, if they are known.
 
     Raises:
-        ValueError: the labels are missing, not supported by the network, out of range, not whole numbers, or not one
-            per image.
+        ValueError: the labels are missing, not supported by the network, out of range, not whole numbers, unknown
+            names, or not one per image.
     """
     if classes is None:
         if class_labels is not None:
@@ -122,6 +123,10 @@ def checked_class_labels(class_labels, classes: int | None, batch_size: int, dev
         return None
     if class_labels is None:
         raise ValueError(f"the network is class-conditional: pass class_labels, 0 to {classes - 1}")
+    if isinstance(class_labels, str):
+        class_labels = [class_labels]
+    if isinstance(class_labels, list | tuple):
+        class_labels = [label_of(label, names) if isinstance(label, str) else label for label in class_labels]
     class_labels = torch.as_tensor(class_labels, device=device).reshape(-1)
     if len(class_labels) not in (1, batch_size):
         raise ValueError(

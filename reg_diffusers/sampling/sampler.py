@@ -88,7 +88,7 @@ class Sampler:
         settings = replace(settings, num_inference_steps=steps)
         unet = _InBfloat16(pipeline.unet) if settings.mixed_precision == "bf16" else pipeline.unet
         normalization = pipeline.config.normalization
-        self._pipeline = RegDDPMPipeline(unet, samplers[settings.scheduler](), normalization, pipeline.vqvae)
+        self._pipeline = pipeline.with_parts(unet=unet, scheduler=samplers[settings.scheduler]())
         self._pipeline.set_progress_bar_config(disable=True)
         self._conditions = conditions
         self.settings = settings
@@ -97,6 +97,7 @@ class Sampler:
         self._check_steps()
         self._check_class_labels()
         self._check_condition()
+        self._check_guidance_scale()
         self._guidance = [self._term(spec) for spec in settings.guidance]
 
     def draw(self, indices: Sequence[int], after_step: Callable | None = None) -> Tensor:
@@ -117,6 +118,7 @@ class Sampler:
             settings.num_inference_steps,
             settings.output_type,
             **self._conditions_of(indices),
+            guidance_scale=settings.guidance_scale,
             guidance=self._guidance,
             regularizer_scale=settings.regularizer_scale,
             guidance_method=settings.guidance_method,
@@ -168,7 +170,7 @@ class Sampler:
             raise ValueError(f"num_inference_steps {steps}: {' '.join(str(error).split())}") from error
 
     def _check_class_labels(self) -> None:
-        classes, labels = self._pipeline.unet.config.num_class_embeds, self.settings.class_labels
+        classes, labels = self._pipeline.num_classes, self.settings.class_labels
         if classes is None and labels:
             raise ValueError("class_labels are given, but the model has no classes")
         if classes is not None and not labels:
@@ -177,11 +179,15 @@ class Sampler:
             raise ValueError(f"class_labels must be from 0 to {classes - 1}, the last class of the model")
 
     def _check_condition(self) -> None:
-        channels = self._pipeline.unet.config.in_channels - self._pipeline._channels
+        channels = self._pipeline.condition_channels
         if channels and self._conditions is None:
             raise ValueError(f"condition is missing, but the model is conditioned on images of {channels} channels")
         if not channels and self._conditions is not None:
             raise ValueError("condition is given, but the model is not conditioned on images")
+
+    def _check_guidance_scale(self) -> None:
+        if self.settings.guidance_scale is not None:
+            self._pipeline._contexts(1, self.settings.guidance_scale, **self._conditions_of([0]))
 
 
 class _EnoughStepsError(Exception):

@@ -23,6 +23,7 @@ class SampleSettings:
         seed: the noise of sample i comes from `torch.Generator().manual_seed(seed + i)`.
         class_labels: sample i has the class `class_labels[i % n]`; empty for a network without classes.
         condition_sha256: a hash of the n conditioning images; sample i uses image i % n. "" without conditions.
+        guidance_scale: scale of classifier-free guidance; None for a network that is called once per step.
         guidance: losses that guide the sampler, as names for `specs.load_regularizer`.
         regularizer_scale: factor of all these losses, see `RegDDPMPipeline`.
         guidance_method: "mpgd", "dps" or "lgd".
@@ -38,6 +39,7 @@ class SampleSettings:
     seed: int = 0
     class_labels: tuple[int, ...] = ()
     condition_sha256: str = ""
+    guidance_scale: float | None = None
     guidance: tuple[str, ...] = ()
     regularizer_scale: float = 0.0
     guidance_method: str = "mpgd"
@@ -68,7 +70,7 @@ class SampleSettings:
         """
         try:
             stored = json.loads(path.read_text(encoding="utf-8"))
-            if "guidance_scale" in stored:  # its name up to version 0.3
+            if "regularizer_scale" not in stored and "guidance_scale" in stored:  # its name up to version 0.3
                 stored["regularizer_scale"] = stored.pop("guidance_scale")
             return cls(**{name: tuple(value) if isinstance(value, list) else value for name, value in stored.items()})
         except (ValueError, TypeError, AttributeError) as error:

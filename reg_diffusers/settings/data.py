@@ -70,7 +70,8 @@ class DataSettings:
     prompt: str | None = flag(None, "one text for all images, in place of --caption_column")
     condition_dropout: float = flag(
         0.0,
-        "probability that an image is trained without its text, for classifier-free guidance; 0.1 is usual",
+        "probability that an image is trained without its text or class label, for classifier-free guidance; 0.1 is"
+        " usual",
         parse=fraction,
     )
     streaming: bool = flag(
@@ -94,6 +95,11 @@ class DataSettings:
                 "--preserve_input_precision: images are read with 8 bits per channel; store deeper data as float"
                 " fields, an .npy array (N, C, H, W), and pass --train_data_dir fields.npy without this flag"
             )
+
+    @property
+    def has_no_class(self) -> bool:
+        """Whether some images are trained without their class label."""
+        return self.class_conditional and self.condition_dropout > 0
 
     @property
     def source(self) -> str | None:

@@ -22,12 +22,14 @@ class Batch:
 
     Attributes:
         original_samples: images in [-1, 1], (B, C, H, W).
-        conditions: conditions of the network.
+        conditions: conditions of the images.
+        given: conditions that the network sees: with --condition_dropout, some are missing.
         ids: rows of the images in the data set, (B,).
     """
 
     original_samples: Tensor
     conditions: Conditions
+    given: Conditions
     ids: Tensor
 
 
@@ -40,17 +42,17 @@ def batches_of(
         training: the training, with its dataloader and progress.
         data: data of the training.
         random_flip: whether to flip each image left to right with probability 1/2.
-        condition_dropout: probability that an image has no text.
+        condition_dropout: probability that an image has neither text nor class label.
     """
+    absent = Conditions.absent(data)
     for batch in endless_batches(training.accelerator, training.dataloader, training.progress):
         original_samples = data.normalization.normalize(batch["values"])
         conditions = Conditions.of_batch(data, batch)
         if random_flip:
             flipped = batch.get("mirrored")  # latents of the mirror images
             original_samples, conditions = flip_half(original_samples, conditions, flipped)
-        if condition_dropout:
-            conditions = conditions.without_some(data.prompts.null, condition_dropout)
-        yield Batch(original_samples, conditions, batch["ids"])
+        given = conditions.without_some(absent, condition_dropout) if condition_dropout else conditions
+        yield Batch(original_samples, conditions, given, batch["ids"])
 
 
 def flip_half(samples: Tensor, conditions: Conditions, mirrored: Tensor | None = None) -> tuple[Tensor, Conditions]:

@@ -120,10 +120,12 @@ def _check_texts(
         "--caption_column": data.caption_column,
         "--prompt": data.prompt,
         "--validation_prompts": validation_prompts,
-        "--condition_dropout": data.condition_dropout,
+        "--condition_dropout": None if data.class_conditional else data.condition_dropout,
     }
     if flags := [flag for flag, value in given.items() if value not in (None, 0.0)]:
         known = ", ".join(family.pipeline for family in FAMILIES)
+        if flags == ["--condition_dropout"]:
+            raise UsageError("--condition_dropout drops class labels or texts: add --class_conditional, or drop it")
         raise UsageError(
             f"{flags[0]} needs a text-to-image pipeline ({known}): name one by --pretrained_model_name_or_path"
         )

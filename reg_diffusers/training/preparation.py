@@ -91,6 +91,7 @@ def prepare(
     machine: MachineSettings,
     computation: Computation,
     output: OutputSettings,
+    has_no_class: bool = False,
     cache_dir: str | None = None,
     workers: int = 0,
     hyperparameters: dict | None = None,
@@ -108,6 +109,7 @@ def prepare(
         machine: settings of the machine.
         computation: precision and attention of the network.
         output: settings of the logger and the profile.
+        has_no_class: see `build_unet`.
         cache_dir: folder of downloads.
         workers: number of data loading workers per process.
         hyperparameters: settings to pass to the logger, by name.
@@ -133,7 +135,7 @@ def prepare(
     set_seed(optimization.seed)
     given = load_given_model(model, cache_dir)
     noise_scheduler = build_noise_scheduler(model, given)
-    unet = build_unet(machine, given, data)
+    unet = build_unet(machine, given, data, has_no_class=has_no_class)
     batch_size = optimization.train_batch_size
     if computation.attention.value == "explicit":
         use_explicit_attention(unet)

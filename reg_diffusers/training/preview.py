@@ -37,11 +37,11 @@ _INK, _GREY = (32, 32, 32), (110, 110, 110)
 
 
 def sampling_pipeline(unet, noise_scheduler, data: TrainingData, vae=None) -> RegDDPMPipeline:
-    """Builds the pipeline to save: the network, its training scheduler, an autoencoder and a field's normalization."""
+    """Builds the pipeline to save: network, training scheduler, autoencoder, a field's normalization, class names."""
     normalization = None
     if not data.is_picture:
         normalization = {"offset": list(data.normalization.offset), "scale": list(data.normalization.scale)}
-    pipeline = RegDDPMPipeline(unet, noise_scheduler, normalization, vae)
+    pipeline = RegDDPMPipeline(unet, noise_scheduler, normalization, vae, data.classes)
     pipeline.set_progress_bar_config(disable=True)
     return pipeline
 
@@ -66,7 +66,7 @@ def draw_samples(
         batch_size: number of samples drawn at a time.
         **conditions: conditions of the samples.
     """
-    sampler = RegDDPMPipeline(pipeline.unet, fast_scheduler(pipeline.scheduler), vqvae=pipeline.vqvae)
+    sampler = pipeline.with_parts(scheduler=fast_scheduler(pipeline.scheduler))
     sampler.set_progress_bar_config(disable=True)
     generator = torch.Generator().manual_seed(seed)
     drawn = []

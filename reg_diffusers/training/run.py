@@ -124,6 +124,7 @@ class Run:
             machine=settings.machine,
             computation=self.computation,
             output=settings.output,
+            has_no_class=settings.data.has_no_class,
             cache_dir=settings.data.cache_dir,
             workers=settings.data.dataloader_num_workers,
             hyperparameters=settings.kept(),
@@ -251,7 +252,7 @@ def open_run(launch: Launch) -> Run:
     on_data = together(state, lambda: check_terms(terms, noise_scheduler, data, state.device, likely_precision))
     together(state, lambda: check_rules(weight_rules(loss, terms), on_data))
     together(state, lambda: check_schedules(terms, weight_rules(loss, terms), measured_steps(optimization)))
-    unet = build_unet(machine, given, data)
+    unet = build_unet(machine, given, data, has_no_class=settings.data.has_no_class)
     check_logger(output.logger)
     on_main_process(state, lambda: launch.held.enter_context(claim_output_dir(output)))
     computation = on_main_process(state, lambda: _computation(settings, given, data, unet, state))
