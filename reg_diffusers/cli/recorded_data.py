@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
+from ..runs.run_folder import BEST_FOLDER, PLAIN_FOLDER, SETTINGS_FILE
 from .judging_flags import DATA_FLAGS
 
 __all__ = ["recorded_data"]
@@ -48,11 +49,10 @@ def _settings(model: str, flag: str) -> dict:
     import yaml
 
     from ..runtime.errors import UsageError
-    from ..training.output import SETTINGS_FILE
 
     path = Path(model, SETTINGS_FILE)
-    if Path(model).name == "plain" and not path.is_file():  # the plain model of a comparison shares them
-        path = Path(model).parent / SETTINGS_FILE
+    while path.parent.name in (PLAIN_FOLDER, BEST_FOLDER) and not path.is_file():  # these models of a run share them
+        path = path.parent.with_name(SETTINGS_FILE)
     if not path.is_file():
         raise UsageError(f"--model {model} does not record its training data: name them, {flag} FOLDER_OR_ID")
     try:

@@ -77,6 +77,20 @@ class PictureData(torch.utils.data.Dataset):
             found["class_labels"] = self._class_labels[indices]
         return found
 
+    def number_classes_as(self, classes: list[str]) -> None:
+        """Numbers the classes as another data set does.
+
+        Args:
+            classes: the names of the classes of that data set.
+
+        Raises:
+            ValueError: this data set has another class; the message names it.
+        """
+        if unknown := [name for name in self.classes if name not in classes]:
+            raise ValueError(f"{unknown[0]} is none of the classes {', '.join(classes)}")
+        numbers = torch.tensor([classes.index(name) for name in self.classes])
+        self._class_labels, self.classes = numbers[self._class_labels], classes
+
     @property
     def captions(self) -> list[str | None]:
         """The texts of the images, in order; only with a column of captions."""

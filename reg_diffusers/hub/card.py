@@ -15,7 +15,15 @@ import yaml
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 from ..runs.measurement import COMPARISON_FILE, read_comparison
-from ..runs.run_folder import ABANDONED, CARD_FILE, CONFIG_FILE, EVIDENCE, files_left
+from ..runs.run_folder import (
+    ABANDONED,
+    CARD_FILE,
+    CONFIG_FILE,
+    EVIDENCE,
+    VALIDATION_FILE,
+    VALIDATION_PICTURE,
+    files_left,
+)
 from ..runtime.files import write_whole
 from ..runtime.links import check_links, is_part_of
 from .card_text import CardFacts, card_text
@@ -182,6 +190,7 @@ def _facts(folder: Path) -> CardFacts:
         settings=read_json(comparison),
         rows=read_comparison(comparison) if comparison.is_file() else {},
         pictures=shown_pictures(folder),
+        validation=read_json(folder / VALIDATION_FILE),
     )
 
 
@@ -190,7 +199,9 @@ def shown_pictures(folder: Path) -> dict[str, str]:
     shown = {"Data and samples with their numbers": "comparison.png", "Loss against distance": "evaluation.png"}
     found = {text: name for text, name in shown.items() if (folder / name).is_file()}
     grids = sorted(files_left(folder, lambda left: left.evidence and left.folder == "samples"), key=_number)
-    return found or ({"Samples": f"samples/{grids[-1].name}"} if grids else {})
+    found = found or ({"Samples": f"samples/{grids[-1].name}"} if grids else {})
+    is_validated = (folder / VALIDATION_PICTURE).is_file()
+    return found | ({"Losses of training and held-out images": VALIDATION_PICTURE} if is_validated else {})
 
 
 def _number(path: Path) -> int:

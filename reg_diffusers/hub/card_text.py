@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import json
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from ..prediction import image_channels
 from ..runs.measurement import Measurement, as_code, as_text, markdown_table
+from .held_out_text import held_out_text
 
 __all__ = ["CardFacts", "block", "card_text", "objective_section", "reproduction_section"]
 
@@ -53,6 +54,7 @@ class CardFacts:
         settings: the settings of the measurement.
         rows: the measured rows, that of the model last.
         pictures: paths of the figures to show, by caption.
+        validation: the losses of held-out images.
     """
 
     record: dict
@@ -64,6 +66,7 @@ class CardFacts:
     settings: dict
     rows: dict[str, Measurement]
     pictures: dict[str, str]
+    validation: dict = field(default_factory=dict)
 
     @property
     def by_class(self) -> bool:
@@ -231,6 +234,7 @@ def _evidence(facts: CardFacts) -> str:
     sections = ["## Results"]
     if facts.rows:
         sections += [_how_measured(facts), markdown_table(facts.rows)]
+    sections += [text for text in (held_out_text(facts.validation),) if text]
     sections += [f"![{shown}]({path})" for shown, path in facts.pictures.items()]
     return "\n\n".join(sections) if len(sections) > 1 else ""
 

@@ -8,9 +8,10 @@ from pathlib import Path
 from huggingface_hub import ModelCardData
 
 from ..runs.measurement import as_text
-from ..runs.run_folder import CONFIG_FILE, LORA_FILE
+from ..runs.run_folder import CONFIG_FILE, LORA_FILE, VALIDATION_FILE
 from .card import BEGIN, END, as_card, read_json, shown_pictures, write_merged
 from .card_text import block, objective_section, reproduction_section
+from .held_out_text import held_out_text
 
 __all__ = ["write_lora_card"]
 
@@ -38,11 +39,11 @@ def write_lora_card(folder: Path, repo_id: str, license: str | None = None) -> N
         datasets=[hub_id] if hub_id else None,
         base_model=record.get("base_model"),
     )
-    text = _text(record, shown_pictures(folder), repo_id)
+    text = _text(record, held_out_text(read_json(folder / VALIDATION_FILE)), shown_pictures(folder), repo_id)
     write_merged(folder, as_card(data, f"{BEGIN}\n\n{text}\n\n{END}"))
 
 
-def _text(record: dict, pictures: dict[str, str], repo_id: str) -> str:
+def _text(record: dict, held_out: str, pictures: dict[str, str], repo_id: str) -> str:
     base, data = record.get("base_model"), record.get("data") or {}
     named = f"[{base}](https://huggingface.co/{base})" if base else "a pipeline on the author's machine"
     images = f", trained on {data['images']:,} images of {as_text(data['name'])}" if data else ""
@@ -57,6 +58,7 @@ def _text(record: dict, pictures: dict[str, str], repo_id: str) -> str:
         f"# {as_text(repo_id.rstrip('/').split('/')[-1])}",
         f"LoRA weights for {named}{images}: `{LORA_FILE}`.",
         objective_section(record.get("objective")),
+        held_out,
         *(f"![{shown}]({path})" for shown, path in pictures.items()),
         "## Usage",
         block("python", *usage),

@@ -36,6 +36,7 @@ class Measurement:
         distance: sliced Wasserstein distance to the data, in pixel values; for the data: between its two halves.
         denoising_loss: mean over fixed images, noise and timesteps; None for the data.
         distance_half_width: half-width of the 95 % confidence interval of the distance; nan for too few images.
+        held_out_loss: denoising loss on held-out images at the end of the training; None without them.
     """
 
     images: int
@@ -44,6 +45,7 @@ class Measurement:
     distance: float
     denoising_loss: float | None = None
     distance_half_width: float = math.nan
+    held_out_loss: float | None = None
 
 
 def table(rows: dict[str, Measurement]) -> str:
@@ -77,17 +79,23 @@ def as_code(text: str) -> str:
 
 def _cells(rows: dict[str, Measurement]) -> list[list[str]]:
     names = list(next(iter(rows.values())).terms)
-    head = ["", *names, "distance to data", "denoising loss"]
+    is_held_out = any(row.held_out_loss is not None for row in rows.values())
+    head = ["", *names, "distance to data", "denoising loss", *(["on held-out images"] if is_held_out else [])]
     body = [
         [
             title,
             *(_with_error(row.terms[name], row.standard_errors[name]) for name in names),
             f"{row.distance:.4f}",
-            "" if row.denoising_loss is None else f"{row.denoising_loss:.5f}",
+            _loss(row.denoising_loss),
+            *([_loss(row.held_out_loss)] if is_held_out else []),
         ]
         for title, row in rows.items()
     ]
     return [head, *body]
+
+
+def _loss(value: float | None) -> str:
+    return "" if value is None else f"{value:.5f}"
 
 
 def _with_error(mean: float, error: float) -> str:
@@ -103,8 +111,10 @@ def write_comparison(path: Path, rows: dict[str, Measurement], **settings) -> No
 def read_comparison(path: Path) -> dict[str, Measurement]:
     """Reads the rows that `write_comparison` wrote; a non-finite number becomes nan."""
     rows = json.loads(path.read_text())["rows"]
+    losses = ("denoising_loss", "held_out_loss")  # None where there is none
     return {
-        title: Measurement(**{**_parsed(row), "denoising_loss": row["denoising_loss"]}) for title, row in rows.items()
+        title: Measurement(**{**_parsed(row), **{name: row.get(name) for name in losses}})
+        for title, row in rows.items()
     }
 
 

@@ -11,9 +11,19 @@ from pathlib import Path, PurePath
 from .measurement import COMPARISON_FILE
 
 __all__ = [
-    *("ABANDONED", "CARD_FILE", "CONFIG_FILE", "EVIDENCE", "LOCK_FILE", "LORA_FILE", "LOGS", "PLAIN_FOLDER"),
+    *(
+        "ABANDONED",
+        "BEST_FOLDER",
+        "CARD_FILE",
+        "CONFIG_FILE",
+        "EVIDENCE",
+        "LOCK_FILE",
+        "LORA_FILE",
+        "LOGS",
+        "PLAIN_FOLDER",
+    ),
     *("PROFILE_FOLDER", "SETTINGS_FILE", "TABLE", "Left", "evidence_patterns", "files_left", "is_of_checkpoint"),
-    *("not_data", "obstacle", "private_patterns", "shown_files"),
+    *("VALIDATION_FILE", "VALIDATION_PICTURE", "not_data", "obstacle", "private_patterns", "shown_files"),
 ]
 
 CARD_FILE = "README.md"
@@ -23,6 +33,9 @@ LORA_FILE = "pytorch_lora_weights.safetensors"  # as diffusers names it
 LOCK_FILE = ".lock"
 LOGS = ("metrics.jsonl", "bad_steps.jsonl")  # one line per step
 PLAIN_FOLDER = "plain"
+BEST_FOLDER = "best"
+VALIDATION_FILE = "validation.json"
+VALIDATION_PICTURE = "validation.png"
 PROFILE_FOLDER = "profile"
 _MARKS = {
     SETTINGS_FILE: "a training run",
@@ -71,16 +84,25 @@ _NETWORK_FILES = (
 )
 _MODEL = {"evidence": False}
 _PRIVATE = {"uploaded": False, "evidence": False}
-_MAIN = (
+_PIPELINE = (
     Left("", ("model_index.json", "pipeline.py"), "pipeline", **_MODEL),
     Left("unet", _NETWORK_FILES, **_MODEL),
     Left("", (LORA_FILE,), "adapters", **_MODEL),
     Left("vqvae", _NETWORK_FILES, **_MODEL),
     Left("scheduler", ("scheduler_config.json",), **_MODEL),
+    Left(".pipeline/**", ("*",), **_PRIVATE),  # unfinished
+)
+_BEST = tuple(replace(left, folder=f"{BEST_FOLDER}/{left.folder}", name="", **_PRIVATE) for left in _PIPELINE)
+_MAIN = (
+    *_PIPELINE,
+    Left(BEST_FOLDER, (), "best model", **_PRIVATE),
+    *_BEST,
     Left("samples", ("step-#.png",), "samples", stale="later"),
     Left("", ("comparison.png",), "comparison", stale="all"),
     Left("", (COMPARISON_FILE,), stale="all"),
     Left("", ("evaluation.png",), "evaluation", stale="all"),
+    Left("", (VALIDATION_PICTURE,), "validation", stale="all"),
+    Left("", (VALIDATION_FILE,), stale="all"),
     Left("", (LOGS[0],), "metrics", stale="later"),
     Left("", (LOGS[1],), "bad steps", stale="later"),
     Left(PROFILE_FOLDER + "/**", ("trace.json",), "profile", **_PRIVATE),
@@ -97,7 +119,6 @@ _MAIN = (
     Left("", (LOCK_FILE,), deleted=False, **_PRIVATE),
     Left(".checkpoint-#/**", ("*",), **_PRIVATE),
     Left(".checkpoint-#.replaced/**", ("*",), **_PRIVATE),
-    Left(".pipeline/**", ("*",), **_PRIVATE),
     Left(".upload/**", ("*",), **_PRIVATE),
 )
 _PLAIN = tuple(replace(left, folder=f"{PLAIN_FOLDER}/{left.folder}", name="", **_PRIVATE) for left in _MAIN)

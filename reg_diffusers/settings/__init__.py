@@ -8,6 +8,7 @@ from .model import ModelSettings
 from .optimization import OptimizationSettings
 from .output import OutputSettings
 from .run import Settings
+from .validation import ValidationSettings
 
 __all__ = [
     "DataSettings",
@@ -18,4 +19,5 @@ __all__ = [
     "OptimizationSettings",
     "OutputSettings",
     "Settings",
+    "ValidationSettings",
 ]

@@ -23,6 +23,7 @@ from .optimization import OptimizationSettings
 from .output import OutputSettings
 from .parser import Parser
 from .run import Settings
+from .validation import ValidationSettings
 
 __all__ = ["add_objective_flags", "as_flags", "build_parser", "complete", "parse_args"]
 
@@ -33,6 +34,7 @@ _SECTIONS = {
     "loss": ("regularization", LossSettings),
     "optimization": ("optimization", OptimizationSettings),
     "machine": ("machine", MachineSettings),
+    "validation": ("validation", ValidationSettings),
     "output": ("output", OutputSettings),
     "hub": ("Hub", HubSettings),
 }

@@ -14,6 +14,7 @@ from .machine import MachineSettings
 from .model import ModelSettings
 from .optimization import OptimizationSettings
 from .output import OutputSettings
+from .validation import ValidationSettings
 
 __all__ = ["Settings"]
 
@@ -35,6 +36,7 @@ class Settings:
     loss: LossSettings = field(default_factory=LossSettings)
     optimization: OptimizationSettings = field(default_factory=OptimizationSettings)
     machine: MachineSettings = field(default_factory=MachineSettings)
+    validation: ValidationSettings = field(default_factory=ValidationSettings)
     output: OutputSettings = field(default_factory=OutputSettings)
     hub: HubSettings = field(default_factory=HubSettings)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -24,9 +25,32 @@ from ..settings.data import DataSettings
 from ..settings.model import ModelSettings
 from ..settings.size import sides
 
-__all__ = ["Loaded", "load_model_and_data"]
+__all__ = ["HeldOut", "Loaded", "load_model_and_data"]
 
 _TEXTS_SHOWN = 16  # of the first images, in previews
+
+
+@dataclass(frozen=True)
+class HeldOut:
+    """Images that are held out from the training.
+
+    Attributes:
+        data: the images as the network sees them.
+        source: their origin, such as "--validation_split 0.05".
+        digest: hash of their content.
+    """
+
+    data: TrainingData
+    source: str
+    digest: str
+
+    def describe(self) -> str:
+        """Describes the images in a line."""
+        return f"{len(self.data):,} {'images' if self.data.is_picture else 'fields'} by {self.source}"
+
+    def record(self) -> dict:
+        """Describes the images for reg_config.json."""
+        return {"images": len(self.data), "source": self.source, "sha256": self.digest}
 
 
 @dataclass(frozen=True)
@@ -35,11 +59,17 @@ class Loaded:
 
     Attributes:
         given: model to start from.
-        images: data as images or fields.
+        images: images or fields to train on.
         data: data as the network sees them: `images`, or their latents.
         vae: autoencoder of the latents, or None.
         family: family of a text-to-image pipeline, or None.
+<<<<<<< HEAD
         previews: embeddings of the texts of the previews, (P, ...) by name; None without texts.
+=======
+        previews: embeddings of the texts of the previews, (P, L, D); None without texts.
+        see: turns further images, like `images`, into what the network sees.
+        held_out: images that are held out, or None.
+>>>>>>> 3957fd3 (Measure the losses on held-out images, with the same noise each time)
     """
 
     given: GivenModel
@@ -47,7 +77,13 @@ class Loaded:
     data: TrainingData
     vae: nn.Module | None = None
     family: Family | None = None
+<<<<<<< HEAD
     previews: dict[str, Tensor] | None = None
+=======
+    previews: Tensor | None = None
+    see: Callable[[TrainingData], TrainingData] = lambda images: images
+    held_out: HeldOut | None = None
+>>>>>>> 3957fd3 (Measure the losses on held-out images, with the same noise each time)
 
     def frozen_parts(self) -> dict[str, str]:
         """Returns hashes of what decides the result but is in no checkpoint, by name: files may change in place."""
@@ -55,6 +91,7 @@ class Loaded:
             "autoencoder": self.vae and autoencoder_sha256(self.vae),
             "frozen weights": self.given.unet and frozen_sha256(self.given.unet),
             "texts": self.data.prompts and self.data.prompts.fingerprint,
+            "held-out images": self.held_out and self.held_out.digest,
         }
         return {name: value for name, value in found.items() if value}
 
@@ -87,20 +124,31 @@ def load_model_and_data(
         raise UsageError(f"an autoencoder encodes images, but the data are fields: {fix}")
     key, encode = autoencoder_sha256(vae), partial(encoded, vae.to(device))
     folder = cache_folder(data.cache_dir)
-    prompts, previews = None, None
+    encoder = None if family is None else _load_encoder(family, base, data.cache_dir, device)
+
+    def see(images: TrainingData, *, mirrored: bool = False) -> TrainingData:
+        prompts = None if family is None else _prompts(images, data, family, encoder, folder)
+        return latents_of(images, encode, key, folder, device, mirrored=mirrored, prompts=prompts)
+
+    latents, previews = see(images, mirrored=data.random_flip), None
     if family is not None:
+<<<<<<< HEAD
         encoder, null = _load_encoder(family, base, data.cache_dir, device)
         prompts = _prompts(images, data, family, encoder, null, folder)
         shown = list(validation_prompts or dict.fromkeys(prompts.texts[:_TEXTS_SHOWN]))
         embedded = [family.embed(encoder, [text]) for text in shown]
         previews = {name: torch.cat([one[name] for one in embedded]).cpu() for name in prompts.null}
     latents = latents_of(images, encode, key, folder, device, mirrored=data.random_flip, prompts=prompts)
+=======
+        shown = list(validation_prompts or dict.fromkeys(latents.prompts.texts[:_TEXTS_SHOWN]))
+        previews = torch.cat([family.embed(encoder, [text]) for text in shown]).cpu()
+>>>>>>> 3957fd3 (Measure the losses on held-out images, with the same noise each time)
     if given.unet is not None and given.channels != latents.shape[0]:
         raise UsageError(
             f"the autoencoder gives latents of {latents.shape[0]} channels, but the given model has {given.channels}:"
             " use the autoencoder that it was trained with"
         )
-    return Loaded(given, images, latents, vae, family, previews)
+    return Loaded(given, images, latents, vae, family, previews, see)
 
 
 def _check_texts(

@@ -21,6 +21,7 @@ from ..settings.data import DataSettings
 from ..settings.loss import LossSettings
 from ..settings.machine import MachineSettings
 from ..term import Term, checked_weights
+from .loading import HeldOut
 from .terms import weight_rules
 
 __all__ = ["record_of_data", "record_of_objective", "record_weights", "recorded_command", "write_record"]
@@ -87,8 +88,8 @@ def recorded_command(argv: list[str], state: PartialState, machine: MachineSetti
     return launch_command(argv, state, undeclared)
 
 
-def record_of_data(settings: DataSettings, data: TrainingData) -> dict:
-    """Describes the data and their source."""
+def record_of_data(settings: DataSettings, data: TrainingData, held_out: HeldOut | None = None) -> dict:
+    """Describes the data and their source, and the images that are held out."""
     source = settings.source
     return {
         "name": Path(source).name if source and Path(source).exists() else source or "Fashion-MNIST (a part)",
@@ -96,6 +97,7 @@ def record_of_data(settings: DataSettings, data: TrainingData) -> dict:
         "images": data.number,
         "shape": list(data.shape),
         "classes": data.classes,
+        **({} if held_out is None else {"held_out": held_out.record()}),
     }
 
 

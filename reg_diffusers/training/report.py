@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -13,13 +14,14 @@ from ..data.training_data import TrainingData
 from ..evaluation.comparison import describe_change, difference, draw_comparison, measure
 from ..evaluation.measuring import denoising_losses
 from ..evaluation.trade_off import draw_evaluation
+from ..hub.card import read_json
 from ..networks.computation import Computation
 from ..networks.conditions import Conditions
 from ..networks.trained import trained_parameters
 from ..pipeline import RegDDPMPipeline
 from ..prediction import prediction_type
 from ..runs.measurement import COMPARISON_FILE, table, write_comparison
-from ..runs.run_folder import LORA_FILE, shown_files
+from ..runs.run_folder import LORA_FILE, PLAIN_FOLDER, VALIDATION_FILE, shown_files
 from ..runtime.files import write_whole
 from ..runtime.hardware import threads_reason
 from ..runtime.interruption import Interruption
@@ -50,6 +52,7 @@ def describe(
     estimates: tuple[str, str],
     machine: list[str],
     output_dir: str,
+    held_out: str | None = None,
 ) -> str:
     """Describes the run: data, model, objective, time and disk in five lines, then details.
 
@@ -65,6 +68,7 @@ def describe(
         estimates: time and disk that the run needs.
         machine: what was chosen for this machine.
         output_dir: output folder.
+        held_out: what the held-out images are, if there are any.
     """
     source = source or "embedded Fashion-MNIST"
     kind = "images" if data.is_picture else "fields"
@@ -90,6 +94,7 @@ def describe(
             f"disk       {estimates[1]}",
             *([f"data       {images.note}"] if images.note else []),
             *([f"latents    {_size(data)}, {data.note}; L' sees decoded images"] if data is not images else []),
+            *([f"held out   {held_out}"] if held_out else []),
             *([f"texts      {_texts(data.prompts.texts)}"] if data.prompts is not None else []),
             *(f"data       {name} {values}" for name, values in on_data.items()),
             *([f"classes    {classes}"] if classes else []),
@@ -199,7 +204,9 @@ def _compare(
         trained_with = {**data_term, **conditions}
         encoded = pipeline.encode(reference)
         losses[title] = denoising_losses(pipeline.unet, pipeline.scheduler, encoded, seed, **trained_with)
-        rows[title] = measure(samples, reference, terms, losses[title].mean().item(), **conditions)
+        row = measure(samples, reference, terms, losses[title].mean().item(), **conditions)
+        measured = read_json(output_dir / (PLAIN_FOLDER if pipeline is plain else "") / VALIDATION_FILE)
+        rows[title] = replace(row, held_out_loss=measured.get("last", {}).get("validation/denoising"))
         pictures[title] = grid(samples[:_IMAGES_SHOWN])
     recorded = {
         "seed": seed,
@@ -230,6 +237,7 @@ def describe_result(output_dir: Path, interruption: Interruption, resume: str) -
     lines = []
     if interruption:
         lines.append(f"stopped by {interruption.name}; continue with: {resume}")
+    lines += _held_out_losses(read_json(output_dir / VALIDATION_FILE))
     lines += [f"{name:<12}{path}" for name, path in shown_files(output_dir).items() if path.exists()]
     if (output_dir / LORA_FILE).is_file():
         lines.append(f'load it     pipeline.load_lora_weights("{output_dir}"), with the pipeline that was fine-tuned')
@@ -239,6 +247,19 @@ def describe_result(output_dir: Path, interruption: Interruption, resume: str) -
         f'pipeline = RegDDPMPipeline.from_pretrained("{output_dir}")'
     )
     return "\n".join(lines)
+
+
+def _held_out_losses(validation: dict) -> list[str]:
+    """Returns a line about the last and the best measurement on held-out images."""
+    if not validation:
+        return []
+    last, best = validation["last"], validation["best"]
+    losses = [f"denoising {last['validation/denoising']:.5g}"]
+    losses += [f"{name.split('/raw/')[1]} {value:.4g}" for name, value in last.items() if "/raw/" in name]
+    lowest = (
+        f"; the lowest denoising loss was {best['validation/denoising']:.5g} at step {best['step']:,}" if best else ""
+    )
+    return [f"held out    {', '.join(losses)} at step {last['step']:,}{lowest}"]
 
 
 def _images(data: TrainingData, indices: list[int], device: torch.device) -> tuple[Tensor, Conditions]:

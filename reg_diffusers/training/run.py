@@ -49,6 +49,7 @@ from ..weight_rules import WeightRule
 from .conflict_free import check_balance
 from .ending import Ending, ended_well
 from .estimate import describe_needs, number_of_steps
+from .held_out import hold_out
 from .loading import Loaded, load_model_and_data
 from .metrics import check_logger
 from .output import claim_output_dir, remove_earlier_run, write_settings
@@ -274,15 +275,21 @@ def open_run(launch: Launch) -> Run:
             mixed_precision=computation.mixed_precision.value,
             base_model=settings.model.pretrained_model_name_or_path,
             vae=settings.model.vae,
-            data=record_of_data(settings.data, loaded.images),
+            data=record_of_data(settings.data, loaded.images, loaded.held_out),
             objective=record_of_objective(
                 *(loss, terms, noise_scheduler), is_picture=data.is_picture, is_decoded=vae is not None
             ),
         )
         lines = describe_machine(machine, state, computation, keeps_memory)
         data_and_model = data, loaded.images, settings.data.source, unet, noise_scheduler
+<<<<<<< HEAD
         estimates = describe_needs(settings, state, data, given, unet, noise_scheduler, terms, computation, vae)
         described = describe(*data_and_model, loss, terms, on_data, estimates, lines, output.output_dir)
+=======
+        estimates = describe_needs(settings, state, data, unet, noise_scheduler, terms, computation, vae)
+        held_out = loaded.held_out and loaded.held_out.describe()
+        described = describe(*data_and_model, loss, terms, on_data, estimates, lines, output.output_dir, held_out)
+>>>>>>> 3957fd3 (Measure the losses on held-out images, with the same noise each time)
         say(described)
     interruption = Interruption(state, output.max_train_time)
     of_data = loaded, terms, on_data
@@ -300,7 +307,7 @@ def _load(settings: Settings, state: PartialState) -> Loaded:
         raise UsageError("--compare is not supported for text-to-image models: drop the flag, or pass --no-compare")
     if loaded.family is not None and settings.hub.push_to_hub:
         raise UsageError("--push_to_hub is not supported for LoRA: upload the folder by hf upload")
-    return loaded
+    return hold_out(loaded, settings.validation, settings.data, settings.optimization.seed)
 
 
 def _computation(settings: Settings, given: GivenModel, data: TrainingData, unet, state: PartialState) -> Computation:

@@ -20,6 +20,7 @@ from .preview import Previews, draw_samples, sampling_pipeline
 from .run import Run
 from .terms import of_images
 from .text_model import TextModel
+from .validation import Validation
 
 __all__ = ["Saves"]
 
@@ -52,11 +53,12 @@ class Saves:
         output, accelerator = run.settings.output, training.accelerator
         self._run, self._training, self._monitors = run, training, monitors
         self._output, self._output_dir = output, output_dir
+        self._validation = _validation(run, training, output_dir)
         streams = {"stream": training.dataloader.batch_sampler} if run.settings.data.streaming else {}
         self._checkpoints = Checkpoints(
             accelerator,
             output_dir,
-            training.states | monitors.states,
+            training.states | monitors.states | ({"validation": self._validation} if self._validation else {}),
             run.mathematics,
             output.checkpoints_total_limit or None,
             monitors.counters | streams,
@@ -88,7 +90,12 @@ class Saves:
         raise problem
 
     def save(self, step: int) -> None:
-        """Saves a checkpoint and, with the weights to sample from, the pipeline, a grid and an upload, when due."""
+        """Measures, saves a checkpoint and, with the weights to sample from, pipeline, grid and upload, when due.
+
+        A checkpoint holds the measurement of its step.
+        """
+        if self._validation and self._validation.is_due(step):
+            self._validation.measure(step, self.pipeline, self._sampled.ready)
         is_checkpoint = self._is_checkpoint(step)
         if is_checkpoint:
             self._checkpoints.save(step)
@@ -112,6 +119,8 @@ class Saves:
             self._checkpoints.save(step)
         self._sampled.finish()
         self._save_pipeline()
+        if self._validation:
+            self._validation.finish()
         self._training.accelerator.wait_for_everyone()
         if not self._run.interruption:
             self._previews.draw(step)
@@ -122,6 +131,25 @@ class Saves:
     def _save_pipeline(self) -> None:
         if self._training.accelerator.is_main_process:
             save_pipeline(self.pipeline, self._output_dir)
+
+
+def _validation(run: Run, training: Training, output_dir: Path) -> Validation | None:
+    """Returns the validation of a training; a plain model is measured with the terms of the other, too."""
+    held_out, settings = run.loaded.held_out, run.settings
+    if held_out is None:
+        return None
+    return Validation(
+        training,
+        held_out.data,
+        held_out.source,
+        run.terms,
+        settings.loss,
+        seed=settings.optimization.seed,
+        interval=settings.validation.validation_steps or settings.output.checkpointing_steps,
+        keeps_best=settings.validation.keep_best,
+        output_dir=output_dir,
+        ending=run.ending,
+    )
 
 
 def _sampled_model(run: Run, unet, noise_scheduler) -> tuple[RegDDPMPipeline | TextModel, Callable[..., Tensor]]:

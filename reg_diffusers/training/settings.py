@@ -17,7 +17,8 @@ from ..settings.output import OutputSettings
 
 __all__ = ["check_settings", "mathematical_settings"]
 
-_PATHS = ("dataset_name", "train_data_dir", "pretrained_model_name_or_path", "model_config_name_or_path", "vae")
+_PATHS = ("dataset_name", "train_data_dir", "validation_data_dir")
+_PATHS += ("pretrained_model_name_or_path", "model_config_name_or_path", "vae")
 _LENGTHS = ("num_epochs", "max_train_steps")
 _OF_FIELDS = ("field_scale", "reg_units")
 
