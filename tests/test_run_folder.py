@@ -21,7 +21,8 @@ def contents(folder):
 @pytest.fixture
 def run(train):
     """A run that left one of everything."""
-    out = train(*SHORT, "--compare", "--logger", "tensorboard", "--logging_dir", "a/b", "--profile", 1)
+    held_out = ("--validation_split", 0.002, "--validation_steps", 2, "--keep_best")
+    out = train(*SHORT, *held_out, "--compare", "--logger", "tensorboard", "--logging_dir", "a/b", "--profile", 1)
     (out / "bad_steps.jsonl").write_text('{"step": 1}\n')
     return out
 
