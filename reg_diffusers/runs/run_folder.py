@@ -163,8 +163,8 @@ def private_patterns(logging_dir: str = "logs") -> list[str]:
         folder = "/".join(part for part, _ in _parts(left.folder, logging_dir))
         if left.uploaded or folder.startswith("."):
             continue
-        if folder.startswith(PLAIN_FOLDER):
-            patterns.append(f"{PLAIN_FOLDER}/*")
+        if (top := folder.split("/")[0]) in (PLAIN_FOLDER, BEST_FOLDER):
+            patterns.append(f"{top}/*")
         elif folder.endswith("/**"):
             patterns.append(_glob(folder.removesuffix("*")))
         else:

@@ -8,6 +8,7 @@ from ..data.held_out import Part, digest_of, split_rows, without_twins
 from ..data.training_data import Naming, TrainingData, load_training_data
 from ..runtime.errors import UsageError, warn
 from ..settings.data import DataSettings
+from ..settings.size import as_setting
 from ..settings.validation import ValidationSettings
 from .loading import HeldOut, Loaded
 
@@ -37,6 +38,11 @@ def hold_out(loaded: Loaded, validation: ValidationSettings, data: DataSettings,
                 f"{flag}: a stream is not split, because its rows are known only while they are read: name other"
                 " images by --validation_data_dir, or drop --streaming"
             )
+        if data.buckets:
+            raise UsageError(
+                f"{flag}: held-out images must have one size, which those of --buckets lack: name other images by"
+                " --validation_data_dir, which are cropped to the most frequent size"
+            )
         rows, held_rows = split_rows(len(loaded.images), validation.validation_split, seed)
         held_out, seen = Part(loaded.images, held_rows), Part(loaded.data, held_rows)
         images = Part(loaded.images, rows)
@@ -49,7 +55,11 @@ def hold_out(loaded: Loaded, validation: ValidationSettings, data: DataSettings,
     if data.streaming:
         warn(f"{flag}: not compared with the training images, because these are streamed")
     else:
-        seen, held_out = _without_twins(flag, held_out, seen, loaded.images)
+        if data.buckets:
+            warn(
+                f"{flag}: cropped to {as_setting(held_out.shape[1:])}, and compared with the images of that size only"
+            )
+        seen, held_out = _without_twins(flag, held_out, seen, loaded.images.examples)
     return replace(loaded, held_out=HeldOut(seen, flag, digest_of(held_out)))
 
 
@@ -79,15 +89,13 @@ def _load(images: TrainingData, folder: str, data: DataSettings) -> TrainingData
     flag = f"--validation_data_dir {folder}"
     field = "train_data_dir" if data.dataset_name is None else "dataset_name"
     named = {"dataset_name": None, "dataset_config_name": None, "train_data_dir": None, field: folder}
-    channels, height, _ = images.shape
-    size = height if images.is_picture else None
-    settings = replace(
-        data, **named, streaming=False, resolution=size, field_scale="channel"
-    )  # normalization is given
+    size = as_setting(images.shape[1:]) if images.is_picture else None
+    # The normalization of fields is given.
+    settings = replace(data, **named, streaming=False, buckets=None, resolution=size, field_scale="channel")
     normalization = None if images.is_picture else images.normalization
     naming = Naming("--validation_data_dir", "the training")
     try:
-        found = load_training_data(settings, channels, height, normalization, images.condition_channels, naming)
+        found = load_training_data(settings, images.shape[0], None, normalization, images.condition_channels, naming)
         if found.shape != images.shape:
             sizes = [" x ".join(map(str, shape)) for shape in (found.shape, images.shape)]
             raise UsageError(f"{flag}: {sizes[0]}, but the training data are {sizes[1]}")

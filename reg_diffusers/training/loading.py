@@ -63,13 +63,9 @@ class Loaded:
         data: data as the network sees them: `images`, or their latents.
         vae: autoencoder of the latents, or None.
         family: family of a text-to-image pipeline, or None.
-<<<<<<< HEAD
         previews: embeddings of the texts of the previews, (P, ...) by name; None without texts.
-=======
-        previews: embeddings of the texts of the previews, (P, L, D); None without texts.
         see: turns further images, like `images`, into what the network sees.
         held_out: images that are held out, or None.
->>>>>>> 3957fd3 (Measure the losses on held-out images, with the same noise each time)
     """
 
     given: GivenModel
@@ -77,13 +73,9 @@ class Loaded:
     data: TrainingData
     vae: nn.Module | None = None
     family: Family | None = None
-<<<<<<< HEAD
     previews: dict[str, Tensor] | None = None
-=======
-    previews: Tensor | None = None
     see: Callable[[TrainingData], TrainingData] = lambda images: images
     held_out: HeldOut | None = None
->>>>>>> 3957fd3 (Measure the losses on held-out images, with the same noise each time)
 
     def frozen_parts(self) -> dict[str, str]:
         """Returns hashes of what decides the result but is in no checkpoint, by name: files may change in place."""
@@ -124,25 +116,17 @@ def load_model_and_data(
         raise UsageError(f"an autoencoder encodes images, but the data are fields: {fix}")
     key, encode = autoencoder_sha256(vae), partial(encoded, vae.to(device))
     folder = cache_folder(data.cache_dir)
-    encoder = None if family is None else _load_encoder(family, base, data.cache_dir, device)
+    encoder, null = (None, None) if family is None else _load_encoder(family, base, data.cache_dir, device)
 
     def see(images: TrainingData, *, mirrored: bool = False) -> TrainingData:
-        prompts = None if family is None else _prompts(images, data, family, encoder, folder)
+        prompts = None if family is None else _prompts(images, data, family, encoder, null, folder)
         return latents_of(images, encode, key, folder, device, mirrored=mirrored, prompts=prompts)
 
     latents, previews = see(images, mirrored=data.random_flip), None
     if family is not None:
-<<<<<<< HEAD
-        encoder, null = _load_encoder(family, base, data.cache_dir, device)
-        prompts = _prompts(images, data, family, encoder, null, folder)
-        shown = list(validation_prompts or dict.fromkeys(prompts.texts[:_TEXTS_SHOWN]))
-        embedded = [family.embed(encoder, [text]) for text in shown]
-        previews = {name: torch.cat([one[name] for one in embedded]).cpu() for name in prompts.null}
-    latents = latents_of(images, encode, key, folder, device, mirrored=data.random_flip, prompts=prompts)
-=======
         shown = list(validation_prompts or dict.fromkeys(latents.prompts.texts[:_TEXTS_SHOWN]))
-        previews = torch.cat([family.embed(encoder, [text]) for text in shown]).cpu()
->>>>>>> 3957fd3 (Measure the losses on held-out images, with the same noise each time)
+        embedded = [family.embed(encoder, [text]) for text in shown]
+        previews = {name: torch.cat([one[name] for one in embedded]).cpu() for name in null}
     if given.unet is not None and given.channels != latents.shape[0]:
         raise UsageError(
             f"the autoencoder gives latents of {latents.shape[0]} channels, but the given model has {given.channels}:"

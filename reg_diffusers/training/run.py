@@ -282,14 +282,9 @@ def open_run(launch: Launch) -> Run:
         )
         lines = describe_machine(machine, state, computation, keeps_memory)
         data_and_model = data, loaded.images, settings.data.source, unet, noise_scheduler
-<<<<<<< HEAD
         estimates = describe_needs(settings, state, data, given, unet, noise_scheduler, terms, computation, vae)
-        described = describe(*data_and_model, loss, terms, on_data, estimates, lines, output.output_dir)
-=======
-        estimates = describe_needs(settings, state, data, unet, noise_scheduler, terms, computation, vae)
         held_out = loaded.held_out and loaded.held_out.describe()
         described = describe(*data_and_model, loss, terms, on_data, estimates, lines, output.output_dir, held_out)
->>>>>>> 3957fd3 (Measure the losses on held-out images, with the same noise each time)
         say(described)
     interruption = Interruption(state, output.max_train_time)
     of_data = loaded, terms, on_data
