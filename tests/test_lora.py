@@ -16,25 +16,11 @@ from diffusers import DDIMScheduler, StableDiffusionPipeline
 from huggingface_hub import ModelCard
 from runs import ROOT, metrics, refusal
 from safetensors.torch import load_file
-from tiny_pipelines import save_stable_diffusion
+from tiny_pipelines import save_stable_diffusion, write_photos
 
 from reg_diffusers.cli import main
 
 pytestmark = pytest.mark.training
-
-TEXTS = ["a cat", "a dog", "cat", "dog"]
-
-
-def write_photos(number=8, texts=TEXTS, folder="photos"):
-    """A folder of images with a metadata.jsonl of texts."""
-    Path(folder).mkdir(exist_ok=True)
-    generator = np.random.default_rng(0)
-    lines = []
-    for index in range(number):
-        pixels = generator.integers(0, 256, (16, 16, 3), dtype=np.uint8)
-        PIL.Image.fromarray(pixels).save(Path(folder, f"{index}.png"))
-        lines.append(json.dumps({"file_name": f"{index}.png", "text": texts[index % len(texts)], "number": index}))
-    Path(folder, "metadata.jsonl").write_text("\n".join(lines))
 
 
 @pytest.fixture

@@ -21,11 +21,18 @@ from ..views import DecodedImage
 __all__ = ["autoencoder_sha256", "decoded_view", "has_autoencoder", "load_autoencoder"]
 
 _COMPONENTS = ("vqvae", "vae")  # names of an autoencoder in diffusers' pipelines
-_NOT_READ = ("shift_factor", "latents_mean", "latents_std")  # by LDMPipeline
+_COORDINATES = ("shift_factor", "latents_mean", "latents_std")  # LDMPipeline reads none of them
 
 
-def load_autoencoder(settings: ModelSettings, cache_dir: str | None = None) -> nn.Module | None:
+def load_autoencoder(
+    settings: ModelSettings, cache_dir: str | None = None, entries: tuple[str, ...] = ()
+) -> nn.Module | None:
     """Loads the autoencoder of --vae, or that of the pipeline to fine-tune; None for a model of images.
+
+    Args:
+        settings: settings of the model.
+        cache_dir: folder of downloads.
+        entries: entries that the pipeline reads in the config of the autoencoder, besides scaling_factor.
 
     Raises:
         UsageError: there is no readable autoencoder, its class is not supported, or both flags name one.
@@ -44,9 +51,10 @@ def load_autoencoder(settings: ModelSettings, cache_dir: str | None = None) -> n
     except Exception as error:  # of any type, because the files may be corrupt
         reason = " ".join(str(error).split()) or type(error).__name__
         raise UsageError(f"{flag}: no readable autoencoder: {reason}") from error
-    if dropped := [name for name in _NOT_READ if vae.config.get(name)]:
+    if dropped := [name for name in _COORDINATES if vae.config.get(name) and name not in entries]:
         vae.register_to_config(**dict.fromkeys(dropped))
-        warn(f"{flag}: {', '.join(dropped)} is left out, because diffusers' LDMPipeline reads scaling_factor only")
+        read = ", ".join(("scaling_factor", *entries))
+        warn(f"{flag}: {', '.join(dropped)} is left out, because diffusers' pipeline reads {read} only")
     return vae.requires_grad_(False).eval()
 
 

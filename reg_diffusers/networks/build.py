@@ -11,16 +11,14 @@ from pathlib import Path
 import diffusers
 from diffusers import DDPMScheduler, DiffusionPipeline, FlowMatchEulerDiscreteScheduler, UNet2DModel
 
-from ..data.buckets import Buckets
 from ..data.training_data import Normalization, TrainingData
 from ..hub.model_index import MOST_TIMESTEPS, check_schedule, check_weights, saved_class_names, saved_normalization
 from ..prediction import image_channels, prediction_type, refuse_zero_terminal_snr
-from ..runtime.errors import UsageError, warn
-from ..sampling.class_names import number_of_classes
+from ..runtime.errors import UsageError
 from ..settings.machine import MachineSettings
 from ..settings.model import ModelSettings
-from ..settings.size import as_setting
 from .families import FAMILIES, Family, family_of
+from .fit import check_classes, check_sides
 from .lora import frozen_dtype, load_with_lora
 
 __all__ = ["GivenModel", "build_noise_scheduler", "build_unet", "load_given_model"]
@@ -73,7 +71,7 @@ class GivenModel:
     @property
     def size(self) -> tuple[int, int] | None:
         """Height and width of its images; None if it does not determine them."""
-        size = self._entry("sample_size")
+        size = self._entry("sample_size") or (self.family and self.family.sample_size)
         return (size, size) if isinstance(size, int) else size and tuple(size)
 
     def _entry(self, name: str):
@@ -195,9 +193,15 @@ def build_unet(
     """
     channels, height, width = data.shape
     size = height if height == width else (height, width)
+    if given.family is not None:
+        unet = given.unet
+        check_classes(None, None, data)
+        multiple = given.family.multiple(unet.config)
+        check_sides(multiple, data, f"the network divides the resolution by {multiple}")
+        return _prepared(unet, machine)
     if given.unet is not None:
         unet = given.unet
-        _check_classes(unet.config.num_class_embeds, given.class_names, data, has_no_class)
+        check_classes(unet.config.num_class_embeds, given.class_names, data, has_no_class)
         unet.register_to_config(sample_size=size)  # samples get the size of the latest training
     else:
         new = new_unet_config(min(height, width), given.is_large)
@@ -214,7 +218,13 @@ def build_unet(
             f"--{flag}_name_or_path: class_embed_type {unet.config.class_embed_type!r} is not supported: remove it"
             " from the config; --class_conditional trains with class labels"
         )
-    _check_halving(unet, data)
+    halvings = len(unet.config.block_out_channels) - 1
+    reason = f"the network halves the resolution {halvings} times"
+    check_sides(2**halvings, data, reason, "; or name a shallower network by --model_config_name_or_path")
+    return _prepared(unet, machine)
+
+
+def _prepared(unet, machine: MachineSettings):
     if machine.enable_xformers_memory_efficient_attention:
         try:
             unet.enable_xformers_memory_efficient_attention()
@@ -322,44 +332,3 @@ def _given_normalization(path: str, cache_dir: str | None) -> Normalization | No
     if not (all(map(math.isfinite, offset + scale)) and all(number > 0 for number in scale)):
         raise ValueError("model_index.json: the normalization must be finite, with a scale above 0")
     return Normalization(offset, scale)
-
-
-def _check_classes(embeddings: int | None, names: list[str] | None, data: TrainingData, has_no_class: bool) -> None:
-    """Raises `UsageError` if the classes of a given network are not those of the data; warns of other names."""
-    wanted = None if data.classes is None else len(data.classes)
-    classes = number_of_classes(names, embeddings)
-    if names is None and has_no_class and embeddings == (wanted or 0) + 1:
-        classes = wanted
-    if classes != wanted:
-        fix = "pass --class_conditional with data of as many classes" if classes else "drop --class_conditional"
-        raise UsageError(f"the given model has {classes or 'no'} classes, but the data have {wanted or 'none'}: {fix}")
-    if has_no_class and embeddings == classes:
-        raise UsageError(
-            "--condition_dropout: the given model has an embedding for each class, but none for images without a"
-            " label: drop the flag, or train a new model"
-        )
-    if names is not None and list(names) != list(data.classes):
-        pairs = zip(names, data.classes, strict=True)
-        number, (before, now) = next((number, pair) for number, pair in enumerate(pairs) if pair[0] != pair[1])
-        warn(f"the data name the classes otherwise than the given model: {number} was {before!r} and is {now!r}")
-
-
-def _check_halving(unet: UNet2DModel, data: TrainingData) -> None:
-    """Raises `UsageError` for a size that the network cannot halve; the message is in pixels of the images."""
-    downsampling = getattr(data, "downsampling", 1)  # of latents
-    halvings = len(unet.config.block_out_channels) - 1
-    factor = downsampling * 2**halvings
-    parts, flag = (data.parts, "--buckets: size") if isinstance(data, Buckets) else ([data], "--resolution")
-    for part in parts:
-        height, width = (downsampling * side for side in part.shape[1:])
-        if not (height % factor or width % factor):
-            continue
-        side = height if height % factor else width
-        below, above = max(side // factor, 1) * factor, -(-side // factor) * factor
-        near = f"{below} or {above}" if below != above else f"{above}"
-        of_latents = f" after the autoencoder reduces it by {downsampling}" if downsampling > 1 else ""
-        named = f"{flag} {as_setting((height, width))}" if data.is_picture else f"fields of {height} x {width}"
-        raise UsageError(
-            f"{named}: the network halves the resolution {halvings} times{of_latents}, so sides must be multiples of"
-            f" {factor}, such as {near}; or name a shallower network by --model_config_name_or_path"
-        )

@@ -86,8 +86,10 @@ def lora_file_arguments(network: nn.Module, component: str) -> dict:
     from peft.utils import get_peft_model_state_dict
 
     layers = {name: tensor.float().cpu() for name, tensor in get_peft_model_state_dict(network).items()}
+    if component == "unet":  # as diffusers' training scripts do
+        layers = convert_state_dict_to_diffusers(layers)
     return {
-        f"{component}_lora_layers": convert_state_dict_to_diffusers(layers),
+        f"{component}_lora_layers": layers,
         f"{component}_lora_adapter_metadata": network.peft_config["default"].to_dict(),
     }
 

@@ -103,7 +103,7 @@ def load_model_and_data(
     family = None if base is None else family_of(base, data.cache_dir)
     _check_texts(model, data, family, validation_prompts)
     given = load_given_model(model, data.cache_dir)
-    vae = load_autoencoder(model, data.cache_dir)
+    vae = load_autoencoder(model, data.cache_dir, family.vae_entries if family else ())
     if vae is None:
         images = load_training_data(data, given.channels, given.size, given.normalization, given.condition_channels)
         return Loaded(given, images, images)

@@ -6,12 +6,12 @@ from pathlib import Path
 
 from diffusers import DiffusionPipeline
 
-from . import stable_diffusion
+from . import flux, stable_diffusion, stable_diffusion_3, stable_diffusion_xl
 from .family import Embeddings, Family
 
 __all__ = ["FAMILIES", "Embeddings", "Family", "family_of"]
 
-FAMILIES = (stable_diffusion.FAMILY,)
+FAMILIES = (stable_diffusion.FAMILY, stable_diffusion_xl.FAMILY, stable_diffusion_3.FAMILY, flux.FAMILY)
 
 
 def family_of(path: str, cache_dir: str | None = None) -> Family | None:

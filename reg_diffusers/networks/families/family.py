@@ -37,7 +37,7 @@ class Family:
         channels: channels of the latents: (config of the network) -> c.
         multiple: the sides of the latents must be multiples of it: (config of the network) -> number.
         unpacked: converts what the pipeline returns as latents: (latents, h, w) -> (n, c, h, w).
-        resolution: side of the images if neither the network nor --resolution determines it.
+        sample_size: side of the latents if the config of the network lacks it.
         vae_entries: entries that this pipeline reads in the config of its autoencoder, besides scaling_factor.
         without: arguments that load or build the pipeline without parts that a training never uses.
     """
@@ -54,7 +54,7 @@ class Family:
     channels: Callable[[Mapping], int]
     multiple: Callable[[Mapping], int]
     unpacked: Callable[[Tensor, int, int], Tensor] = lambda latents, height, width: latents
-    resolution: int | None = None
+    sample_size: int | None = None
     vae_entries: tuple[str, ...] = ()
     without: Mapping[str, Any] = field(default_factory=dict)
 
