@@ -192,7 +192,8 @@ def test_what_cannot_work_is_refused_in_one_line(fine_tune, capsys, monkeypatch)
 
 def test_texts_without_a_text_to_image_model_are_refused(train, capsys):
     error = refusal(train, capsys, "--prompt", "a cat")
-    assert error.endswith("(StableDiffusionPipeline): name one by --pretrained_model_name_or_path")
+    known = "StableDiffusionPipeline, StableDiffusionXLPipeline, StableDiffusion3Pipeline, FluxPipeline"
+    assert error.endswith(f"({known}): name one by --pretrained_model_name_or_path")
     assert "--prompt needs a text-to-image pipeline" in refusal(train, capsys, "--prompt", "")
     assert "--lora_alpha has no effect without --lora_rank" in refusal(train, capsys, "--lora_alpha", 2)
 
