@@ -25,6 +25,7 @@ from reg_diffusers import (
     weighting,
 )
 from reg_diffusers.cli import main
+from reg_diffusers.regularizers import physics
 from reg_diffusers.term import score
 from reg_diffusers.views import DecodedImage
 
@@ -256,6 +257,23 @@ def test_verdict(blocks, regularizer, weight, weighted, answer):
     assert found.answer == answer or (answer.endswith("=") and found.answer.startswith(answer))
     assert found.reasons
     assert all(any(letter.isdigit() for letter in reason) for reason in found.reasons)
+
+
+def test_a_law_that_all_images_satisfy_is_lowered_by_shrinking_and_says_so():
+    """Half of everything has a quarter of a quadratic residual; divided by the mean square, nothing is gained."""
+    stream = torch.randn(200, 8, 8, generator=torch.Generator().manual_seed(0))
+    flow = torch.stack([physics.difference(stream, -2), -physics.difference(stream, -1)], 1) / 2
+    found = {name: judged_shrinking(flow, partial(physics.divergence, normalized=name)) for name in (False, True)}
+    assert found[False].data.halfway == pytest.approx(found[False].data.noisy / 4, rel=0.02)
+    assert found[True].data.halfway > 0.7 * found[True].data.noisy
+    said = {name: any("shrinking" in reason for reason in judge(result).reasons) for name, result in found.items()}
+    assert said == {False: True, True: False}
+    smooth = judged_shrinking(flow, regularizers.total_variation)  # the data do not satisfy it
+    assert not any("shrinking" in reason for reason in judge(smooth).reasons)
+
+
+def judged_shrinking(images, regularizer):
+    return diagnose(VELOCITY, Term(regularizer, 1.0, name="law"), images, num_levels=2)
 
 
 def test_the_verdict_of_a_model_goes_by_its_own_errors(blocks):

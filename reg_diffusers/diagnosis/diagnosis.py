@@ -175,7 +175,8 @@ def _on_images(
 ) -> tuple[OnImages, Tensor, Tensor]:
     values, clean_gradient = evaluate(images)
     noise = _LEFTOVER_NOISE * data_spread * torch.randn(images.shape, generator=generator)
-    _, gradient = evaluate(images + noise)
+    noisy_values, gradient = evaluate(images + noise)
+    halfway, _ = evaluate((images + noise + known.mean(0)) / 2)
     agreement, error = _mean(_cosines(gradient, noise))
     levels = np.percentile(values.double().numpy(), _PERCENTILES).tolist()
     on_images = OnImages(
@@ -186,6 +187,8 @@ def _on_images(
         agreement=agreement,
         agreement_error=error,
         effect=effect(gradient, clean_gradient, noise),
+        noisy=_mean(noisy_values)[0],
+        halfway=_mean(halfway)[0],
     )
     return on_images, values, clean_gradient
 

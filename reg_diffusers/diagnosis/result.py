@@ -40,6 +40,10 @@ class OnImages:
             mean over images. It is above 0 for every convex L'. Below 0, lowering L' adds to the noise.
         agreement_error: its standard error.
         effect: effect of the best gradient step on that noise and on the clean images.
+        noisy: mean L' of the images with that noise.
+        halfway: mean L' of the same noisy images after a move halfway to the mean of the data, which halves how much
+            they vary. A quadratic L' that the data satisfy, such as the squared residual of a linear law, falls to a
+            quarter of `noisy`.
     """
 
     mean: float
@@ -49,6 +53,8 @@ class OnImages:
     agreement: float
     agreement_error: float
     effect: Effect
+    noisy: float
+    halfway: float
 
 
 @dataclass(frozen=True)

@@ -23,6 +23,8 @@ _SMALL_SHARE = 0.02
 _DEAR = 0.05  # rise of the denoising loss above which a weight is too expensive
 _NO_FALL = 1e-3
 _FAR = 20.0  # in standard deviations of the data
+_SATISFIED = 0.01  # L' of images, over that of slightly noisy ones, below which the data satisfy the wish
+_SHRINKS = 0.5  # share of L' that is left where images vary half as much, below which shrinking pays
 CONTRADICTS = "contradicts the data"
 _HELPS, _IDLE = "makes sense", "has no effect"
 
@@ -59,10 +61,11 @@ def judge(diagnosis: Diagnosis) -> Verdict:
     recommended = next(
         (cost for cost in diagnosis.affordable[_DEAR] if cost.largest_rise <= 1 and cost.fall > 0), None
     )
+    shrinking = _shrinking(diagnosis)
     if idle := _why_idle(diagnosis):
-        return Verdict(_IDLE, (idle,), recommended, limit)
+        return Verdict(_IDLE, (idle, *shrinking), recommended, limit)
     answer, reason = _effect(diagnosis)
-    reasons = [reason, _on_data(diagnosis), _bargain(diagnosis)]
+    reasons = [reason, _on_data(diagnosis), *shrinking, _bargain(diagnosis)]
     if diagnosis.unbounded:
         reasons.append(
             "L' has no minimum: a much larger weight would move x0_hat by over 20 standard deviations of the data."
@@ -176,6 +179,20 @@ def _on_data(diagnosis: Diagnosis) -> str:
     return (
         f"L' of real images is {data.mean:.3g}, 98 % of them between {low:.3g} and {high:.3g}: a value below {low:.3g}"
         " is not better than the data, only different."
+    )
+
+
+def _shrinking(diagnosis: Diagnosis) -> tuple[str, ...]:
+    """Returns a warning where the data satisfy the wish, and noisy images that vary less come nearer to it."""
+    data = diagnosis.data
+    if diagnosis.asked.weight == 0 or not data.noisy > 0 or abs(data.mean) > _SATISFIED * data.noisy:
+        return ()
+    if not data.halfway <= _SHRINKS * data.noisy:
+        return ()
+    return (
+        f"It can be lowered by shrinking: halfway to the mean of the data, L' of noisy images is {data.halfway:.3g} in"
+        f" place of {data.noisy:.3g}. A network that has not converged may do that: compare the standard deviation of"
+        " its samples with that of the data.",
     )
 
 

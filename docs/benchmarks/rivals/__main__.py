@@ -15,6 +15,7 @@ from functools import partial
 from pathlib import Path
 
 import circle
+import pictures
 import report
 import torch
 
@@ -24,6 +25,7 @@ HERE = Path(__file__).parent
 CASES = {  # (seeds, quick=...) -> numbers; each has a table in report.py
     "circle": partial(circle.run, circle.uniform),
     "weighted_circle": partial(circle.run, circle.weighted),
+    **{name: partial(pictures.run, name) for name in pictures.CASES},
 }
 
 

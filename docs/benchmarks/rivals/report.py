@@ -15,7 +15,11 @@ STYLES = {
     "PIDM sample estimation": ("D", "#CC79A7"),
     "matched": ("^", "#0072B2"),
     "gated(3)": ("v", "#009E73"),
+    "gated(0.184)": ("v", "#009E73"),
     "constant": ("P", "#D55E00"),
+    "snr": ("s", "#E69F00"),
+    "low_noise": ("D", "#CC79A7"),
+    "data": ("*", "#777777"),
     "exact denoiser": ("*", "#777777"),
 }
 
@@ -67,7 +71,30 @@ TABLES = {
     "circle": Table("A. Unit circle, uniform", **POINTS),
     "weighted_circle": Table("B. Circle with two modes: .7 von Mises(0, 4) + .3 von Mises(2.5, 8)", **POINTS),
 }
-PICTURES = {"rivals": ("circle", "weighted_circle")}  # the cases of each picture in docs/images
+JUDGED = {
+    "FD": ("FD", 2),
+    "precision": ("precision", 3),
+    "recall": ("recall", 3),
+    "coverage": ("coverage", 3),
+    "denoising": ("denoising loss", 4),
+}
+SMOOTH = {
+    "columns": {"loss": ("total variation", 4)} | JUDGED,
+    "axes": {"loss": "total variation of samples", "FD": "classifier FD"},
+}
+TABLES |= {
+    "letters": Table(
+        "E. Letters, perceptual loss",
+        {"loss": ("L' of x0_hat", 4)} | JUDGED,
+        {"loss": "L' of x0_hat, held-out letters (less is better)", "FD": "FD, MobileNetV2"},
+    ),
+    "clothes": Table("F. Fashion-MNIST, total variation, velocity prediction", **SMOOTH),
+    "clothes_noise": Table("F. Fashion-MNIST, total variation, noise prediction", **SMOOTH),
+}
+PICTURES = {  # the cases of each picture in docs/images
+    "rivals": ("circle", "weighted_circle"),
+    "rivals_pictures": ("letters", "clothes", "clothes_noise"),
+}
 
 
 def table(name: str, found: dict) -> str:

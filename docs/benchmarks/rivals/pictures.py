@@ -1,0 +1,324 @@
+"""Cases E and F: pictures, a perceptual loss against each picture and total variation, judged by other networks.
+
+A small network is trained without a loss, and then for some more steps: without, and with each loss, from the same
+weights, batches, noise and timesteps. Rows are weightings and weights; seeds change everything. Before that,
+`diagnose` says what will happen: its verdict and the rise of the denoising loss are in the row beside what was
+measured.
+
+E. Letters of 32 x 32 in the fonts of matplotlib; the network predicts the image, for flow matching with the loss of
+the velocity. The loss compares features of EfficientNet-Lite0 (ImageNet); MobileNetV2 (ImageNet) is the judge.
+
+F. The embedded Fashion-MNIST at 16 x 16, with velocity or noise prediction. The loss is total variation; a classifier
+that is trained here, and that no loss has seen, is the judge.
+"""
+
+from __future__ import annotations
+
+import math
+import string
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import cache, cached_property, partial
+from pathlib import Path
+
+import torch
+from diffusers import DDPMScheduler
+from torch import Tensor, nn
+
+from reg_diffusers import AffineSchedule, RegularizedLoss, Term, diagnose, judge
+from reg_diffusers.data.training_data import load_training_data
+from reg_diffusers.evaluation.distances import frechet, manifolds
+from reg_diffusers.evaluation.features import train_classifier
+from reg_diffusers.prediction import noise_level, predict_original_sample
+from reg_diffusers.regularizers import Perceptual, total_variation
+from reg_diffusers.regularizers.network_input import NetworkInput
+from reg_diffusers.settings import DataSettings
+from reg_diffusers.weighting import constant, gated, low_noise, matched, snr
+
+BATCH = 16
+RATE, TUNED_RATE = 1e-3, 5e-4
+SAMPLES, SAMPLING_STEPS, HELD_OUT, LEVELS = 768, 20, 512, 5
+FONTS = (  # of matplotlib
+    *("DejaVuSans", "DejaVuSans-Bold", "DejaVuSans-Oblique", "DejaVuSansMono", "DejaVuSerif", "DejaVuSerif-Bold"),
+    *("DejaVuSerif-Italic", "STIXGeneral", "STIXGeneralBol", "STIXGeneralItalic", "cmr10", "cmss10", "cmtt10"),
+)
+
+
+@dataclass(frozen=True)
+class Pictures:
+    """Pictures in [-1, 1] to train on, others to compare with, and the features to judge by.
+
+    Attributes:
+        known: (N, 1, H, W).
+        held_out: (SAMPLES, 1, H, W).
+        features: (n, 1, H, W) -> (n, D).
+    """
+
+    known: Tensor
+    held_out: Tensor
+    features: Callable[[Tensor], Tensor]
+
+    @cached_property
+    def expected(self) -> Tensor:
+        """The features of the held-out pictures."""
+        return self.features(self.held_out)
+
+
+class Network(nn.Module):
+    """A fully connected network for the whole picture, and convolutions for its details."""
+
+    def __init__(self, side: int, width: int = 384, local: int = 12):
+        super().__init__()
+        self.first = nn.Linear(side**2 + 16, width)
+        self.middle = nn.ModuleList(
+            nn.Sequential(nn.LayerNorm(width), nn.Linear(width, width), nn.SiLU(), nn.Linear(width, width))
+            for _ in range(3)
+        )
+        self.last = nn.Sequential(nn.SiLU(), nn.Linear(width, side**2))
+        self.scale = nn.Linear(16, local)
+        self.details = nn.Conv2d(2, local, 3, padding=1)
+        self.more_details = nn.Conv2d(local, local, 3, padding=1)
+        self.joined = nn.Conv2d(local + 2, 1, 3, padding=1)
+
+    def forward(self, sample: Tensor, timesteps: Tensor) -> Tensor:
+        """Maps (B, 1, H, W) and timesteps (B,) from 0 to 1000 to an output of the shape of the sample."""
+        angles = timesteps[:, None] / 1000 * math.pi * 2.0 ** torch.arange(-1, 7)
+        when = torch.cat([angles.sin(), angles.cos()], 1)
+        hidden = self.first(torch.cat([sample.flatten(1), when], 1))
+        for block in self.middle:
+            hidden = hidden + block(hidden)
+        both = torch.cat([sample, self.last(hidden).reshape(sample.shape)], 1)
+        details = nn.functional.silu(self.details(both)) * (1 + self.scale(when)[:, :, None, None])
+        details = nn.functional.silu(self.more_details(details))
+        return self.joined(torch.cat([details, both], 1))
+
+
+def flow() -> AffineSchedule:
+    """Flow matching with image prediction: sigma = t / 1000, the loss of the velocity with its usual bound."""
+    bounded = partial(torch.clamp, min=0.05)
+    return AffineSchedule(
+        lambda t: 1 - t / 1000, lambda t: t / 1000, "sample", denoising_weight=lambda t: bounded(t / 1000) ** -2
+    )
+
+
+def diffusion(prediction: str) -> DDPMScheduler:
+    return DDPMScheduler(prediction_type=prediction, clip_sample=False)
+
+
+def times(schedule, u: Tensor) -> Tensor:
+    """Timesteps at these shares of the schedule, from 0 for the picture to 1 for noise."""
+    return (1000 * u).long().clamp(max=999) if isinstance(schedule, DDPMScheduler) else 1000 * u
+
+
+@cache
+def letters() -> Pictures:
+    """A to Z and a to z in 13 fonts, bright on black, in four sizes and places."""
+    import matplotlib
+    from PIL import Image, ImageDraw, ImageFont
+
+    generator, found = torch.Generator().manual_seed(0), []
+    folder = Path(matplotlib.get_data_path()) / "fonts" / "ttf"
+    for font in FONTS:
+        for size in (22, 24, 26, 28):
+            face = ImageFont.truetype(folder / f"{font}.ttf", size)
+            for letter in string.ascii_letters:
+                picture = Image.new("L", (32, 32))
+                shift = torch.randint(-1, 2, (2,), generator=generator).tolist()
+                place = (16 + shift[0], 16 + shift[1])
+                ImageDraw.Draw(picture).text(place, letter, fill=255, font=face, anchor="mm")
+                found.append(torch.frombuffer(bytearray(picture.tobytes()), dtype=torch.uint8).reshape(1, 32, 32))
+    pictures = torch.stack(found)[torch.randperm(len(found), generator=generator)] / 127.5 - 1
+    return Pictures(pictures[SAMPLES:], pictures[:SAMPLES], _mobilenet())
+
+
+@cache
+def clothes() -> Pictures:
+    """The embedded pictures at 16 x 16; the classifier sees all of them and favours no half."""
+    data = load_training_data(DataSettings(resolution=16, class_conditional=True))
+    rows = data.examples.__getitems__(list(range(len(data))))
+    pictures, labels = data.normalization.normalize(rows["values"]), torch.as_tensor(rows["class_labels"])
+    order = torch.randperm(len(pictures), generator=torch.Generator().manual_seed(0))
+    judging = train_classifier(pictures, labels, int(labels.max()) + 1)
+    return Pictures(pictures[order[SAMPLES:]], pictures[order[:SAMPLES]], judging.extract)
+
+
+def _mobilenet() -> Callable[[Tensor], Tensor]:
+    """The pooled features of MobileNetV2, (n, 1280), of pictures that are enlarged to 64 x 64."""
+    from real_weights import MOBILENET_PROCESSOR, mobilenet
+
+    net, shown = mobilenet().mobilenet_v2, NetworkInput.of(MOBILENET_PROCESSOR, size=64)
+    return lambda images: net(shown(((images.clamp(-1, 1) + 1) / 2).expand(-1, 3, -1, -1))).pooler_output
+
+
+@cache
+def perceptual() -> Perceptual:
+    """Features of EfficientNet-Lite0 after its third and fifth blocks, of pictures of 32 x 32."""
+    from real_weights import PROCESSOR, efficientnet
+
+    net = efficientnet()
+    net._blocks = net._blocks[:5]
+    return Perceptual(net, PROCESSOR, layers=(2, 4), size=32)
+
+
+@dataclass(frozen=True)
+class Case:
+    """What is trained, and how strong the losses are.
+
+    Attributes:
+        pictures: the data.
+        schedule: () -> schedule of training.
+        regularizer: () -> L'.
+        rows: the weights of each weighting.
+        diagnosed: number of pictures for the diagnosis.
+        steps: steps without a loss, and then with it.
+        paired: whether L' compares x0_hat with its own picture. It is then measured on x0_hat of held-out pictures at
+            SNR >= 0.184, else on samples.
+    """
+
+    pictures: Callable[[], Pictures]
+    schedule: Callable
+    regularizer: Callable
+    rows: dict
+    diagnosed: int
+    steps: tuple[int, int]
+    paired: bool = False
+
+
+GATE = gated(0.184)  # PixelGen's
+CASES = {
+    "letters": Case(
+        letters,
+        flow,
+        perceptual,
+        {matched: (0.01, 0.05, 0.25), GATE: (0.1, 0.5, 2.5), low_noise: (0.5, 2.5, 12.5)},
+        60,
+        (1000, 300),
+        paired=True,
+    ),
+    "clothes": Case(
+        clothes,
+        partial(diffusion, "v_prediction"),
+        lambda: total_variation,
+        {matched: (0.02, 0.1, 0.5), constant: (0.1, 0.5, 2.5), snr: (0.004, 0.02, 0.1)},
+        2000,
+        (2000, 500),
+    ),
+    "clothes_noise": Case(
+        clothes,
+        partial(diffusion, "epsilon"),
+        lambda: total_variation,
+        {matched: (0.02, 0.1, 0.5), constant: (0.05, 0.25, 1.25), snr: (0.004, 0.02, 0.1)},
+        2000,
+        (2000, 500),
+    ),
+}
+
+
+def run(name: str, seeds, *, quick: bool = False) -> dict:
+    """Diagnoses, trains and judges all rows of a case; returns their numbers by seed."""
+    start, case = time.perf_counter(), CASES[name]
+    sys.path.insert(0, str(Path(__file__).parents[3] / "tests"))
+    pictures, schedule, regularizer = case.pictures(), case.schedule(), case.regularizer()
+    terms = [None]
+    for weighting, weights in case.rows.items():
+        terms += [Term(regularizer, weight, weighting, "loss") for weight in weights]
+    if quick:
+        terms, case = terms[::4], replace(case, diagnosed=40, steps=(5, 5))
+    rows = [said(term, case, schedule, pictures) if term else {"method": "plain", "weight": 0.0} for term in terms]
+    print(f"{name}: {len(rows)} rows, diagnosed in {time.perf_counter() - start:.0f} s", flush=True)
+    plain_steps, steps = case.steps
+    for seed in seeds:
+        torch.manual_seed(seed)
+        beginning = Network(pictures.known.shape[-1])
+        train(beginning, pictures.known, schedule, None, plain_steps, RATE, seed)
+        for row, term in zip(rows, terms, strict=True):
+            network = Network(pictures.known.shape[-1])
+            network.load_state_dict(beginning.state_dict())
+            train(network, pictures.known, schedule, term, steps, TUNED_RATE, seed + 1000)
+            found = errors(network, pictures.held_out, schedule, regularizer if case.paired else None)
+            found |= judged(sample(network, pictures.known[:SAMPLES], schedule, seed), pictures, case)
+            for key, value in found.items():
+                row.setdefault(key, []).append(value)
+        print(f"{name}: seed {seed}, {time.perf_counter() - start:.0f} s", flush=True)
+    of_data = {key: [value] for key, value in judged(pictures.known[:SAMPLES], pictures, case).items()}
+    return {
+        "seeds": list(seeds),
+        "length": f"{plain_steps} steps without a loss and {steps} with it",
+        "seconds": round(time.perf_counter() - start),
+        "rows": [*rows, {"method": "data", "weight": 0.0} | of_data],
+    }
+
+
+def said(term: Term, case: Case, schedule, pictures: Pictures) -> dict:
+    """What `diagnose` says of a term before training."""
+    timesteps = times(schedule, (torch.arange(1000) + 0.5) / 1000)
+    known = pictures.known[: case.diagnosed]
+    diagnosis = diagnose(schedule, term, known, timesteps=timesteps, num_levels=LEVELS)
+    verdict = judge(diagnosis)
+    return {
+        "method": diagnosis.asked.weighting.replace("min_snr=", ""),
+        "weight": term.weight,
+        "verdict": verdict.answer,
+        "reason": verdict.reasons[0],
+        "predicted rise": diagnosis.asked.rise,
+    }
+
+
+def train(network: Network, images: Tensor, schedule, term: Term | None, steps: int, rate: float, seed: int) -> None:
+    """Trains in place; batches, noise and timesteps of a seed are the same for every term."""
+    loss_fn = RegularizedLoss(schedule, [term] if term else [])
+    optimizer = torch.optim.Adam(network.parameters(), lr=rate, fused=True)
+    decay = torch.optim.lr_scheduler.LambdaLR(
+        optimizer, lambda step: min(1, (step + 1) / 50) * (1 + math.cos(math.pi * step / steps)) / 2
+    )
+    generator = torch.Generator().manual_seed(seed)
+    for _ in range(steps):
+        batch = images[torch.randint(len(images), (BATCH,), generator=generator)]
+        noise = torch.randn(batch.shape, generator=generator)
+        timesteps = times(schedule, torch.rand(BATCH, generator=generator))
+        optimizer.zero_grad()
+        loss_fn(network, batch, noise=noise, timesteps=timesteps).loss.backward()
+        nn.utils.clip_grad_norm_(network.parameters(), 1.0)
+        optimizer.step()
+        decay.step()
+
+
+@torch.no_grad()
+def sample(network: Network, like: Tensor, schedule, seed: int) -> Tensor:
+    """Deterministic samples, x' = alpha' x0_hat + sigma' eps_hat: DDIM's, and Euler's for flow matching."""
+    grid = times(schedule, torch.linspace(1, 0, SAMPLING_STEPS + 1)[:-1])
+    level = noise_level(schedule, grid)
+    alphas, sigmas = torch.cat([level.alpha, torch.ones(1)]), torch.cat([level.sigma, torch.zeros(1)])
+    x = torch.randn(like.shape, generator=torch.Generator().manual_seed(seed + 2000))
+    for index, timestep in enumerate(grid):
+        timesteps = timestep.expand(len(x))
+        x0_hat = predict_original_sample(schedule, network(x, timesteps), timesteps, x)
+        noise = (x - alphas[index] * x0_hat) / sigmas[index]
+        x = alphas[index + 1] * x0_hat + sigmas[index + 1] * noise
+    return x
+
+
+@torch.no_grad()
+def errors(network: Network, images: Tensor, schedule, paired: Callable | None) -> dict[str, float]:
+    """The denoising loss on held-out pictures, and a paired L' of their x0_hat, on equal noise for all networks."""
+    images, generator = images[:HELD_OUT], torch.Generator().manual_seed(0)
+    timesteps = times(schedule, (torch.randperm(HELD_OUT, generator=generator) + 0.5) / HELD_OUT)
+    terms = [Term(paired, 1.0, GATE, "loss", normalize="active")] if paired else []
+    noise = torch.randn(images.shape, generator=generator)
+    output = RegularizedLoss(schedule, terms)(network, images, noise=noise, timesteps=timesteps)
+    found = {"denoising": output.terms["denoising"].item()}
+    return found | ({"loss": output.terms["loss"].item()} if paired else {})
+
+
+@torch.no_grad()
+def judged(images: Tensor, pictures: Pictures, case: Case) -> dict[str, float]:
+    """The distance of pictures to held-out ones in the features of the judge, and L' of them if it is not paired."""
+    found = pictures.features(images)
+    numbers = {
+        "FD": frechet(found, pictures.expected),
+        **manifolds(found, pictures.expected),
+        "std": images.std().item(),
+    }
+    return numbers if case.paired else {"loss": case.regularizer()(images).mean().item()} | numbers
