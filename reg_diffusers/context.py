@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-__all__ = ["Shared", "cut", "repeat", "tensors_in", "unwrap"]
+__all__ = ["Shared", "cut", "positions", "repeat", "tensors_in", "unwrap"]
 
 
 @dataclass(frozen=True)
@@ -28,7 +28,12 @@ class Shared:
     value: Any
 
 
-def cut(value: Any, index: Tensor, batch_size: int, name: str = "context") -> Any:
+def positions(index: Tensor, batch_size: int) -> Tensor | None:
+    """Returns increasing positions of images in a batch, for `cut`; None if they are those of all images."""
+    return None if index.shape[0] == batch_size else index
+
+
+def cut(value: Any, index: Tensor | None, batch_size: int, name: str = "context") -> Any:
     """Selects the part of a value that belongs to the chosen images of a batch.
 
     Tensors, arrays, lists, tuples and other sequences must have one entry per image and are indexed, a pandas Series
@@ -37,28 +42,34 @@ def cut(value: Any, index: Tensor, batch_size: int, name: str = "context") -> An
 
     Args:
         value: value for the whole batch.
-        index: (n,) positions of the chosen images; on an accelerator in increasing order.
+        index: (n,) positions of the chosen images, on an accelerator in increasing order; None for all images.
         batch_size: B.
         name: name of the value in the error message.
 
     Raises:
         ValueError: the length of a tensor, array or sequence differs from B.
     """
-    if isinstance(value, Shared):
+    if isinstance(value, Tensor):
+        count = value.shape[0] if value.ndim > 0 else 1
+    elif isinstance(value, Shared):
         return value.value
-    if isinstance(value, Mapping):
+    elif isinstance(value, Mapping):
         part = copy.copy(value)
         for key, entry in value.items():
             part[key] = cut(entry, index, batch_size, f"{name}[{key!r}]")
         return part
-    if not _is_sequence(value) or (hasattr(value, "shape") and len(value) == 1):
+    elif not _is_sequence(value):
         return value
-    if len(value) != batch_size:
+    else:
+        count = len(value)
+    if count == 1 and hasattr(value, "shape"):
+        return value
+    if count != batch_size:
         raise ValueError(
-            f"{name} has {len(value)} entries for a batch of {batch_size}: pass one per image, or"
+            f"{name} has {count} entries for a batch of {batch_size}: pass one per image, or"
             f" Shared({name.split('[')[0]}) for a value of the whole batch"
         )
-    if len(index) == batch_size and _are_in_order(index):  # all images
+    if index is None or (index.shape[0] == batch_size and _are_in_order(index)):  # all images
         return value
     if isinstance(value, Tensor):
         return value[index.to(value.device, non_blocking=True)]

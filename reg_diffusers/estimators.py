@@ -81,7 +81,7 @@ class Prediction:
         return cls(scheduler, output, timesteps, sample, noise=noise, original_samples=original_samples)
 
     def __len__(self) -> int:
-        return len(self.timesteps)
+        return self.timesteps.shape[0]  # len() of a tensor is slow
 
     def __getitem__(self, index: Tensor | slice | int) -> Prediction:
         """Selects images by their positions, a bool mask or a slice; a number selects one, (1, ...)."""

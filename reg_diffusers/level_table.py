@@ -14,11 +14,30 @@ from torch import Tensor
 
 from .schedule import has_fixed_levels
 
-__all__ = ["levels_at"]
+__all__ = ["levels_at", "looked_up"]
 
 
 # By scheduler and device: the table, and what it was computed from.
 _TABLES: weakref.WeakKeyDictionary[Any, dict[torch.device, tuple[Tensor, tuple]]] = weakref.WeakKeyDictionary()
+
+
+def looked_up(scheduler, timesteps) -> tuple[Tensor, ...] | None:
+    """Looks noise levels up in a table that has been made: K tensors (B,) float32; on the CPU this checks the range.
+
+    Args:
+        scheduler: a diffusers scheduler.
+        timesteps: (B,) int64.
+
+    Returns:
+        None if there is no up-to-date table, the timesteps are something else, or one is out of range.
+    """
+    if not isinstance(timesteps, Tensor) or timesteps.dtype != torch.int64 or timesteps.ndim != 1:
+        return None
+    levels = _table(scheduler, timesteps)
+    try:
+        return None if levels is None else levels.index_select(1, timesteps).unbind(0)
+    except IndexError:
+        return None
 
 
 def levels_at(scheduler, timesteps: Tensor, compute: Callable[[Tensor], Tensor]) -> tuple[Tensor, ...] | None:
@@ -35,20 +54,32 @@ def levels_at(scheduler, timesteps: Tensor, compute: Callable[[Tensor], Tensor])
         None if the levels are not those of integers from 0 to T - 1, the scheduler is not hashable, or in a compiled
         program.
     """
-    if torch.compiler.is_compiling() or timesteps.is_meta:
-        return None
-    device = timesteps.device
-    try:
-        levels, source = _TABLES.get(scheduler, {}).get(device, (None, ()))
-    except TypeError:  # an object that cannot be a key, such as a SimpleNamespace
-        return None
-    if levels is None or not _is_source(source, scheduler):
-        if not has_fixed_levels(scheduler):
+    levels = _table(scheduler, timesteps)
+    if levels is None:
+        is_possible = not (torch.compiler.is_compiling() or timesteps.is_meta) and _is_key(scheduler)
+        if not (is_possible and has_fixed_levels(scheduler)):
             return None
+        device = timesteps.device
         with torch.inference_mode(False), torch.no_grad():
             levels = compute(torch.arange(len(scheduler.alphas_cumprod), device=device))
         _TABLES.setdefault(scheduler, {})[device] = levels, _source(scheduler)
     return levels.index_select(1, timesteps.long()).unbind(0)
+
+
+def _table(scheduler, timesteps: Tensor) -> Tensor | None:
+    """Returns the table of the scheduler on the device of the timesteps, (K, T); None if it must be made."""
+    if torch.compiler.is_compiling() or timesteps.is_meta or not _is_key(scheduler):
+        return None
+    levels, source = _TABLES.get(scheduler, {}).get(timesteps.device, (None, ()))
+    return None if levels is None or not _is_source(source, scheduler) else levels
+
+
+def _is_key(scheduler) -> bool:
+    try:
+        hash(weakref.ref(scheduler))
+    except TypeError:  # such as a SimpleNamespace
+        return False
+    return True
 
 
 def _source(scheduler) -> tuple:

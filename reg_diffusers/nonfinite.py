@@ -132,6 +132,7 @@ class GuardedCall:
         self._name = name
         self._count = count
         self._given: Tensor | None = None  # (n,) whether the input of L' was finite; None if all was
+        self._find_given: Callable[[], Tensor | None] | None = None  # computes it when it is needed
         self._dropped: Tensor | None = None  # (n,) whether L' made it non-finite
 
     @property
@@ -140,16 +141,17 @@ class GuardedCall:
         counts = (self.in_a_row, self.before)
         return any(isinstance(count, Tensor) and count.device.type != "cpu" for count in counts)
 
-    def drop_values(self, values: Tensor, given: Tensor | None) -> tuple[Tensor, Tensor]:
+    def drop_values(self, values: Tensor, given: Callable[[], Tensor | None]) -> tuple[Tensor, Tensor]:
         """Replaces non-finite values of L', (n,): by 0, and in a second, detached tensor by nan.
 
         An image whose x0_hat was non-finite is dropped but not counted, because the network is the cause.
 
         Args:
             values: (n,) L' of each image.
-            given: (n,) whether x0_hat was finite, before the view; None if all were.
+            given: computes whether x0_hat was finite, (n,), before the view; None if all were. Called at most once, if
+                L' or its gradient may be non-finite.
         """
-        self._given = given
+        self._find_given = given
         detached = values.detach()
         if _are_known_finite(detached):
             self._count(self._name, None)
@@ -184,6 +186,8 @@ class GuardedCall:
 
     def _caused(self, bad: Tensor) -> Tensor:
         """Selects bad images whose x0_hat was finite, (n,) bool."""
+        if self._find_given is not None:
+            self._given, self._find_given = self._find_given(), None
         return bad if self._given is None else bad & self._given
 
     def _drop(self, images: Tensor) -> None:
@@ -202,13 +206,10 @@ class ViewGuard:
     Args:
         x0_hat: (n, C, ...) input of the view, used for nothing else.
         images: (n, C', ...) its output.
-
-    Attributes:
-        given: (n,) whether x0_hat is finite; None if all are known to be.
     """
 
     def __init__(self, x0_hat: Tensor, images: Tensor):
-        self.given = finite_images(x0_hat.detach())
+        self._x0_hat = x0_hat.detach()
         self._calls: list[tuple[GuardedCall, Tensor | None]] = []
         if images.requires_grad and x0_hat.requires_grad:
             x0_hat.register_hook(self._drop)
@@ -221,6 +222,11 @@ class ViewGuard:
             among: positions of the term's images in x0_hat; None: all.
         """
         self._calls.append((call, among))
+
+    def given(self, among: Tensor | None) -> Tensor | None:
+        """Whether x0_hat of the images at these positions is finite, (n,); None if all are known to be."""
+        found = finite_images(self._x0_hat)
+        return found if among is None or found is None else cut(found, among, len(found))
 
     def _drop(self, gradients: Tensor) -> Tensor:
         if _are_known_finite(gradients):

@@ -29,6 +29,7 @@ from .precision import full_precision
 from .prediction import (
     NoiseLevel,
     add_noise,
+    factors_like,
     input_dtype,
     noise_level,
     output_weight,
@@ -41,7 +42,7 @@ from .prediction import (
     without_learned_variance,
 )
 from .regularization import X0Regularization
-from .schedule import FirstTimesteps, is_edm, unit_of_time
+from .schedule import FirstTimesteps, is_affine, is_edm, unit_of_time
 from .term import Term, TermError, version_of
 
 __all__ = ["LossOutput", "RegularizedLoss", "Term", "TermError", "X0Regularization", "draw_timesteps"]
@@ -139,54 +140,67 @@ class RegularizedLoss(nn.Module):
             FloatingPointError: L' was non-finite for `max_nonfinite_steps` steps in a row.
         """
         refuse_unknown(context, self.regularization.terms)
+        batch_size = original_samples.shape[0]
         if noise is None:
             noise = torch.randn_like(original_samples)
         if timesteps is None:
-            timesteps = draw_timesteps(self.scheduler, len(original_samples))
-        timesteps = one_per_image(timesteps, len(original_samples))
+            timesteps = draw_timesteps(self.scheduler, batch_size)
+        timesteps = one_per_image(timesteps, batch_size)
         self._first_timesteps.check(self.scheduler, timesteps)
         level = noise_level(self.scheduler, timesteps)
-        noisy_samples = add_noise(self.scheduler, original_samples, noise, level)
-        model_input = scale_model_input(self.scheduler, noisy_samples, level)
+        at = factors_like(self.scheduler, level, original_samples)
+        noisy_samples = add_noise(self.scheduler, original_samples, noise, at)
+        model_input = scale_model_input(self.scheduler, noisy_samples, at)
         on_device = timesteps.to(original_samples.device, non_blocking=True)
         model_input = model_input.to(input_dtype(model, original_samples))
         model_output = alias(tensor_of(model(model_input, on_device, **unwrap(model_kwargs or {}))))
-        target = prediction_target(self.scheduler, original_samples, noise, level)
+        target = prediction_target(self.scheduler, original_samples, noise, at)
         in_training = self.regularization.in_training(level)
         if self.loss_weighting is not None:
             in_training = replace(level, denoising_weight=level.denoising_weight * self.loss_weighting(level))
-        denoising, per_image = self._denoising(model_output, target, in_training)
+        denoising, per_image = self._denoising(model_output, target, level, in_training)
         prediction = Prediction(
             self.scheduler, model_output, timesteps, noisy_samples, model, model_kwargs, noise, original_samples
         )
         context["original_samples"] = original_samples
         with self.section():
             extra = self.regularization.at_level(
-                in_training, prediction, context, image_mask=image_mask, training_step=training_step
+                in_training,
+                prediction,
+                context,
+                # Timesteps may be more precise than the float32 of a noise level.
+                at=None if noisy_samples.dtype == torch.float64 else at,
+                image_mask=image_mask,
+                training_step=training_step,
             )
         return replace(
             extra,
             loss=denoising + extra.loss if extra.terms else denoising,
             terms={"denoising": denoising, **extra.terms},
             per_image=extra.per_image.with_first("denoising", per_image),
-            counts={"denoising": len(original_samples), **extra.counts},
+            counts={"denoising": batch_size, **extra.counts},
         )
 
     def _denoising(
-        self, model_output: Tensor, target: Tensor, level: NoiseLevel
+        self, model_output: Tensor, target: Tensor, level: NoiseLevel, in_training: NoiseLevel
     ) -> tuple[Tensor, Callable[[], Tensor]]:
         """Computes the denoising loss, a scalar, and a function for its value of each image, (B,), detached.
 
         Min-SNR, `loss_weighting` and an `AffineSchedule` have weights of their own; else the weight is 1 and not
         multiplied.
+
+        Args:
+            model_output, target: (B, C, ...).
+            level: noise levels of the batch.
+            in_training: the same with the weight of this training's denoising loss.
         """
         model_output = without_learned_variance(self.scheduler, model_output, target)
         model_output = model_output.to(full_precision(target.dtype))
         target = target.to(model_output.dtype)
         is_weighted = self.snr_gamma is not None or self.loss_weighting is not None
-        if not is_weighted and getattr(self.scheduler, "denoising_weight", None) is None:
+        if not is_weighted and not (is_affine(self.scheduler) and self.scheduler.denoising_weight):
             return F.mse_loss(model_output, target), _errors_later(model_output, target)
-        weights = level.denoising_weight / output_weight(self.scheduler, level)
+        weights = in_training.denoising_weight / output_weight(self.scheduler, level)
         squared_error = F.mse_loss(model_output, target, reduction="none").flatten(1).mean(1)
         per_image = weights.to(squared_error, non_blocking=True) * squared_error
         return per_image.mean(), per_image.detach

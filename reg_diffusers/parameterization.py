@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .schedule import is_edm, is_variance_exploding, prediction_type
+from .schedule import is_affine, is_edm, is_variance_exploding, prediction_type
 
 __all__ = ["Factors", "Parameterization", "edm_preconditioning", "parameterization"]
 
@@ -21,12 +21,12 @@ class Factors:
     """The noise level of each image, in a shape that broadcasts against the images.
 
     Attributes:
-        timesteps: timesteps t.
+        timesteps: timesteps t; may be None, except for an `AffineSchedule`.
         alpha: factor of the image in x_t = alpha x_0 + sigma eps.
         sigma: factor of the noise.
     """
 
-    timesteps: Tensor
+    timesteps: Tensor | None
     alpha: Tensor
     sigma: Tensor
 
@@ -162,7 +162,7 @@ def parameterization(scheduler) -> Parameterization:
         ValueError: the scheduler is not supported.
     """
     kind = prediction_type(scheduler)
-    if hasattr(scheduler, "parameterization"):
+    if is_affine(scheduler):
         return scheduler.parameterization(_KINDS.get(kind))
     if is_edm(scheduler):
         return _Edm(scheduler.config.sigma_data, -1 if kind == "v_prediction" else 1)

@@ -37,7 +37,7 @@ import torch
 from torch import Tensor, nn
 
 from .learned_variance import image_channels, learns_variance, output_for_step, without_learned_variance
-from .level_table import levels_at
+from .level_table import levels_at, looked_up
 from .parameterization import Factors, parameterization
 from .precision import full_precision
 from .schedule import alpha_sigma, checked_timesteps, is_affine, is_edm, is_variance_exploding, prediction_type
@@ -84,7 +84,7 @@ class NoiseLevel:
 def noise_level(scheduler, timesteps) -> NoiseLevel:
     """Computes the noise level of each timestep.
 
-    The result can be passed to `add_noise`, `prediction_target` and `scale_model_input` in place of the timesteps.
+    The result can be passed to the other functions of this module in place of the timesteps.
 
     Args:
         scheduler: a diffusers scheduler of one of the families in the module docstring.
@@ -93,9 +93,11 @@ def noise_level(scheduler, timesteps) -> NoiseLevel:
     Raises:
         ValueError: the scheduler is not supported, or a timestep is out of its range (checked on the CPU only).
     """
-    timesteps = checked_timesteps(scheduler, timesteps)
-    parts = _from_table(scheduler, timesteps)
-    return NoiseLevel(*(_level_parts(scheduler, timesteps) if parts is None else parts))
+    parts = looked_up(scheduler, timesteps)
+    if parts is None:
+        timesteps = checked_timesteps(scheduler, timesteps)
+        parts = _from_table(scheduler, timesteps) or _level_parts(scheduler, timesteps)
+    return NoiseLevel(*parts)
 
 
 def _from_table(scheduler, timesteps: Tensor) -> tuple[Tensor, ...] | None:
@@ -118,11 +120,13 @@ def output_weight(scheduler, timesteps) -> Tensor:
 
     Args:
         scheduler: a diffusers scheduler, or an `AffineSchedule`.
-        timesteps: (B,), or their `NoiseLevel`.
+        timesteps: (B,), or the `NoiseLevel` that `noise_level` returned for them.
 
     Returns:
         (B,) float32.
     """
+    if not is_affine(scheduler):
+        return (timesteps if isinstance(timesteps, NoiseLevel) else noise_level(scheduler, timesteps)).denoising_weight
     timesteps = timesteps.timesteps if isinstance(timesteps, NoiseLevel) else checked_timesteps(scheduler, timesteps)
     alpha, sigma = alpha_sigma(scheduler, timesteps)
     return parameterization(scheduler).output_weight(Factors(timesteps.to(alpha), alpha, sigma)).float()
@@ -145,16 +149,21 @@ def predict_original_sample(scheduler, model_output, timesteps, sample: Tensor) 
         (B, C, ...) in float32, or float64 if an input is float64.
 
     Raises:
-        ValueError: the network predicts noise and the schedule has zero terminal SNR, a timestep is out of the
-            scheduler's range (checked on the CPU only), or the shapes do not match.
+        ValueError: the network predicts noise and the schedule has zero terminal SNR (for an `AffineSchedule`: alpha
+            is 0 at one of the timesteps), a timestep is out of the scheduler's range, or the shapes do not match.
+            Timesteps are checked on the CPU only.
         TypeError: `model_output` contains no tensor.
     """
-    if prediction_type(scheduler) == "epsilon":
+    is_noise = prediction_type(scheduler) == "epsilon"
+    if is_noise:
         refuse_zero_terminal_snr(scheduler)
     model_output = without_learned_variance(scheduler, tensor_of(model_output), sample)
     dtype = full_precision(model_output.dtype, sample.dtype)
     model_output, sample = model_output.to(dtype), sample.to(dtype)
-    return parameterization(scheduler).x0_hat(model_output, sample, _factors_like(scheduler, timesteps, sample))
+    at = factors_like(scheduler, timesteps, sample)
+    if is_noise and is_affine(scheduler):
+        _refuse_zero_alpha(at)
+    return parameterization(scheduler).x0_hat(model_output, sample, at)
 
 
 def model_output_for(scheduler, x0_hat: Tensor, timesteps, sample: Tensor) -> Tensor:
@@ -171,7 +180,7 @@ def model_output_for(scheduler, x0_hat: Tensor, timesteps, sample: Tensor) -> Te
     Returns:
         (B, C, ...).
     """
-    at = _factors_like(scheduler, timesteps, sample)
+    at = factors_like(scheduler, timesteps, sample)
     return parameterization(scheduler).target(x0_hat, _noise_of(sample, x0_hat, at), at)
 
 
@@ -190,7 +199,7 @@ def step_to(scheduler, x0_hat: Tensor, timesteps, sample: Tensor, end) -> Tensor
     Returns:
         (B, C, ...) x_end.
     """
-    at, to = (_factors_like(scheduler, time, x0_hat) for time in (timesteps, end))
+    at, to = (factors_like(scheduler, time, x0_hat) for time in (timesteps, end))
     return to.alpha * x0_hat + to.sigma * _noise_of(sample, x0_hat, at)
 
 
@@ -212,9 +221,11 @@ def prediction_target(scheduler, original_samples: Tensor, noise: Tensor, timest
         (B, C, ...): eps, x_0, alpha eps - sigma x_0 or eps - x_0, depending on `prediction_type`.
     """
     kind = parameterization(scheduler)
-    level = _level_of(scheduler, timesteps, original_samples)
-    at = _shaped(scheduler, level, original_samples) if kind.target_uses_level else None
-    return kind.target(original_samples, noise, at)
+    if kind.target_uses_level:
+        return kind.target(original_samples, noise, factors_like(scheduler, timesteps, original_samples))
+    if not isinstance(timesteps, Factors):
+        _level_of(scheduler, timesteps, original_samples)  # raises for timesteps that are out of range
+    return kind.target(original_samples, noise, None)
 
 
 def add_noise(scheduler, original_samples: Tensor, noise: Tensor, timesteps) -> Tensor:
@@ -231,7 +242,7 @@ def add_noise(scheduler, original_samples: Tensor, noise: Tensor, timesteps) -> 
     Returns:
         (B, C, ...) x_t, in the coordinates of `scheduler.step`.
     """
-    at = _factors_like(scheduler, timesteps, original_samples)
+    at = factors_like(scheduler, timesteps, original_samples)
     return at.alpha * original_samples + at.sigma * noise
 
 
@@ -247,36 +258,38 @@ def scale_model_input(scheduler, sample: Tensor, timesteps) -> Tensor:
         timesteps: (B,), or a scalar for the whole batch; or their `NoiseLevel`.
     """
     if is_edm(scheduler):
-        sigma = _factors_like(scheduler, timesteps, sample).sigma
+        sigma = factors_like(scheduler, timesteps, sample).sigma
         return sample / (sigma**2 + scheduler.config.sigma_data**2).sqrt()
     if not is_variance_exploding(scheduler):
-        _checked(scheduler, timesteps)
+        if not isinstance(timesteps, NoiseLevel | Factors):
+            checked_timesteps(scheduler, timesteps)
         return sample
-    return sample / (1 + _factors_like(scheduler, timesteps, sample).sigma ** 2).sqrt()
+    return sample / (1 + factors_like(scheduler, timesteps, sample).sigma ** 2).sqrt()
 
 
-def _checked(scheduler, timesteps) -> Tensor | NoiseLevel:
-    return timesteps if isinstance(timesteps, NoiseLevel) else checked_timesteps(scheduler, timesteps)
-
-
-def _factors_like(scheduler, timesteps, sample: Tensor) -> Factors:
+def factors_like(scheduler, timesteps, sample: Tensor) -> Factors:
     """Returns the factors of shape (B, 1, ...), on the device and in the precision of `sample`, at least float32.
 
-    A scalar timestep gives (1, 1, ...).
+    The result can be passed to the functions of this module in place of the timesteps, for images of that shape. A
+    scalar timestep gives (1, 1, ...).
     """
+    if isinstance(timesteps, Factors):
+        return timesteps
     return _shaped(scheduler, _level_of(scheduler, timesteps, sample), sample)
 
 
 def _level_of(scheduler, timesteps, sample: Tensor) -> Factors:
     """Returns the factors of each image, (B,) or (1,)."""
-    timesteps = _checked(scheduler, timesteps)
     if isinstance(timesteps, NoiseLevel):
         level = Factors(timesteps.timesteps, timesteps.alpha, timesteps.sigma)
-    elif (parts := _from_table(scheduler, timesteps)) is not None:
+    elif (parts := looked_up(scheduler, timesteps)) is not None:
         level = Factors(*parts[:3])
     else:
-        level = Factors(timesteps, *alpha_sigma(scheduler, timesteps))
-    if (count := len(level.timesteps)) not in (1, len(sample)):
+        timesteps = checked_timesteps(scheduler, timesteps)
+        parts = _from_table(scheduler, timesteps)
+        found = (timesteps, *alpha_sigma(scheduler, timesteps)) if parts is None else parts[:3]
+        level = Factors(*found)
+    if (count := level.timesteps.shape[0]) not in (1, sample.shape[0]):
         raise ValueError(f"{count} timesteps for a batch of {len(sample)}: pass one per image, or a scalar")
     return level
 
@@ -289,8 +302,7 @@ def _shaped(scheduler, level: Factors, sample: Tensor) -> Factors:
     def like(factor: Tensor) -> Tensor:
         return factor.to(sample.device, dtype, non_blocking=True).reshape(shape)
 
-    # The time itself matters to an `AffineSchedule` only.
-    time = like(level.timesteps) if is_affine(scheduler) else level.timesteps
+    time = like(level.timesteps) if is_affine(scheduler) else None
     return Factors(time, like(level.alpha), like(level.sigma))
 
 
@@ -328,6 +340,16 @@ def refuse_zero_terminal_snr(scheduler) -> None:
         raise ValueError(
             "prediction_type='epsilon' cannot give x0_hat with zero terminal SNR, because alpha is 0 at the last step:"
             " use prediction_type='v_prediction', or rescale_betas_zero_snr=False"
+        )
+
+
+def _refuse_zero_alpha(at: Factors) -> None:
+    """Raises ValueError where an `AffineSchedule` has no signal, on the CPU only."""
+    if at.alpha.device.type == "cpu" and not torch.compiler.is_compiling() and bool((at.alpha == 0).any()):
+        time = at.timesteps[at.alpha == 0][0].item()
+        raise ValueError(
+            f"prediction_type='epsilon' cannot give x0_hat at timestep {time:g}, where alpha is 0: leave such images"
+            " out by a weighting, such as matched, or by image_mask="
         )
 
 

@@ -17,16 +17,17 @@ import torch
 from torch import Tensor, nn
 
 from .adaptive_weights import AdaptiveWeights
-from .context import cut
+from .context import cut, positions
 from .description import describe
 from .estimators import Prediction, calls_model, mean_of_draws, one_step
 from .frozen import FrozenNetworks
 from .inputs import checked_loss_weight, handed_over, refuse_unknown, weightings_of
 from .loss_output import LossOutput, Records, alias
 from .nonfinite import NonFiniteGuard
+from .parameterization import Factors
 from .precision import full_precision
 from .prediction import NoiseLevel, noise_level, output_weight
-from .seeding import SeedGuard
+from .seeding import SeedGuard, random_states
 from .shown import Shown, by_draw, show
 from .term import Term, checked_terms, checked_values
 from .watching import Watched, watched
@@ -218,6 +219,7 @@ class X0Regularization(nn.Module):
         prediction: Prediction,
         context: dict,
         *,
+        at: Factors | None = None,
         image_mask: Tensor | None = None,
         is_image: bool = False,
         training_step: int | None = None,
@@ -228,6 +230,7 @@ class X0Regularization(nn.Module):
             level: noise level of the timesteps, (B,).
             prediction: for the whole batch; with `is_image`, its model_output is x0_hat.
             context: at least the arguments in the regularizers' `needs`.
+            at: the same noise level in the shape of the images; None: computed from the timesteps.
             image_mask, training_step: as in `forward`.
             is_image: whether the loop passed x0_hat instead of the model output.
         """
@@ -236,7 +239,7 @@ class X0Regularization(nn.Module):
         context = {**context, **{name: value for name, value in extra.items() if value is not None}}
         dtype = full_precision(prediction.model_output.dtype)
         lambdas = weightings_of(self.terms, level, image_mask, factors)
-        shown = show(self.terms, lambdas, prediction, context, is_image=is_image, tried=self._tried)
+        shown = show(self.terms, lambdas, prediction, context, at=at, is_image=is_image, tried=self._tried)
         terms, per_image, counts = {}, {}, {}
         for term in self.terms:
             name, weights = term.name, lambdas[term.name]
@@ -318,21 +321,22 @@ class X0Regularization(nn.Module):
         Also returns a function for L' of each image of the batch, (B,), nan if the image was left out or dropped.
         """
         shown = shown.to(weights)
-        active = shown.places
-        if len(active) == 0:
+        batch_size = weights.shape[0]
+        active = positions(shown.places, batch_size)
+        if shown.places.shape[0] == 0:
             empty = shown.images.detach()
-            return empty.new_zeros(()), lambda: empty.new_full((len(weights),), torch.nan)
-        own = shown.context_of(term, context, len(weights))
+            return empty.new_zeros(()), lambda: empty.new_full((batch_size,), torch.nan)
+        own = shown.context_of(term, context, batch_size)
         values, active_values = self._evaluate(term, shown, own, timesteps)
 
         def per_image() -> Tensor:  # holds detached tensors only, so that graphs are freed
-            if len(active) == len(weights):
+            if active is None:
                 return active_values
-            found = active_values.new_full((len(weights),), torch.nan)
+            found = active_values.new_full((batch_size,), torch.nan)
             found[active.to(found.device, non_blocking=True)] = active_values
             return found
 
-        return (cut(weights, active, len(weights)).to(values, non_blocking=True) * values).sum(), per_image
+        return (cut(weights, active, batch_size).to(values, non_blocking=True) * values).sum(), per_image
 
     def _evaluate(self, term: Term, shown: Shown, context: dict, timesteps: Tensor) -> tuple[Tensor, Tensor]:
         """Computes L' of each image in full precision, (n,), 0 where non-finite; and detached, nan there.
@@ -344,7 +348,8 @@ class X0Regularization(nn.Module):
         if images.requires_grad:
             images.register_hook(guarded.drop_gradients)
         given = shown.guard_with(guarded)
-        with self._seeding.watch(term.name, images.device):
-            values = checked_values(term, by_draw(images, shown.draws), context, compare=term.name not in self._tried)
+        before = random_states(images.device)
+        values = checked_values(term, by_draw(images, shown.draws), context, compare=term.name not in self._tried)
+        self._seeding.check(term.name, before, images.device)
         self._tried.add(term.name)
         return guarded.drop_values(mean_of_draws(values, shown.draws), given)

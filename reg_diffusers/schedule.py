@@ -319,9 +319,9 @@ def has_fixed_levels(scheduler) -> bool:
 
 def is_affine(scheduler) -> bool:
     """Whether this is an `AffineSchedule`, whose alpha and sigma are functions of time."""
-    return hasattr(scheduler, "alpha_sigma")
+    return hasattr(type(scheduler), "alpha_sigma")  # of the type: diffusers' own lookup in objects is slow
 
 
 def is_edm(scheduler) -> bool:
     """Whether the scheduler uses the preconditioning of EDM (Karras et al. 2022)."""
-    return hasattr(scheduler, "precondition_outputs")
+    return hasattr(type(scheduler), "precondition_outputs")

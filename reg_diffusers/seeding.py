@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator
-from contextlib import contextmanager
 
 import torch
 from torch import Tensor
 
 from .term import TermError
 
-__all__ = ["SeedGuard"]
+__all__ = ["SeedGuard", "random_states"]
 
 
 class SeedGuard:
@@ -24,21 +22,19 @@ class SeedGuard:
     def __init__(self):
         self._last: dict[tuple[int, str], tuple[list[Tensor], list[Tensor]]] = {}  # by thread and term
 
-    @contextmanager
-    def watch(self, name: str, device: torch.device) -> Iterator[None]:
-        """Context manager around one call of the regularizer of a term.
+    def check(self, name: str, before: list[Tensor], device: torch.device) -> None:
+        """Checks the states after a call of the regularizer of a term.
 
         Args:
             name: name of the term.
+            before: the `random_states` before the call.
             device: device of the images.
 
         Raises:
             TermError: the generators end in the same state as after the last call, although they started in another
                 one.
         """
-        before = _states(device)
-        yield
-        after = _states(device)
+        after = random_states(device)
         if _same(before, after):
             return
         key = threading.get_ident(), name
@@ -51,7 +47,8 @@ class SeedGuard:
         self._last[key] = before, after
 
 
-def _states(device: torch.device) -> list[Tensor]:
+def random_states(device: torch.device) -> list[Tensor]:
+    """Returns the states of the global generators for images on this device."""
     of_device = [torch.cuda.get_rng_state(device)] if device.type == "cuda" else []
     return [torch.get_rng_state(), *of_device]
 

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence, Set
 from dataclasses import dataclass, replace
+from functools import partial
 
 import torch
 from torch import Tensor
 
-from .context import cut, repeat
+from .context import cut, positions, repeat
 from .estimators import Prediction, calls_model, one_step
 from .nonfinite import GuardedCall, ViewGuard, finite_images
+from .parameterization import Factors
 from .precision import full_precision
 from .prediction import model_output_for, predict_original_sample
 from .term import Term, TermError, draw, term_context, viewed
@@ -57,7 +59,7 @@ class Shown:
             context: for the whole batch.
             batch_size: B.
         """
-        count, originals = len(self.places), self.original_samples
+        count, originals = self.places.shape[0], self.original_samples
         own = term_context(term, context if originals is None else {**context, "original_samples": originals})
         found = {}
         for name, value in own.items():
@@ -65,24 +67,24 @@ class Shown:
                 found[name] = _repeated(value, self.draws, count)
             else:
                 repeated = _repeated(value, self.draws, batch_size)
-                found[name] = _cut_draws(repeated, self.places, batch_size, self.draws, name)
+                found[name] = _cut_draws(repeated, positions(self.places, batch_size), batch_size, self.draws, name)
         return found
 
     def by_image(self) -> Tensor:
         """Returns an alias of the images with the draws of an image together, (n, draws, C', ...)."""
         return by_image(self.images, self.draws)
 
-    def guard_with(self, call: GuardedCall) -> Tensor | None:
+    def guard_with(self, call: GuardedCall) -> Callable[[], Tensor | None]:
         """Reports gradients that the view makes non-finite to the guard of a term.
 
         Returns:
-            (n,) whether x0_hat of each image is finite, before the view; None if all are known to be.
+            A function that computes whether x0_hat of each image is finite, (n,), before the view; None if all are
+            known to be.
         """
         if self.guard is None:
-            return finite_images(self.images.detach() if self.draws == 1 else self.by_image().detach())
+            return partial(finite_images, by_image(self.images.detach(), self.draws))
         self.guard.report_to(call, self.among)
-        given = self.guard.given
-        return given if self.among is None or given is None else cut(given, self.among, len(given))
+        return partial(self.guard.given, self.among)
 
 
 def by_image(images: Tensor, draws: int) -> Tensor:
@@ -102,10 +104,10 @@ def _repeated(value, draws: int, batch_size: int):
     return value if draws == 1 else repeat(value, draws, batch_size)
 
 
-def _cut_draws(value, index: Tensor, batch_size: int, draws: int, name: str = "context"):
+def _cut_draws(value, index: Tensor | None, batch_size: int, draws: int, name: str = "context"):
     """Selects images from several draws of a batch, draws outermost."""
-    if draws == 1:
-        return cut(value, index, batch_size, name)
+    if draws == 1 or index is None:
+        return cut(value, index, draws * batch_size, name)
     every = torch.arange(draws, device=index.device)[:, None] * batch_size + index
     return cut(value, every.flatten(), draws * batch_size, name)
 
@@ -116,6 +118,7 @@ def show(
     prediction: Prediction,
     context: dict,
     *,
+    at: Factors | None,
     is_image: bool,
     tried: Set[str],
 ) -> dict[str, Shown]:
@@ -126,6 +129,7 @@ def show(
         lambdas: by name, the weighting of each image, (B,); images with weighting 0 are left out.
         prediction: for the whole batch; with `is_image`, its model_output is x0_hat.
         context: for the whole batch, with `original_samples` and `original_images` if the loop passes them.
+        at: noise levels in the shape of the images, if the caller knows them.
         is_image: whether the loop passed x0_hat instead of the model output.
         tried: names of the terms of earlier calls. A view that no term has used before is checked in the backward
             pass, which waits for an accelerator.
@@ -134,14 +138,14 @@ def show(
     for estimator in _distinct(term.estimator for term in terms):
         sharing = [term for term in terms if term.estimator == estimator]
         draws, places = _draws(estimator), _active(lambdas, sharing)
-        x0_hat = _estimate(estimator, prediction, places, is_image)
+        x0_hat = _estimate(estimator, prediction, at, places, is_image)
         for view in _distinct(term.view for term in sharing):
             looking = [term for term in sharing if term.view == view]
             theirs, images = places, x0_hat
             if len(looking) < len(sharing):
                 among = _is_active(lambdas, looking)[places].nonzero().flatten()
                 theirs, images = places[among], _cut_draws(x0_hat, among, len(places), draws)
-            if len(theirs) > 0 and view not in drawn:
+            if view is not None and theirs.shape[0] > 0 and view not in drawn:
                 draw(view, images)
                 drawn.append(view)
             is_new = tried.isdisjoint(term.name for term in looking)
@@ -175,17 +179,24 @@ def _is_active(lambdas: dict[str, Tensor], terms: Sequence[Term]) -> Tensor:
 
 
 def _estimate(
-    estimator: Callable[[Prediction], Tensor], prediction: Prediction, places: Tensor, is_image: bool
+    estimator: Callable[[Prediction], Tensor],
+    prediction: Prediction,
+    at: Factors | None,
+    places: Tensor,
+    is_image: bool,
 ) -> Tensor:
     """Computes x0_hat of the chosen images, (draws n, C, ...), in at least float32."""
-    dtype = full_precision(prediction.model_output.dtype)
-    if len(places) == 0:
-        return prediction.model_output.detach()[:0].to(dtype)
-    if estimator is one_step and is_image:
-        return cut(prediction.model_output, places, len(prediction)).to(dtype)
-    if estimator is one_step:  # it uses only these three, so only they are indexed
-        parts = (prediction.model_output, prediction.timesteps, prediction.sample)
-        return predict_original_sample(prediction.scheduler, *(cut(part, places, len(prediction)) for part in parts))
+    output, count = prediction.model_output, len(prediction)
+    dtype = full_precision(output.dtype)
+    if places.shape[0] == 0:
+        return output.detach()[:0].to(dtype)
+    if estimator is one_step:  # it uses a part of the prediction, and only that is indexed
+        chosen = positions(places, count)
+        output = cut(output, chosen, count)
+        if is_image:
+            return output.to(dtype)
+        levels = cut(prediction.timesteps, chosen, count) if at is None else _cut_factors(at, chosen, count)
+        return predict_original_sample(prediction.scheduler, output, levels, cut(prediction.sample, chosen, count))
     if not calls_model(estimator):
         prediction = replace(prediction, model=None, model_kwargs=None)
     chosen = prediction[places]
@@ -193,6 +204,10 @@ def _estimate(
         implied = model_output_for(chosen.scheduler, chosen.model_output, chosen.timesteps, chosen.sample)
         chosen = replace(chosen, model_output=implied)
     return checked_estimate(estimator, chosen)
+
+
+def _cut_factors(at: Factors, index: Tensor | None, batch_size: int) -> Factors:
+    return Factors(*(cut(part, index, batch_size) for part in (at.timesteps, at.alpha, at.sigma)))
 
 
 def checked_estimate(estimator: Callable[[Prediction], Tensor], prediction: Prediction) -> Tensor:
@@ -220,7 +235,7 @@ def _look(
     terms: Sequence[Term], places: Tensor, x0_hat: Tensor, context: dict, batch_size: int, is_new: bool, draws: int
 ) -> Shown:
     """Computes the input of terms with the same view: x0_hat of their images, and x_0 if one of them needs it."""
-    if len(places) == 0:
+    if places.shape[0] == 0:
         return Shown(places, x0_hat, None, draws=draws)
     view, guard = terms[0].view, None
     if view is not None:
@@ -233,11 +248,12 @@ def _look(
         guard = ViewGuard(apart, images)
     is_paired = any("original_samples" in term.needs for term in terms)
     if is_paired and view is not None and "original_images" in context:
-        given = cut(context["original_images"], places, batch_size, "original_images")
+        given = cut(context["original_images"], positions(places, batch_size), batch_size, "original_images")
         originals = _cropped(terms[0], given, x0_hat.detach(), images.detach())
     elif is_paired and "original_samples" in context:
+        given = cut(context["original_samples"], positions(places, batch_size), batch_size, "original_samples")
         with torch.no_grad():
-            originals = viewed(terms[0], cut(context["original_samples"], places, batch_size, "original_samples"))
+            originals = viewed(terms[0], given)
     return Shown(places, images, originals, guard, is_shared=len(terms) > 1, draws=draws)
 
 

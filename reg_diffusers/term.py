@@ -10,6 +10,7 @@ import math
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -98,9 +99,9 @@ class Term:
             raise ValueError(f"{self.weight!r} sets the weight from L' in every step: leave the schedule out")
         if not self.name:
             object.__setattr__(self, "name", regularizer_name(self.regularizer))
-        needs_of(self.regularizer)
+        self.needs  # noqa: B018 - raises now if it is malformed
 
-    @property
+    @cached_property
     def needs(self) -> tuple[str, ...]:
         """Names of the keyword arguments that the regularizer needs in addition to the image."""
         return needs_of(self.regularizer)
@@ -114,7 +115,7 @@ class Term:
         """
         if self.normalize == "active":
             return (weights != 0).sum().clamp(min=1)
-        return max(len(weights), 1) if image_mask is None else torch.as_tensor(image_mask).sum().clamp(min=1)
+        return max(weights.shape[0], 1) if image_mask is None else torch.as_tensor(image_mask).sum().clamp(min=1)
 
 
 def seen_through(term: Term, view: Callable[[Tensor], Tensor] | None) -> Term:
@@ -311,10 +312,11 @@ def _check_estimator(estimator) -> None:
 
 
 def _outside_autocast(device: torch.device):
-    """Disables autocast on devices that have it."""
-    return (
-        torch.autocast(device.type, enabled=False) if torch.amp.is_autocast_available(device.type) else nullcontext()
-    )
+    """Disables autocast where it is enabled."""
+    is_available = torch.amp.is_autocast_available(device.type)
+    if is_available and torch.is_autocast_enabled(device.type):
+        return torch.autocast(device.type, enabled=False)
+    return nullcontext()
 
 
 def _same(one: Tensor, other: Tensor) -> bool:

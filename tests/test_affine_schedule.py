@@ -68,6 +68,22 @@ def test_a_velocity_without_derivatives_is_refused(alpha):
         predict_original_sample(schedule, noise - x0, t, x0)
 
 
+def test_predicted_noise_without_a_signal_is_refused_unless_the_image_is_left_out():
+    schedule = AffineSchedule(*PATHS["linear"], "epsilon")
+    x0, noise, _ = batch(size=3)
+    t = torch.tensor([0.0, 0.5, 1.0])
+    x_t = add_noise(schedule, x0, noise, t)
+    everywhere = X0Regularization(schedule, [Term(sparsity, 0.1, constant)])
+    with pytest.raises(ValueError, match="cannot give x0_hat at timestep 0, where alpha is 0: leave such images out"):
+        everywhere(noise, t, x_t)
+    expected = 0.1 * sparsity(x0[1:].float()).sum() / 3
+    matched = X0Regularization(schedule, [Term(sparsity, 0.1, lambda level: (level.snr > 0).to(level.snr))])
+    torch.testing.assert_close(matched(noise, t, x_t).loss.float(), expected)
+    left_out = everywhere(noise, t, x_t, image_mask=torch.tensor([False, True, True]))
+    torch.testing.assert_close(left_out.loss.float(), 1.5 * expected)
+    assert int(everywhere.nonfinite.dropped["sparsity"]) == 0
+
+
 def test_another_number_of_values_than_timesteps_is_refused():
     _, _, t = batch()
     schedule = AffineSchedule(lambda t: torch.ones(3), lambda t: t, "sample")
