@@ -82,12 +82,26 @@ def test_kernel_distance_of_equal_distributions_is_0_on_average():
 
 def test_large_sets_are_taken_in_parts(monkeypatch):
     samples, reference = torch.randn(50, 8), torch.randn(70, 8)
-    whole = kernel(samples, reference), manifolds(samples, reference), nearest(samples, reference)
+    whole = kernel(samples, reference), manifolds(samples, reference), nearest(samples, [reference])
     monkeypatch.setattr(distances, "_ELEMENTS_AT_A_TIME", 300)
     assert kernel(samples, reference) == pytest.approx(whole[0], rel=1e-9)
     assert manifolds(samples, reference) == pytest.approx(whole[1])
-    for found, expected in zip(nearest(samples, reference), whole[2], strict=True):
+    for found, expected in zip(nearest(samples, reference.split(13)), whole[2], strict=True):
         torch.testing.assert_close(found, expected)
+
+
+def test_no_more_points_are_compared_in_pairs_than_time_and_memory_allow():
+    assert [distances.paired(number, 10) for number in (20, 5000, 50_000)] == [20, 5000, 5000]
+    assert distances.paired(50_000, 2**18) * 2**18 * 4 == 2**30  # bytes
+    assert distances.paired(50_000, 2**40) == 20  # a jackknife needs so many
+
+
+def test_a_point_is_not_its_own_neighbour_in_any_block():
+    points = torch.tensor([[0.0], [1.0], [3.0], [7.0], [12.0]])
+    own = torch.tensor([3, -1, 0])  # the second is not among those searched
+    for size in (1, 2, 5):
+        found, indices = nearest(points[[3, 3, 0]], points.split(size), own)
+        assert found.tolist() == [4, 0, 1] and indices.tolist() == [2, 3, 1]
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf])
@@ -171,8 +185,8 @@ def test_the_jackknife_leaves_the_same_group_out_of_all_sets():
 
 def test_nearest_finds_copies_and_is_not_its_own_neighbour():
     searched = torch.randn(50, 300)
-    found, indices = nearest(searched[[7, 3]] + torch.tensor([[0.0], [0.01]]), searched)
+    found, indices = nearest(searched[[7, 3]] + torch.tensor([[0.0], [0.01]]), [searched])
     assert indices.tolist() == [7, 3] and found[0] == 0
     assert found[1].item() == pytest.approx(0.01 * math.sqrt(300), rel=1e-3)
-    own, neighbours = nearest(searched, searched, same=True)
+    own, neighbours = nearest(searched, searched.split(7), torch.arange(len(searched)))
     assert own.min() > 1 and (neighbours != torch.arange(50)).all()

@@ -23,13 +23,16 @@ from reg_diffusers import RegDDPMPipeline
 from reg_diffusers.cli import main
 from reg_diffusers.cli.bench import Bench
 from reg_diffusers.cli.judging import check_regularizers, recorded_regularizers, regularizers_of
-from reg_diffusers.evaluation.distances import frechet, mean_of
-from reg_diffusers.evaluation.features import FeaturesError, named_features, pixels, train_classifier
-from reg_diffusers.evaluation.judgement import Row, compare_rows, find_copies, judge_samples
+from reg_diffusers.evaluation import distances
+from reg_diffusers.evaluation.distances import frechet, jackknife, kernel, mean_of, nearest
+from reg_diffusers.evaluation.features import Features, FeaturesError, named_features, pixels, train_classifier
+from reg_diffusers.evaluation.images import Images
+from reg_diffusers.evaluation.judgement import Row, compare_rows, copies_of, judge_samples
 from reg_diffusers.evaluation.measuring import SLICED
 from reg_diffusers.regularizers import classifier, total_variation
 from reg_diffusers.regularizers.network_input import NetworkInput
 from reg_diffusers.runtime.errors import UsageError
+from reg_diffusers.sampling.store import ArrayFile
 
 pytestmark = pytest.mark.training
 
@@ -351,9 +354,57 @@ def test_differences_within_the_uncertainty_are_not_called_any():
     assert isinstance(rows["A"], Row) and rows["A"].near_copies is None
 
 
+def test_pairs_of_many_images_are_sampled_and_their_intervals_cover_both_sets(monkeypatch):
+    generator = torch.Generator().manual_seed(0)
+    samples, reference = torch.randn(2, 400, 1, 2, 2, generator=generator)
+    features = Features(lambda images: images.flatten(1), "numbers", "FD", "KD")
+
+    def row(number):
+        vectors = samples[:number].flatten(1), reference[:number].flatten(1)
+        return judge_samples(samples[:number], reference[:number], {}, features=features, vectors=vectors).distances
+
+    whole, part = row(400), row(40)
+    monkeypatch.setattr(distances, "PAIRED", 40)
+    sampled = row(400)
+    assert sampled["FD"] == whole["FD"] and sampled[SLICED] == whole[SLICED]
+    for name in ("KD", "precision", "recall", "density", "coverage"):
+        assert sampled[name].value == part[name].value != whole[name].value
+    both = jackknife(kernel, samples[:40].flatten(1), reference[:40].flatten(1))
+    assert sampled["KD"] == both and both.half_width != part["KD"].half_width
+
+
+def test_images_are_measured_a_few_at_a_time():
+    images, largest = torch.randn(700, 1, 4, 4, generator=torch.Generator().manual_seed(0)), []
+
+    def read(places):
+        largest.append(len(places))
+        return images[places.start : places.stop]
+
+    lazy = Images(700, read)
+    regularizers = {"mean": lambda x0_hat: x0_hat.flatten(1).mean(1)}
+    whole, blockwise = (judge_samples(one, images.flip(0), regularizers) for one in (images, lazy))
+    assert max(largest) < 700 and blockwise.images == 700
+    assert blockwise.terms["mean"].value == pytest.approx(images.mean().item(), abs=1e-6)
+    assert blockwise == whole
+
+
+def test_samples_are_mapped_however_they_were_written(tmp_path):
+    samples = np.random.default_rng(0).standard_normal((5, 1, 3, 3)).astype(np.float32)
+    for save in (np.savez, np.savez_compressed):
+        save(tmp_path / "a.npz", arr_0=samples)
+        assert np.array_equal(ArrayFile(tmp_path / "a.npz", is_field=True).mapped(), samples)
+    store = ArrayFile(tmp_path / "b.npz", is_field=True)
+    store.prepare()
+    for index, sample in enumerate(samples):
+        store.write(index, torch.from_numpy(sample))
+    store.finish(5)
+    mapped = store.mapped()
+    assert isinstance(mapped, np.memmap) and np.array_equal(mapped, samples)
+
+
 def test_copies_are_found_among_data_that_are_there_twice():
     data = torch.arange(10.0)[:, None].repeat(2, 1)
-    copies = find_copies(torch.tensor([[3.0], [3.5], [20.0]]), data, torch.zeros(20))
+    copies = copies_of(*nearest(torch.tensor([[3.0], [3.5], [20.0]]), [data]), torch.zeros(20))
     assert copies.limit == 0 and copies.near.tolist() == [True, False, False]
     assert copies.share.value == pytest.approx(1 / 3)
 

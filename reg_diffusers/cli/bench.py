@@ -11,6 +11,7 @@ from .judging_flags import DATA_FLAGS, NUM_IMAGES
 
 __all__ = ["Bench", "check_num_images", "data_flag", "load_models", "open_bench"]
 
+_READ_AT_A_TIME = 256
 _SEARCHED = 10_000  # images of the data to search: for the reference, for near copies, for the classifier
 
 
@@ -76,7 +77,7 @@ class Bench:
         source: the user's name for it.
         order: shuffled indices of the images; the first `number` form the reference, the next `number` the other half.
         number: the number of images in each half, and of samples.
-        reference: the reference images, (N, C, H, W) in [-1, 1].
+        reference: the reference images, (N, C, H, W) in [-1, 1], read when they are needed; see `Images`.
         other: the other half, (N, C, H, W).
         conditions: the conditions of each sample, equal to those of its reference image: class_labels (N,), condition.
         other_conditions: the conditions of the other half.
@@ -116,6 +117,7 @@ def open_bench(args: argparse.Namespace, models: dict) -> Bench:
     import torch
 
     from ..evaluation.distances import GROUPS
+    from ..evaluation.images import Images
     from ..networks.conditions import Conditions
     from ..runtime.errors import UsageError
 
@@ -133,16 +135,18 @@ def open_bench(args: argparse.Namespace, models: dict) -> Bench:
     order = torch.randperm(total, generator=torch.Generator().manual_seed(args.seed)).tolist()
     bench = Bench(data, source, order, number, None, None)
     bench.searched = min(total, max(2 * number, _SEARCHED))
-    halves = [data.__getitems__(half) for half in (order[:number], order[number : 2 * number])]
-    bench.reference, bench.other = (data.normalization.normalize(batch["values"]) for batch in halves)
-    digest = hashlib.sha256()
-    for half in (bench.reference, bench.other):
-        digest.update(half.contiguous().numpy())
-    bench.sha256 = digest.hexdigest()
+    bench.reference = Images(number, bench.images)
+    bench.other = Images(number, lambda places: bench.images(range(number + places.start, number + places.stop)))
     networks = [(model.unet.config, model._channels) for model in models.values()]
-    bench.conditions, bench.other_conditions = (
-        dict(Conditions.of_batch(data, batch).taken_by(networks)) for batch in halves
-    )
+    digest = hashlib.sha256()
+    for half, into in ((order[:number], bench.conditions), (order[number : 2 * number], bench.other_conditions)):
+        conditions = []
+        for start in range(0, number, _READ_AT_A_TIME):
+            batch = data.__getitems__(half[start : start + _READ_AT_A_TIME])
+            digest.update(data.normalization.normalize(batch["values"]).contiguous().numpy())
+            conditions.append(Conditions.of_batch(data, batch).taken_by(networks))
+        into |= {name: torch.cat([part[name] for part in conditions]) for name in conditions[0]}
+    bench.sha256 = digest.hexdigest()
     for name, model in models.items():
         classes = model.num_classes
         if classes is not None and bench.conditions["class_labels"].max() >= classes:

@@ -10,10 +10,10 @@ from pathlib import Path
 from ..runtime.messages import say
 from .bench import load_models, open_bench
 from .explanations import explanations
+from .judged import judge_models
 from .judging import (
     check_regularizers,
     choose_features,
-    judge_models,
     recorded_regularizers,
     recorded_units,
     regularizers_of,
@@ -149,7 +149,7 @@ def _check_fid(args: argparse.Namespace, bench) -> None:
 
     if not args.fid:
         return
-    if bench.reference.shape[1] not in (1, 3):
+    if bench.data.shape[0] not in (1, 3):
         raise UsageError("--fid needs images of 1 or 3 channels")
     try:
         check_inception()
@@ -215,7 +215,7 @@ def _write(args: argparse.Namespace, output: Path, judged, samples: dict, bench,
             lambda path: draw_trade_off([path], *_figure(rows)),
         )
     command = _command(args)
-    kept = {"verdict": sentences, "settings": settings, "command": command}
+    kept = {"verdict": sentences, "settings": settings, "compared_in_pairs": judged.compared, "command": command}
     write_whole(output / "evaluation.json", lambda path: write_rows(path, rows, **kept))
     text = describe_rows(rows)
     write_whole(output / "evaluation.txt", lambda path: path.write_text(f"{text}\n", encoding="utf-8"))
@@ -225,7 +225,7 @@ def _write(args: argparse.Namespace, output: Path, judged, samples: dict, bench,
         table_cells(rows),
         explanations(rows, bench),
         _parts(judged, samples, bench),
-        _settings_shown(settings, command),
+        _settings_shown(settings, judged.note, command),
         output / "evaluation.png",
     )
     write_whole(output / "index.html", lambda path: path.write_text(html, encoding="utf-8"))
@@ -267,11 +267,13 @@ def _parts(judged, samples: dict, bench) -> list:
     for title, drawn in samples.items():
         copies = judged.copies[title]
         share, expected = copies.share, judged.rows["data"].near_copies
+        compared = len(copies.distances)
+        first = f" first {compared:,}" if compared < len(drawn) else ""
         text = (
-            f"{100 * share.value:.1f} ± {100 * share.half_width:.1f} % of the samples are within {copies.limit:.3g} of"
-            " an image of the data. For the data this share is 5 %, or more if they have duplicates; for the half of"
-            f" the data that is compared it is {100 * expected.value:.1f} %. Distances are in"
-            f" {_short(judged.features.description)}."
+            f"{100 * share.value:.1f} ± {100 * share.half_width:.1f} % of the{first} samples are within"
+            f" {copies.limit:.3g} of an image of the data. For the data this share is 5 %, or more if they have"
+            f" duplicates; for the half of the data that is compared it is {100 * expected.value:.1f} %. Distances are"
+            f" in {_short(judged.features.description)}."
         )
         nearest = copies.distances.argsort()[:_PAIRS_SHOWN].tolist()
         parts.append(
@@ -280,7 +282,7 @@ def _parts(judged, samples: dict, bench) -> list:
                 grid(drawn[:_IMAGES_SHOWN]),
                 text,
                 [_pair(copies, drawn, bench, index) for index in nearest],
-                [_pair(copies, drawn, bench, index) for index in range(_PAIRS_SHOWN)],
+                [_pair(copies, drawn, bench, index) for index in range(min(_PAIRS_SHOWN, compared))],
             )
         )
     return parts
@@ -297,14 +299,14 @@ def _pair(copies, drawn, bench, index: int):
 
     place = int(copies.indices[index])
     return Pair(
-        grid(drawn[index][None]),
+        grid(drawn[index : index + 1]),
         grid(bench.images(range(place, place + 1))),
         float(copies.distances[index]),
         bool(copies.near[index]),
     )
 
 
-def _settings_shown(settings: dict, command: str) -> list[tuple[str, str]]:
+def _settings_shown(settings: dict, note: str, command: str) -> list[tuple[str, str]]:
     from .. import __version__
 
     models = "; ".join(
@@ -316,6 +318,7 @@ def _settings_shown(settings: dict, command: str) -> list[tuple[str, str]]:
         ("data", settings["data"]),
         ("images in each column", f"{settings['num_images']:,}"),
         ("features", settings["features"]),
+        *([("pairs", note)] if note else []),
         *([("units of fields in L'", settings["reg_units"])] if "reg_units" in settings else []),
         ("seed", str(settings["seed"])),
         ("command", command),

@@ -1,26 +1,22 @@
-"""The steps that `evaluate` and `sweep` share: choose features, check regularizers, judge models."""
+"""The steps that `evaluate` and `sweep` share before they measure: choose features, check regularizers."""
 
 from __future__ import annotations
 
 import argparse
 import json
-from dataclasses import dataclass
 from pathlib import Path
 
 from ..runtime.messages import bars_are_hidden
 from .bench import Bench
 
 __all__ = [
-    "Judged",
     "check_regularizers",
     "choose_features",
-    "judge_models",
     "recorded_regularizers",
     "recorded_units",
     "regularizers_of",
 ]
 
-_IMAGES_OF_LOSS = 256
 _BATCH_SIZE = 64
 
 
@@ -194,102 +190,3 @@ def check_regularizers(regularizers: dict, bench: Bench, models: dict, device, r
             usage_error.show_cause = True
             raise usage_error from error
     return dict(zip(regularizers, terms, strict=True))
-
-
-@dataclass
-class Judged:
-    """The result of `judge_models`.
-
-    Attributes:
-        rows: the rows of the table by title, the data first.
-        copies: near copies, by title.
-        features: the features that images were compared by.
-    """
-
-    rows: dict
-    copies: dict
-    features: object
-
-
-def judge_models(
-    args: argparse.Namespace,
-    models: dict,
-    samples: dict,
-    bench: Bench,
-    features,
-    regularizers: dict,
-    device,
-    *,
-    with_denoising_loss: bool = False,
-) -> Judged:
-    """Measures the data and all models; call it in the main process only."""
-    import dataclasses
-
-    from ..evaluation.distances import Estimate, nearest
-    from ..evaluation.judgement import copies_of, find_copies, judge_samples
-    from ..evaluation.measuring import denoising_losses
-
-    number = bench.number
-    searched = _vectors(features, bench.images, bench.searched, device, "data")
-    own, neighbours = nearest(searched, searched, same=True)
-    reference = bench.reference.to(device)
-    conditions, other_conditions = (
-        {name: value.to(device) for name, value in given.items()}
-        for given in (bench.conditions, bench.other_conditions)
-    )
-    other = slice(number, 2 * number)
-    rows, copies = {}, {"data": copies_of(own[other], neighbours[other], own)}
-    rows["data"] = judge_samples(
-        bench.other.to(device),
-        reference,
-        regularizers,
-        vectors=(searched[other], searched[:number]),
-        features=features,
-        copies=copies["data"],
-        **other_conditions,
-    )
-    for title, drawn in samples.items():
-        vectors = _vectors(features, lambda places, drawn=drawn: drawn[list(places)], number, device, title)
-        copies[title] = find_copies(vectors, searched, own)
-        loss = None
-        if with_denoising_loss:
-            some = {name: value[:_IMAGES_OF_LOSS] for name, value in conditions.items()}
-            pipeline = models[title]
-            some |= {name: getattr(args, name) for name in ("snr_gamma", "loss_weighting", "timestep_sampling")}
-            encoded = pipeline.encode(reference[:_IMAGES_OF_LOSS])
-            losses = denoising_losses(pipeline.unet, pipeline.scheduler, encoded, args.seed, **some)
-            loss = losses.mean().item()
-        rows[title] = judge_samples(
-            drawn.to(device),
-            reference,
-            regularizers,
-            vectors=(vectors, searched[:number]),
-            copies=copies[title],
-            features=features,
-            denoising_loss=loss,
-            **conditions,
-        )
-    if args.fid:
-        from ..evaluation.inception import inception_distance
-
-        for title, images in {"data": bench.other, **samples}.items():
-            fid = Estimate(inception_distance(images.to(device), reference), float("nan"), float("nan"))
-            rows[title] = dataclasses.replace(rows[title], distances={**rows[title].distances, "Inception FID": fid})
-    return Judged(rows, copies, features)
-
-
-def _vectors(features, images, number: int, device, title: str):
-    """Computes the features of `number` images, read in batches by `images(places)`."""
-    import torch
-    from tqdm import tqdm
-
-    batches = tqdm(
-        _batches(number),
-        desc=f"features of {title}",
-        unit="batch",
-        dynamic_ncols=True,
-        leave=False,
-        disable=bars_are_hidden(),
-    )
-    with torch.no_grad():
-        return torch.cat([features.extract(images(places).to(device)) for places in batches])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import functools
 import hashlib
 from pathlib import Path
 
@@ -104,14 +105,12 @@ def _time(samplers: dict, batch_size: int, processes: int) -> str:
 
 
 def read_samples(bench: Bench, samplers: dict) -> dict:
-    """Reads the first N samples of each model, (N, C, H, W).
+    """Opens the first N samples of each model, (N, C, H, W), which are read when they are needed; see `Images`.
 
     Raises:
         UsageError: if samples are missing because another machine wrote them to its own disk.
     """
-    import numpy as np
-    import torch
-
+    from ..evaluation.images import Images
     from ..runtime.errors import UsageError
 
     samples = {}
@@ -122,5 +121,12 @@ def read_samples(bench: Bench, samplers: dict) -> dict:
                 " that all machines share"
             )
         store.finish(bench.number)
-        samples[title] = torch.from_numpy(np.load(store.path)["arr_0"][: bench.number])
+        samples[title] = Images(bench.number, functools.partial(_read, store.mapped()))
     return samples
+
+
+def _read(mapped, places: range):
+    import numpy as np
+    import torch
+
+    return torch.from_numpy(np.array(mapped[places.start : places.stop]))

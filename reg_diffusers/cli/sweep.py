@@ -11,7 +11,8 @@ from ..runtime.files import file_name
 from ..runtime.messages import say
 from ..settings import Settings
 from .bench import check_num_images, load_models, open_bench
-from .judging import check_regularizers, choose_features, judge_models, regularizers_of
+from .judged import judge_models
+from .judging import check_regularizers, choose_features, regularizers_of
 from .judging_flags import DATA_FLAGS, add_measuring_flags
 from .model_samples import draw_samples_of, read_samples, samplers_of
 from .output import check_folder, read_settings, write_settings

@@ -253,7 +253,7 @@ def _load_pictures(
         decode = partial(_decoded, settings, looks, classes, source)
         return _bucketed(settings, table, columns, size, source, decode) if settings.buckets else decode(table, size)
     number = len(table) if isinstance(table, Dataset) else number_of_rows(settings, table)
-    rows = table.to_iterable_dataset(num_shards=min(number, 1024)) if isinstance(table, Dataset) else table
+    rows = table.to_iterable_dataset(num_shards=_pieces(number)) if isinstance(table, Dataset) else table
     return StreamedPictures(
         rows, columns, label, classes, size, number, source, skip_bad_images=settings.skip_bad_images
     )
@@ -278,6 +278,11 @@ def _bucketed(
     nearest[~readable] = np.bincount(nearest[readable]).argmax()  # decoding reports or skips them
     parts = [decode(table.select(np.flatnonzero(nearest == place)), sizes[place]) for place in np.unique(nearest)]
     return Buckets(parts, cropped(own[readable], np.array(sizes)[nearest[readable]]))
+
+
+def _pieces(number: int) -> int:
+    """Returns the number of pieces of a streamed table: up to 1,024, of 16 rows or more, as each is slow to open."""
+    return min(number, max(number // 16, 64), 1024)
 
 
 def cache_folder(cache_dir: str | None) -> Path:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -12,6 +12,7 @@ from torch import Tensor
 __all__ = [
     "GROUPS",
     "NORMAL",
+    "PAIRED",
     "Estimate",
     "frechet",
     "jackknife",
@@ -19,13 +20,16 @@ __all__ = [
     "manifolds",
     "mean_of",
     "nearest",
+    "paired",
     "share_of",
 ]
 
 GROUPS = 10
+PAIRED = 5000  # points of a set that are compared in pairs: the time of all pairs grows with their square
 NORMAL = 1.960  # half-width of a 95 % interval, in standard errors
 _STUDENT = 2.262  # the same for a standard error that is estimated from GROUPS values (9 degrees of freedom)
 _ELEMENTS_AT_A_TIME = 2**24  # of a distance matrix: 64 MB
+_ELEMENTS_OF_A_SET = 2**28  # 1 GB
 
 
 @dataclass(frozen=True)
@@ -202,24 +206,36 @@ def _radii(features: Tensor, neighbours: int) -> Tensor:
     return torch.cat([torch.cdist(part, features).kthvalue(neighbours + 1, dim=1).values for part in rows])
 
 
-def nearest(features: Tensor, searched: Tensor, *, same: bool = False) -> tuple[Tensor, Tensor]:
-    """Finds the nearest neighbour of each point: distances (N,) and indices into `searched` (N,).
+def paired(number: int, dimensions: int) -> int:
+    """Returns how many of `number` points (N, D) are compared in pairs: at most PAIRED, and at most 1 GB."""
+    return min(number, PAIRED, max(_ELEMENTS_OF_A_SET // dimensions, 2 * GROUPS))
+
+
+def nearest(features: Tensor, searched: Iterable[Tensor], own: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """Finds the nearest neighbour of each point: distances (N,) and indices into the points searched (N,).
 
     Args:
         features: (N, D).
-        searched: (M, D).
-        same: the two sets are the same, and no point is its own neighbour.
+        searched: the points to search, in blocks (m, D), of which one at a time is in memory.
+        own: the index of each point among those searched, (N,), which is not its own neighbour; -1 for none.
     """
-    found, start = [], 0
-    for rows in _chunks(features, len(searched)):
-        distances = torch.cdist(rows, searched)
-        if same:
-            own = torch.arange(len(rows), device=rows.device)
-            distances[own, own + start] = math.inf
-        found.append(distances.argmin(1))
-        start += len(rows)
-    indices = torch.cat(found)
-    return (features - searched[indices]).norm(dim=1), indices  # exactly 0 for a copy, where `cdist` rounds
+    smallest = torch.full((len(features),), math.inf, device=features.device)
+    exact, indices = smallest.clone(), torch.zeros(len(features), dtype=torch.long, device=features.device)
+    start = 0
+    for block in searched:
+        for rows in torch.arange(len(features), device=features.device).split(_rows(len(block), len(features))):
+            distances = torch.cdist(features[rows], block)
+            if own is not None:
+                place = own[rows] - start
+                here = ((place >= 0) & (place < len(block))).nonzero()[:, 0]
+                distances[here, place[here]] = math.inf
+            found, places = distances.min(1)
+            nearer = found < smallest[rows]
+            rows, places = rows[nearer], places[nearer]
+            smallest[rows], indices[rows] = found[nearer], places + start
+            exact[rows] = (features[rows] - block[places]).norm(dim=1)  # 0 for a copy, where `cdist` rounds
+        start += len(block)
+    return exact, indices
 
 
 def _rows(columns: int, rows: int) -> int:

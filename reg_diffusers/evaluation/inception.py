@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from .images import Images
+
 __all__ = ["check_inception", "inception_distance"]
 
 
@@ -23,7 +25,7 @@ def check_inception() -> None:
         ) from error
 
 
-def inception_distance(samples: Tensor, reference: Tensor) -> float:
+def inception_distance(samples: Tensor | Images, reference: Tensor | Images) -> float:
     """Computes the FID with the weights of the original TensorFlow network.
 
     torch-fidelity downloads the weights on first use. The FID is meant for thousands of photographs; on small or
@@ -44,7 +46,7 @@ def inception_distance(samples: Tensor, reference: Tensor) -> float:
     found = torch_fidelity.calculate_metrics(
         input1=_Pictures(samples),
         input2=_Pictures(reference),
-        cuda=samples.is_cuda,
+        cuda=samples[:1].is_cuda,
         fid=True,
         cache=False,
         verbose=False,
@@ -55,12 +57,12 @@ def inception_distance(samples: Tensor, reference: Tensor) -> float:
 class _Pictures(torch.utils.data.Dataset):
     """Images in the format that torch-fidelity expects: (3, H, W) uint8."""
 
-    def __init__(self, images: Tensor):
+    def __init__(self, images: Tensor | Images):
         self._images = images
 
     def __len__(self) -> int:
         return len(self._images)
 
     def __getitem__(self, index: int) -> Tensor:
-        image = ((self._images[index].cpu().clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)
+        image = ((self._images[index : index + 1][0].cpu().clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)
         return image.expand(3, -1, -1) if len(image) == 1 else image

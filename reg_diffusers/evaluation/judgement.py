@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
@@ -16,8 +16,9 @@ from torch import Tensor
 
 from ..regularizers import Regularizer
 from ..term import Term
-from .distances import Estimate, frechet, jackknife, kernel, manifolds, nearest, share_of
+from .distances import Estimate, frechet, jackknife, kernel, manifolds, paired, share_of
 from .features import Features
+from .images import Images, blocks
 from .measuring import SLICED, distance_to_data, mean_loss
 
 __all__ = [
@@ -29,7 +30,6 @@ __all__ = [
     "copies_of",
     "describe_nonfinite",
     "describe_rows",
-    "find_copies",
     "judge_samples",
     "table_cells",
     "write_rows",
@@ -43,8 +43,8 @@ class Copies:
     """How close samples are to individual images of the data.
 
     Attributes:
-        distances: (N,) the distance of each sample to its nearest image, in units of the features.
-        indices: (N,) the indices of those images among the images searched.
+        distances: (n,) the distance of each of the first samples to its nearest image, in units of the features.
+        indices: (n,) the indices of those images among the images searched.
         limit: the 5 % quantile of the data's own nearest-neighbour distances; 0 if many images are duplicates.
     """
 
@@ -54,7 +54,7 @@ class Copies:
 
     @property
     def near(self) -> Tensor:
-        """Whether each sample is within the limit, (N,) bool."""
+        """Whether each sample is within the limit, (n,) bool."""
         return self.distances <= self.limit
 
     @property
@@ -90,8 +90,8 @@ class Row:
 
 
 def judge_samples(
-    samples: Tensor,
-    reference: Tensor,
+    samples: Tensor | Images,
+    reference: Tensor | Images,
     regularizers: Mapping[str, Regularizer | Term],
     *,
     features: Features | None = None,
@@ -102,13 +102,17 @@ def judge_samples(
 ) -> Row:
     """Measures samples against reference images of the same number and shape.
 
+    The distances that compare pairs (kernel distance, precision, recall, density, coverage) use the first PAIRED of
+    both sets. Their intervals are those of so many samples; where some are left out, both sets lose a group in the
+    jackknife, so that the interval also covers which reference images were used.
+
     Args:
         samples: (N, C, H, W) in [-1, 1].
         reference: (N, C, H, W).
         regularizers: the regularizers by name; a `Term` sees the samples through its view.
         features: the features that name the distances; None for the sliced Wasserstein distance only.
         vectors: the features of samples and reference, (N, D) each.
-        copies: the result of `find_copies`.
+        copies: the result of `copies_of`.
         denoising_loss: a value to store in the row.
         **context: what the regularizers may need for each sample, (N, ...).
 
@@ -123,28 +127,30 @@ def judge_samples(
     if features is not None and features.frechet:
         of_samples, of_reference = vectors
         distances[features.frechet] = jackknife(lambda part: frechet(part, of_reference), of_samples)
-        distances[features.kernel] = jackknife(lambda part: kernel(part, of_reference), of_samples)
-        distances |= jackknife(lambda part: manifolds(part, of_reference), of_samples)
+        distances[features.kernel] = _of_pairs(kernel, of_samples, of_reference)
+        distances |= _of_pairs(manifolds, of_samples, of_reference)
     # It needs two sets of the same size, so both lose a group.
     distances[SLICED] = distance_to_data(samples, reference)
-    not_finite = len(samples) - int(samples.flatten(1).isfinite().all(1).sum())
+    not_finite = len(samples) - sum(int(part.flatten(1).isfinite().all(1).sum()) for part in blocks(samples))
     return Row(len(samples), terms, distances, copies and copies.share, denoising_loss, not_finite)
 
 
-def find_copies(vectors: Tensor, searched: Tensor, own: Tensor) -> Copies:
-    """Finds the nearest image of the data for each sample, and the limit below which a sample is a near copy.
-
-    Args:
-        vectors: the features of the samples, (N, D).
-        searched: the features of images of the data, (M, D).
-        own: the distances of `nearest(searched, searched, same=True)`, (M,).
-    """
-    distances, indices = nearest(vectors, searched)
-    return copies_of(distances, indices, own)
+def _of_pairs(statistic: Callable[..., float | dict], samples: Tensor, reference: Tensor):
+    """Estimates a statistic that compares all pairs, on as many points of both sets as `paired` says."""
+    number = paired(*samples.shape)
+    if number == len(samples):
+        return jackknife(lambda part: statistic(part, reference), samples)
+    return jackknife(statistic, samples[:number], reference[:number])
 
 
 def copies_of(distances: Tensor, indices: Tensor, own: Tensor) -> Copies:
-    """Like `find_copies`, for distances and indices that are known already."""
+    """Returns the near copies among samples, and the limit below which a sample is one.
+
+    Args:
+        distances: the distance of each sample to the nearest image of the data, (n,); see `nearest`.
+        indices: the indices of those images, (n,).
+        own: the same distances of images of the data to other images of the data, (m,).
+    """
     limit = torch.quantile(own.cpu().double(), _NEAR).item()
     return Copies(distances.cpu(), indices.cpu(), limit)
 

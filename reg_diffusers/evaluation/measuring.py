@@ -13,15 +13,16 @@ from ..networks.conditions import Conditions
 from ..objective import RegularizedLoss, timesteps_of_training
 from ..term import Term, score
 from .distances import GROUPS, Estimate, jackknife, mean_of
+from .images import Images, blocks
 
 __all__ = ["SLICED", "denoising_losses", "distance_to_data", "mean_loss", "sliced_wasserstein"]
 
 SLICED = "sliced Wasserstein"
-_SCORED_AT_A_TIME = 256
+_DIRECTIONS = 512
 _NOISE_LEVELS_PER_IMAGE = 4
 
 
-def mean_loss(term: Term, samples: Tensor, context: Mapping[str, Tensor]) -> Estimate:
+def mean_loss(term: Term, samples: Tensor | Images, context: Mapping[str, Tensor]) -> Estimate:
     """Measures the mean of L' over samples, with its standard error.
 
     Args:
@@ -29,19 +30,20 @@ def mean_loss(term: Term, samples: Tensor, context: Mapping[str, Tensor]) -> Est
         samples: (N, C, H, W) in [-1, 1].
         context: what the regularizer needs for each sample, (N, ...).
     """
-    needs = {need: context[need] for need in term.needs}
-    values = [
-        score(term, samples[part], {name: value[part.to(value.device)] for name, value in needs.items()}).cpu()
-        for part in torch.arange(len(samples)).split(_SCORED_AT_A_TIME)
-    ]
+    values, start = [], 0
+    for part in blocks(samples):
+        of_part = {need: context[need][start : start + len(part)].to(part.device) for need in term.needs}
+        values.append(score(term, part, of_part).cpu())
+        start += len(part)
     return mean_of(torch.cat(values))
 
 
-def distance_to_data(samples: Tensor, reference: Tensor) -> Estimate:
+def distance_to_data(samples: Tensor | Images, reference: Tensor | Images) -> Estimate:
     """Measures the sliced Wasserstein distance; its standard error is nan below 2 GROUPS samples."""
+    along = [_projections(images, _DIRECTIONS, seed=0) for images in (samples, reference)]
     if len(samples) < 2 * GROUPS:
-        return Estimate(sliced_wasserstein(samples, reference), math.nan, math.nan)
-    return jackknife(sliced_wasserstein, samples, reference)
+        return Estimate(_distance_along(*along), math.nan, math.nan)
+    return jackknife(_distance_along, *along)
 
 
 @torch.no_grad()
@@ -93,7 +95,7 @@ def denoising_losses(
     return total / _NOISE_LEVELS_PER_IMAGE
 
 
-def sliced_wasserstein(samples: Tensor, reference: Tensor, *, directions: int = 512, seed: int = 0) -> float:
+def sliced_wasserstein(samples: Tensor, reference: Tensor, *, directions: int = _DIRECTIONS, seed: int = 0) -> float:
     r"""Computes the sliced 2-Wasserstein distance of two sets of images of the same size, in pixel space.
 
     SW^2 = E_u[ W_2^2(u.X, u.Y) ] over directions u uniform on the unit sphere; in one dimension W_2^2 is the mean
@@ -116,8 +118,16 @@ def sliced_wasserstein(samples: Tensor, reference: Tensor, *, directions: int = 
         raise ValueError(
             f"both sets must have the same size and shape, not {tuple(samples.shape)} and {tuple(reference.shape)}"
         )
-    samples, reference = samples.flatten(1).float(), reference.flatten(1).float()
-    u = torch.randn(samples.shape[1], directions, generator=torch.Generator().manual_seed(seed))
-    u = (u / u.norm(dim=0)).to(samples.device)
-    difference = (samples @ u).sort(dim=0).values - (reference @ u).sort(dim=0).values
+    return _distance_along(*(_projections(images, directions, seed) for images in (samples, reference)))
+
+
+def _projections(images: Tensor | Images, directions: int, seed: int) -> Tensor:
+    """Projects images on random directions, (N, directions)."""
+    u = torch.randn(images[:1].numel(), directions, generator=torch.Generator().manual_seed(seed))
+    u = u / u.norm(dim=0)
+    return torch.cat([part.flatten(1).float() @ u.to(part.device) for part in blocks(images)])
+
+
+def _distance_along(samples: Tensor, reference: Tensor) -> float:
+    difference = samples.sort(dim=0).values - reference.sort(dim=0).values
     return float((difference**2).mean().sqrt())

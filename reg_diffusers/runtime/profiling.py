@@ -9,13 +9,14 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from accelerate import Accelerator
+from accelerate import Accelerator, ProfileKwargs
 
 from .files import write_whole
 
 __all__ = ["StepProfile"]
 
 WARM_UP_STEPS = 3  # for memory allocation, compilation and the creation of the optimizer's state
+_TRACED = ("cuda", "hpu", "mtia", "xpu")  # of the accelerators, those that torch's profiler can follow
 SECTIONS = ("data", "forward", "auxiliary", "backward", "optimizer", "EMA")
 
 
@@ -87,10 +88,8 @@ class StepProfile:
         ]
 
     def _begin(self) -> None:
-        activities = [torch.profiler.ProfilerActivity.CPU]
-        if self._device.type == "cuda":
-            activities.append(torch.profiler.ProfilerActivity.CUDA)
-        self._profiler = torch.profiler.profile(activities=activities)
+        kinds = ["cpu", *([self._device.type] if self._device.type in _TRACED else [])]
+        self._profiler = ProfileKwargs(activities=kinds).build()
         self._profiler.start()
         self._wait()
         self._started = time.perf_counter()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import shutil
+import struct
 import zipfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -16,6 +17,8 @@ from torch import Tensor
 from ..runtime.files import write_whole
 
 __all__ = ["ArrayFile", "PictureFolder", "SampleStore"]
+
+_LENGTHS = 26  # bytes of a local header of a .zip file before the lengths of the name and of the extra field
 
 
 class SampleStore(Protocol):
@@ -131,6 +134,22 @@ class ArrayFile:
         if self._joined() < number:
             write_whole(self.path, lambda temporary: self._join(temporary, number))
         self._parts.remove()
+
+    def mapped(self) -> np.ndarray:
+        """Returns arr_0 of the finished file, mapped into memory, or read if another program compressed it."""
+        with zipfile.ZipFile(self.path) as archive:
+            member = archive.getinfo("arr_0.npy")
+            with archive.open(member) as stream:
+                shape, is_fortran, dtype = _read_header(stream)
+                header = stream.tell()
+        if member.compress_type != zipfile.ZIP_STORED:
+            return np.load(self.path)["arr_0"]
+        with self.path.open("rb") as file:  # the local header, which precedes the content, has a length of its own
+            file.seek(member.header_offset + _LENGTHS)
+            name, extra = struct.unpack("<HH", file.read(4))
+        start = member.header_offset + _LENGTHS + 4 + name + extra + header
+        order = "F" if is_fortran else "C"
+        return np.memmap(self.path, dtype, "r", offset=start, shape=shape, order=order)
 
     def _joined(self) -> int:
         """Returns the number of samples in the file itself."""

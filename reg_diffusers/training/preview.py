@@ -12,6 +12,7 @@ import PIL.ImageDraw
 import PIL.ImageFont
 import torch
 from accelerate import Accelerator
+from diffusers.utils import make_image_grid
 from torch import Tensor
 
 from ..data.training_data import TrainingData
@@ -152,15 +153,13 @@ def grid(samples: Tensor, gap: int = 1) -> PIL.Image.Image:
     samples = samples if channels == 3 else samples[:, :1].expand(-1, 3, -1, -1)
     columns = math.ceil(math.sqrt(number))
     rows = math.ceil(number / columns)
-    canvas = torch.ones(3, rows * (height + gap) - gap, columns * (width + gap) - gap)
-    for place, sample in enumerate(samples.cpu()):
-        top, left = place // columns * (height + gap), place % columns * (width + gap)
-        canvas[:, top : top + height, left : left + width] = sample
-    pixels = ((canvas + 1) * 127.5).round().clamp(0, 255).byte().permute(1, 2, 0).numpy()
+    cells = torch.ones(rows * columns, 3, height + gap, width + gap)
+    cells[:number, :, :height, :width] = samples.cpu()
+    pixels = ((cells + 1) * 127.5).round().clamp(0, 255).byte().permute(0, 2, 3, 1).numpy()
+    picture = make_image_grid([PIL.Image.fromarray(cell) for cell in pixels], rows, columns)
+    picture = picture.crop((0, 0, picture.width - gap, picture.height - gap))
     zoom = max(math.ceil(_SMALLEST_SIDE / max(height, width)), 1)
-    return PIL.Image.fromarray(pixels).resize(
-        (pixels.shape[1] * zoom, pixels.shape[0] * zoom), PIL.Image.Resampling.NEAREST
-    )
+    return picture.resize((picture.width * zoom, picture.height * zoom), PIL.Image.Resampling.NEAREST)
 
 
 def captioned_grid(
