@@ -74,7 +74,7 @@ def _options(program: str, parser) -> str:
 
 def _flags(app, docname: str, source: list[str]) -> None:
     """Fills the marks `<!-- flags of COMMAND -->` of a page."""
-    commands = {"train": build_parser(), **cli.build_parser()._subparsers._group_actions[0].choices}
+    commands = {**cli.build_parser()._subparsers._group_actions[0].choices, "train": build_parser()}
 
     def filled(mark: re.Match) -> str:
         return f"```{{eval-rst}}\n{_options(mark[1], commands[mark[1]])}\n```"

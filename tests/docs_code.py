@@ -1,5 +1,7 @@
 """The Python code of the documentation's pages."""
 
+import ast
+import builtins
 import re
 from pathlib import Path
 
@@ -32,6 +34,18 @@ def python_blocks(page: Path) -> list[tuple[int, str]]:
             start = None
     assert start is None, f"{page.name}: the block of line {start} has no end"
     return blocks
+
+
+def borrowed_names(code: str) -> set[str]:
+    """The names that a block uses and neither defines nor imports."""
+    nodes = list(ast.walk(ast.parse(code)))
+    used = {node.id for node in nodes if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Load)}
+    own = {node.id for node in nodes if isinstance(node, ast.Name) and not isinstance(node.ctx, ast.Load)}
+    own |= {node.name for node in nodes if isinstance(node, ast.FunctionDef | ast.ClassDef)}
+    own |= {node.arg for node in nodes if isinstance(node, ast.arg)}
+    imports = [node for node in nodes if isinstance(node, ast.Import | ast.ImportFrom)]
+    own |= {alias.asname or alias.name.split(".")[0] for node in imports for alias in node.names}
+    return used - own - {*dir(builtins), "__name__"}
 
 
 def block(page: str, containing: str) -> dict:

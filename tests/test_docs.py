@@ -1,5 +1,7 @@
 """The documentation: its code runs, its images exist, its tables agree with the package, Sphinx has no complaints."""
 
+import importlib
+import inspect
 import json
 import re
 import runpy
@@ -11,10 +13,12 @@ from statistics import mean
 import pytest
 import torch
 from diffusers import AutoencoderTiny
-from docs_code import PAGES, ROOT, python_blocks
+from docs_code import PAGES, ROOT, borrowed_names, python_blocks
 
+import reg_diffusers
 from reg_diffusers import RegularizedLoss, Term, X0Regularization, load_regularizer, regularizers
 from reg_diffusers.regularizers import mean_intensity
+from reg_diffusers.settings.arguments import build_parser
 
 pytestmark = pytest.mark.project
 
@@ -31,6 +35,29 @@ def test_code_runs(page, tmp_path, monkeypatch):
     for name in set(sys.modules) - modules:  # what the page wrote and imported
         if str(tmp_path) in str(getattr(sys.modules[name], "__file__", None)):
             del sys.modules[name]
+
+
+SESSION = "*The Python code on this page is one session: each block continues those above it.*"
+
+
+@pytest.mark.parametrize("page", [page for page in PAGES if python_blocks(page)], ids=lambda page: page.stem)
+def test_a_block_runs_by_itself_or_the_page_says_that_it_continues(page):
+    borrowed = [borrowed_names(code) for _, code in python_blocks(page)]
+    assert borrowed[0] == set()
+    before, mark, _ = page.read_text(encoding="utf-8").partition(SESSION)
+    assert bool(mark) == any(borrowed), f"{page.name}: {SESSION}"
+    assert "```python" not in (before if mark else ""), "the sentence belongs above the first block"
+
+
+def test_each_public_name_has_a_page_of_its_own():
+    page = (ROOT / "docs" / "api.md").read_text(encoding="utf-8")
+    modules = re.findall(r"\.\. automodule:: (\S+)\n((?:(?!\.\. automodule).*\n)*)", page)
+    listed = {module: set(re.findall(r"^   (\w+)$", text, re.MULTILINE)) for module, text in modules}
+    names = {name for found in listed.values() for name in found}
+    public = {name for name in reg_diffusers.__all__ if not inspect.ismodule(getattr(reg_diffusers, name))}
+    assert public - names == set() and {*regularizers.__all__} - {"physics"} - names == set()
+    for module, found in listed.items():
+        assert [name for name in found if not hasattr(importlib.import_module(module), name)] == []
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
@@ -205,3 +232,9 @@ def test_strict_build(tmp_path):
     assert any("mathjax/tex-svg.js" in path for path in loaded) and any("copybutton.js" in path for path in loaded)
     for path in loaded:
         assert (tmp_path / path.split("?")[0]).exists() or path.endswith(".html") or path.startswith("#"), path
+    flags = (tmp_path / "flags.html").read_text(encoding="utf-8")
+    for action in build_parser()._actions:
+        for name in action.option_strings:
+            assert action.dest == "help" or f'id="cmdoption-train-{name.lstrip("-")}"' in flags, name
+    term = (tmp_path / "generated" / "reg_diffusers.term.score.html").read_text(encoding="utf-8")
+    assert 'href="https://docs.pytorch.org/docs/stable/tensors.html#torch.Tensor"' in term  # of the signature
