@@ -1,29 +1,30 @@
 """The benchmark of rival methods trains many networks at once, and each as if it were alone."""
 
+import importlib
 import sys
+from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
 from diffusers import DDPMScheduler
 
-from reg_diffusers import weighting
+from reg_diffusers import conflict_free, weighting
+from reg_diffusers.regularizers import physics
 
 pytestmark = pytest.mark.project
 
 SEEDS = (0, 1)
+FOLDER = Path(__file__).parents[1] / "docs" / "benchmarks" / "rivals"
 
 
 @pytest.fixture
 def rivals(monkeypatch):
     """The modules of the benchmark, by name."""
-    monkeypatch.syspath_prepend(str(Path(__file__).parents[1] / "docs" / "benchmarks" / "rivals"))
-    import circle
-    import ensemble
-    import methods
-
-    yield {"circle": circle, "ensemble": ensemble, "methods": methods}
-    for name in ("circle", "ensemble", "methods"):
+    names = ("circle", "ensemble", "methods", "fields", "heat", "darcy")
+    monkeypatch.syspath_prepend(str(FOLDER))
+    yield {name: importlib.import_module(name) for name in names}
+    for name in names:
         del sys.modules[name]
 
 
@@ -72,3 +73,76 @@ def test_the_arc_of_the_small_mode_holds_its_share_of_the_points(rivals):
     angles = circle.weighted(torch.Generator().manual_seed(0)) % (2 * torch.pi)
     assert low < 2.5 < high
     assert ((angles > low) & (angles < high)).float().mean().item() == pytest.approx(0.298, abs=0.015)
+
+
+@pytest.mark.parametrize("steps", [1, 2])
+def test_a_member_trained_with_pbfm_has_the_gradient_of_a_training_alone(rivals, steps):
+    fields, ensemble, heat = rivals["fields"], rivals["ensemble"], rivals["heat"]
+    method = rivals["methods"].Method("PBFM", 1, rivals["methods"].PBFM)
+    loss_fn = fields.losses(method, heat.residual)[steps - 1]
+    data = heat.fields(8, 0).double()
+    generator = torch.Generator().manual_seed(0)
+    images = data[torch.randint(8, (6,), generator=generator)]
+    noise = torch.randn(images.shape, generator=generator, dtype=torch.float64)
+    times = torch.rand(6, generator=generator)
+
+    def gradients(seeds, rows):
+        network = fields.Network(seeds, data.shape[1:], 8).double()
+        output = loss_fn(
+            fields.model(network, method), images[rows], noise=noise[rows], timesteps=times[rows].double()
+        )
+        return network, output
+
+    network, output = gradients(SEEDS, slice(0, 6))
+    ensemble.conflict_free_by_member(network, output)
+    for place, seed in enumerate(SEEDS):
+        alone, output = gradients([seed], slice(3 * place, 3 * place + 3))
+        conflict_free.backward(output, alone.parameters())
+        for one, other in zip(network.parameters(), alone.parameters(), strict=True):
+            torch.testing.assert_close(one.grad[place], other.grad[0], rtol=1e-4, atol=1e-9)
+            assert other.grad.abs().max() > 1e-6
+
+
+def test_the_fields_of_the_heat_family_obey_its_law_and_reveal_their_parameters(rivals):
+    heat = rivals["heat"]
+    square = torch.rand(20, 2, generator=torch.Generator().manual_seed(0))
+    known = heat.parameters(square)
+    fields = heat.solutions(known)
+    assert heat.residual(fields).abs().max() < 1e-3
+    assert heat.residual(fields + fields.roll(1, 0)).abs().mean() > 0.01  # a sum of two diffusivities is no solution
+    found = heat.recovered(fields + 0.1 * (2 * heat.PLACES).sin())  # orthogonal to all solutions
+    assert (found - known).abs().max() < 0.03
+    moved = known + torch.tensor([0.4, 0.0])  # a tenth of the range of nu
+    assert heat.wasserstein(moved[torch.randperm(20)], known) <= 0.1 + 1e-6
+    assert heat.wasserstein(known, known) == 0
+
+
+def test_the_residual_of_the_heat_family_is_that_of_physics_heat(rivals):
+    heat = rivals["heat"]
+    nu = torch.tensor([[2.0, 1.0], [3.0, 0.5]])
+    fields = heat.solutions(nu) + 0.1 * torch.randn(2, 1, 32, 32, generator=torch.Generator().manual_seed(0))
+    change = heat.residual(fields).square().flatten(1).mean(1)
+    tried = torch.stack(
+        [
+            physics.heat(fields.transpose(1, 2), diffusivity=value, time_step=heat.TIME_STEP, spacing=heat.SPACING)
+            for value in torch.linspace(-1, 6, 7001).tolist()[::10]
+        ]
+    )
+    torch.testing.assert_close(tried.min(0).values, change, rtol=1e-4, atol=0)
+
+
+def test_the_pairs_of_the_darcy_case_solve_its_equation(rivals):
+    darcy = rivals["darcy"]
+    fields = darcy.fields(4, 0)
+    assert fields.shape == (4, 2, 32, 32)
+    remaining = darcy.residual(fields.double())
+    assert remaining.abs().max() < 0.05  # the source is 10
+    assert remaining.flatten(1).std(1).max() < 1e-3  # one constant per field
+    assert fields[:, 0].flatten(1).mean(1).abs().max() < 1e-5
+    pair = torch.stack([fields[:, 0] * darcy.UNIT, fields[:, 1].exp()], 1) * torch.linspace(1, 2, 32)
+    scaled = torch.stack([pair[:, 0] / darcy.UNIT, pair[:, 1].log()], 1)
+    expected = partial(physics.darcy, source=darcy.SOURCE, **darcy.GRID)(pair)
+    torch.testing.assert_close(darcy.residual(scaled).square().flatten(1).mean(1), expected, rtol=1e-4, atol=0)
+    assert darcy.wasserstein(fields[:, 0] + 0.5, fields[:, 0]) == pytest.approx(
+        0.5 / fields[:, 0].std().item(), rel=1e-4
+    )

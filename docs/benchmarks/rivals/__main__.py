@@ -15,6 +15,9 @@ from functools import partial
 from pathlib import Path
 
 import circle
+import darcy
+import fields
+import heat
 import pictures
 import report
 import torch
@@ -25,6 +28,8 @@ HERE = Path(__file__).parent
 CASES = {  # (seeds, quick=...) -> numbers; each has a table in report.py
     "circle": partial(circle.run, circle.uniform),
     "weighted_circle": partial(circle.run, circle.weighted),
+    "heat": partial(fields.run, heat.PROBLEM),
+    "darcy": partial(fields.run, darcy.PROBLEM),
     **{name: partial(pictures.run, name) for name in pictures.CASES},
 }
 

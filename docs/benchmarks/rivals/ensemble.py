@@ -14,7 +14,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from reg_diffusers import NoiseLevel
+from reg_diffusers import LossOutput, NoiseLevel
+from reg_diffusers.conflict_free import combined, operator_of
 
 
 class PerMember:
@@ -98,3 +99,20 @@ def clip_by_member(network: nn.Module, max_norm: float) -> None:
     factors = (max_norm / (norms + 1e-6)).clamp(max=1)
     for gradient in gradients:
         gradient *= factors.reshape(-1, *[1] * (gradient.ndim - 1))
+
+
+def conflict_free_by_member(network: nn.Module, output: LossOutput) -> None:
+    """Sets the gradients of each member to the ConFIG combination of those of its parts of the loss.
+
+    This is `conflict_free.backward` for each network.
+    """
+    operator, parameters = operator_of("config"), list(network.parameters())
+    parts = [output.terms["denoising"], output.weights["residual"] * output.terms["residual"]]
+    rows = []
+    for part in parts:
+        gradients = torch.autograd.grad(network.members * part, parameters, retain_graph=part is not parts[-1])
+        rows.append(torch.cat([gradient.flatten(1) for gradient in gradients], 1))
+    found = torch.stack([combined(operator, torch.stack(of_member)) for of_member in zip(*rows, strict=True)])
+    sizes = [parameter[0].numel() for parameter in parameters]
+    for parameter, part in zip(parameters, found.split(sizes, dim=1), strict=True):
+        parameter.grad = part.reshape(parameter.shape)

@@ -12,7 +12,7 @@ from reg_diffusers.recipes import pidm
 from reg_diffusers.regularizers import equality
 from reg_diffusers.weighting import constant, gated, matched
 
-__all__ = ["METHODS", "Method", "groups"]
+__all__ = ["MEAN", "METHODS", "PBFM", "SAMPLE", "Method", "groups"]
 
 
 @dataclass(frozen=True)
@@ -22,7 +22,7 @@ class Method:
     Attributes:
         name: of the method.
         weight: factor of the loss; 0 for the plain model.
-        kind: "ours", "PIDM mean estimation" or "PIDM sample estimation".
+        kind: "ours", "PIDM mean estimation", "PIDM sample estimation" or "PBFM".
         weighting: for "ours".
     """
 
@@ -32,7 +32,7 @@ class Method:
     weighting: Callable = constant
 
 
-MEAN, SAMPLE = "PIDM mean estimation", "PIDM sample estimation"
+MEAN, SAMPLE, PBFM = "PIDM mean estimation", "PIDM sample estimation", "PBFM"
 GATED = gated(3)
 METHODS = (
     Method("plain"),

@@ -8,11 +8,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 LOWER, SAME = 1 / 3, 0.02  # goals of case B: share of the plain model's residual, change of the small mode's mass
+DISTANCES = ("distance", "distance p", "distance K")  # of cases C and D
 # The colours of Okabe & Ito (2008), each with a marker of its own for print in grey.
 STYLES = {
     "plain": ("o", "#000000"),
     "PIDM mean estimation": ("s", "#E69F00"),
     "PIDM sample estimation": ("D", "#CC79A7"),
+    "PBFM": ("X", "#56B4E9"),
     "matched": ("^", "#0072B2"),
     "gated(3)": ("v", "#009E73"),
     "gated(0.184)": ("v", "#009E73"),
@@ -21,6 +23,7 @@ STYLES = {
     "low_noise": ("D", "#CC79A7"),
     "data": ("*", "#777777"),
     "exact denoiser": ("*", "#777777"),
+    "fresh data": ("*", "#777777"),
 }
 
 
@@ -31,6 +34,15 @@ def goals(row: dict, plain: dict) -> str:
     lower = all(one <= LOWER * other for one, other in zip(row["residual"], plain["residual"], strict=True))
     same = all(abs(one - other) <= SAME for one, other in zip(row["mass"], plain["mass"], strict=True))
     return f"a third: {'yes' if lower else 'NO'}, mass: {'yes' if same else 'NO'}"
+
+
+def factors(row: dict, plain: dict) -> str:
+    """The means of the residual and of the largest distance, as multiples of the plain model's."""
+    if row is plain or row["method"] == "fresh data":
+        return ""
+    ratios = {name: statistics.mean(row[name]) / statistics.mean(plain[name]) for name in DISTANCES if name in row}
+    residual = statistics.mean(row["residual"]) / statistics.mean(plain["residual"])
+    return f"residual x {residual:.2f}, distance x {max(ratios.values()):.2f}"
 
 
 @dataclass(frozen=True)
@@ -70,6 +82,41 @@ POINTS = {
 TABLES = {
     "circle": Table("A. Unit circle, uniform", **POINTS),
     "weighted_circle": Table("B. Circle with two modes: .7 von Mises(0, 4) + .3 von Mises(2.5, 8)", **POINTS),
+    "heat": Table(
+        "C. Heat equation with an unknown diffusivity",
+        columns={
+            "residual": ("residual", 3),
+            "sum": ("sum over x", 4),
+            "distance": ("distance", 3),
+            "std ratio": ("std ratio", 3),
+            "steps": ("steps", 0),
+        },
+        axes={
+            "residual": "residual, mean of |u_t - nu u_xx| (less is better)",
+            "distance": "Wasserstein distance of (nu, phi)",
+        },
+        notes=factors,
+        log=True,
+    ),
+    "darcy": Table(
+        "D. Darcy flow, pressure and permeability",
+        columns={
+            "residual": ("residual R", 3),
+            "relative residual": ("R / std(p)", 1),
+            "distance p": ("distance p", 3),
+            "distance K": ("distance K", 3),
+            "std p": ("std ratio p", 3),
+            "std K": ("std ratio K", 3),
+            "solved again": ("solved again", 3),
+            "steps": ("steps", 0),
+        },
+        axes={
+            "residual": "mean of |div(K grad p) + f|",
+            "distance p": "Wasserstein distance of p",
+        },
+        notes=factors,
+        log=True,
+    ),
 }
 JUDGED = {
     "FD": ("FD", 2),
@@ -93,6 +140,7 @@ TABLES |= {
 }
 PICTURES = {  # the cases of each picture in docs/images
     "rivals": ("circle", "weighted_circle"),
+    "rivals_fields": ("heat", "darcy"),
     "rivals_pictures": ("letters", "clothes", "clothes_noise"),
 }
 
