@@ -1,6 +1,9 @@
 """The benchmark of rival methods trains many networks at once, and each as if it were alone."""
 
 import importlib
+import os
+import re
+import subprocess
 import sys
 from functools import partial
 from pathlib import Path
@@ -146,3 +149,20 @@ def test_the_pairs_of_the_darcy_case_solve_its_equation(rivals):
     assert darcy.wasserstein(fields[:, 0] + 0.5, fields[:, 0]) == pytest.approx(
         0.5 / fields[:, 0].std().item(), rel=1e-4
     )
+
+
+@pytest.mark.slow
+def test_quick_passes_through_every_case_and_writes_nothing(tmp_path):
+    before = {path: path.stat().st_mtime_ns for path in (*FOLDER.glob("results/*"), FOLDER / "rivals.txt")}
+    run = subprocess.run(
+        [sys.executable, FOLDER, "--quick", "--seeds", "0", "--output", tmp_path / "results"],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1", "XDG_CACHE_HOME": str(tmp_path)},
+        check=False,
+    )
+    assert run.returncode == 0, run.stderr
+    titles = re.findall(r"^[A-Z]\. .*$", run.stdout, re.MULTILINE)
+    assert set(re.findall(r"^[A-Z]\. .*$", (FOLDER / "rivals.txt").read_text(), re.MULTILINE)) <= set(titles)
+    assert {path: path.stat().st_mtime_ns for path in before} == before
+    assert not list(tmp_path.iterdir())

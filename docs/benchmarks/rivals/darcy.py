@@ -124,5 +124,5 @@ PROBLEM = Problem(
         Method("PBFM", 1.0, PBFM),
     ),
     width=384,
-    seconds=45,
+    seconds=25,
 )

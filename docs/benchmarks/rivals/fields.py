@@ -72,7 +72,7 @@ def run(problem: Problem, seeds: Sequence[int], *, quick: bool = False) -> dict:
         network = Network(seeds, data[0].shape, problem.width)
         steps = train(network, method, problem, data, seeds, budget)
         row = {"method": method.name, "weight": method.weight, "steps": [steps] * len(seeds)}
-        rows.append(row | judged(problem, sample(network, method, seeds, samples), data))
+        rows.append(row | judged(problem, sample(network, method, seeds, samples, data), data))
         print(f"{method.name} {method.weight:g}: {steps} steps, {time.perf_counter() - start:.0f} s", flush=True)
     fresh = problem.fields(samples * len(seeds), 1).chunk(len(seeds))
     rows.append({"method": "fresh data", "weight": 0.0} | judged(problem, fresh, data))
@@ -184,12 +184,17 @@ def noises(seeds: Sequence[int], shape: tuple[int, ...]) -> Iterator[Tensor]:
 
 
 @torch.no_grad()
-def sample(network: Network, method: Method, seeds: Sequence[int], number: int) -> Tensor:
-    """Samples of each seed, (S, n, C, H, W): by Euler's method, or DDPM's steps for PIDM."""
+def sample(network: Network, method: Method, seeds: Sequence[int], number: int, data: Tensor) -> Tensor:
+    """Samples of each seed, (S, n, C, H, W): by Euler's method, or DDPM's steps for PIDM.
+
+    x0_hat is clipped to the range of each channel of the data, as in DDPM.
+    """
     noise = noises(seeds, (number, *network.shape))
+    low, high = data.amin((0, 2, 3))[:, None, None], data.amax((0, 2, 3))[:, None, None]
 
     def predict(x: Tensor, level: float) -> Tensor:
-        return network(x.flatten(0, 1), torch.full((x.shape[0] * x.shape[1],), level)).reshape(x.shape)
+        x0_hat = network(x.flatten(0, 1), torch.full((x.shape[0] * x.shape[1],), level))
+        return x0_hat.reshape(x.shape).clamp(low, high)
 
     if is_ddpm(method):
         return ancestral(lambda x, t: predict(x, (t + 1) / STEPS), ddpm(), noise)

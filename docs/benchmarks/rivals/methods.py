@@ -6,8 +6,9 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 from ensemble import PerMember
+from torch import Tensor
 
-from reg_diffusers import RegularizedLoss, Term
+from reg_diffusers import NoiseLevel, RegularizedLoss, Term
 from reg_diffusers.recipes import pidm
 from reg_diffusers.regularizers import equality
 from reg_diffusers.weighting import constant, gated, matched
@@ -32,13 +33,23 @@ class Method:
     weighting: Callable = constant
 
 
+def matched_to_snr(level: NoiseLevel) -> Tensor:
+    """`matched` for a denoising loss with the weight SNR: min(SNR, 100) g.
+
+    The weight of min-SNR-5, which `matched` follows here, ends at 5. This one grows up to the SNR 100, so a larger
+    share of the loss lies at the last steps of sampling, which decide the residual.
+    """
+    return matched(replace(level, denoising_weight=level.snr))
+
+
 MEAN, SAMPLE, PBFM = "PIDM mean estimation", "PIDM sample estimation", "PBFM"
 GATED = gated(3)
 METHODS = (
     Method("plain"),
     *(Method(MEAN, c, MEAN) for c in (0.1,)),
     *(Method(SAMPLE, c, SAMPLE) for c in (0.005,)),
-    *(Method("matched", weight, weighting=matched) for weight in (1, 5)),
+    *(Method("matched", weight, weighting=matched) for weight in (1, 5, 20)),
+    *(Method("matched to SNR", weight, weighting=matched_to_snr) for weight in (1,)),
     *(Method("gated(3)", weight, weighting=GATED) for weight in (1,)),
     *(Method("constant", weight, weighting=constant) for weight in (1,)),
 )

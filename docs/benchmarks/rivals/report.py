@@ -16,6 +16,7 @@ STYLES = {
     "PIDM sample estimation": ("D", "#CC79A7"),
     "PBFM": ("X", "#56B4E9"),
     "matched": ("^", "#0072B2"),
+    "matched to SNR": ("<", "#004C80"),
     "gated(3)": ("v", "#009E73"),
     "gated(0.184)": ("v", "#009E73"),
     "constant": ("P", "#D55E00"),
