@@ -11,6 +11,7 @@ from contextlib import closing, contextmanager
 from types import SimpleNamespace
 from xml.etree import ElementTree
 
+import PIL.Image
 import pytest
 import torch
 from diffusers import DDPMScheduler, EDMEulerScheduler, FlowMatchEulerDiscreteScheduler, UNet2DModel
@@ -149,6 +150,40 @@ def test_the_result_is_well_formed_whatever_a_regularizer_is_called():
     assert [path.get("d").count("L") for path in root.iter("path")] == [0, 2, 2]
     before_the_first_step = Run(DemoSettings(None, total_variation), 0.0)
     assert "Step 0 of 20" in show("name", "", before_the_first_step, before_the_first_step)
+
+
+def test_the_data_are_the_reference():
+    runs = finished(0.5, 0.4)
+    assert "dotted" not in show("name", "", *runs) and "class='data'" not in show("name", "", *runs)
+    html = show("name", "", *runs, 0.2)
+    assert "Images of the data have 0.2; less is not better." in html and "dotted: data" in html
+    root = ElementTree.fromstring(f"<div>{html.partition('</style>')[2].replace('/png;base64', '')}</div>")
+    heights = {path.get("class"): path.get("d") for path in root.iter("path")}
+    axis = [float(part.split()[1].partition("H")[0]) for part in heights["axis"].split("M")[1:]]  # of 0, 0.2, 0.4
+    assert float(heights["data"].split()[1].partition("H")[0]) == axis[1]
+
+
+def test_the_mean_over_the_data_is_that_of_their_images(tiny_unet, tmp_path, caplog):
+    pipeline = make_pipeline(tiny_unet())
+    for value in (0, 51, 255):
+        PIL.Image.new("L", (8, 8), value).save(tmp_path / f"{value}.png")
+
+    def mean(x0_hat, /):
+        return x0_hat.flatten(1).mean(1)
+
+    def broken(x0_hat, /):
+        raise ValueError("not these")
+
+    given = parse("--model", tmp_path, "--data", tmp_path)
+    assert command._means_on_data(given, pipeline, {"mean": mean, "broken": broken}) == {
+        "mean": pytest.approx((-1 - 0.6 + 1) / 3)
+    }
+    with caplog.at_level("INFO", "reg_diffusers"):
+        assert command._means_on_data(parse("--model", tmp_path), pipeline, {"mean": mean}) == {}
+    assert "no reference for L': " in caplog.text and "does not record its training data" in caplog.text
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(UsageError, match="holds no images"):
+        command._means_on_data(parse("--model", tmp_path, "--data", tmp_path / "empty"), pipeline, {"mean": mean})
 
 
 # The page, without a browser
@@ -423,6 +458,15 @@ def test_the_controls_follow_the_model_and_the_method(tiny_unet, browser):
         browser.get(url)
         page.shows(*(sampled(pipeline, scale) for scale in (0.0, 0.05)))
         assert "Class label" not in page.text("body")
+
+        phone = {"width": 390, "height": 844, "deviceScaleFactor": 1, "mobile": True}
+        browser.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", phone)
+        tops = "return ['#plain-picture', '#guided-picture', '#controls'].map("
+        tops += "name => document.querySelector(name).getBoundingClientRect().top)"
+        plain, guided, controls = browser.execute_script(tops)
+        assert plain == guided < 200 and controls > plain + 300  # the pictures side by side, the controls below
+        assert browser.execute_script("return document.documentElement.scrollWidth") == 390
+        browser.execute_cdp_cmd("Emulation.clearDeviceMetricsOverride", {})
 
         browser.find_element("css selector", "input[aria-label='Guidance method']").click()
         page.wait(lambda: browser.find_elements("css selector", "li[aria-label^='dps']"))[0].click()

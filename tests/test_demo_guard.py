@@ -1,9 +1,12 @@
 """The demo serves the browser on this machine: it rejects others, and answers "busy" to too many at once."""
 
+import asyncio
 import http.client
 import json
 import logging
+import socket
 import threading
+from types import SimpleNamespace
 
 import pytest
 from diffusers import DDPMScheduler
@@ -21,7 +24,7 @@ def port():
     import torch
     from diffusers import UNet2DModel
 
-    from reg_diffusers.demo.guard import LOCAL_ONLY
+    from reg_diffusers.demo.guard import guarded
 
     torch.manual_seed(0)
     unet = UNet2DModel(
@@ -29,9 +32,7 @@ def port():
         norm_num_groups=4, down_block_types=("DownBlock2D",) * 2, up_block_types=("UpBlock2D",) * 2,
     )  # fmt: skip
     page = build_demo(RegDDPMPipeline(unet.eval(), DDPMScheduler()), {"total_variation": total_variation})
-    _, url, _ = page.launch(
-        server_name="127.0.0.1", prevent_thread_lock=True, quiet=True, share=False, ssr_mode=False, **LOCAL_ONLY
-    )
+    _, url, _ = page.launch(prevent_thread_lock=True, quiet=True, share=False, ssr_mode=False, **guarded())
     yield int(url.rstrip("/").rpartition(":")[2])
     page.close()
 
@@ -55,6 +56,45 @@ def test_this_machine_is_answered(port):
 def test_other_host_names_are_refused(port, host):
     """A name that somebody has bound to 127.0.0.1 would let their page read this one."""
     assert ask(port, Host=host)[0] == 403
+
+
+@pytest.mark.parametrize(
+    ("served_to", "name", "answered"),
+    [
+        ("0.0.0.0", "192.168.1.7", True),
+        ("0.0.0.0", "localhost", True),
+        ("0.0.0.0", socket.gethostname(), True),
+        ("0.0.0.0", "evil.example", False),
+        ("::", "[fe80::1]", True),
+        ("192.168.1.7", "192.168.1.7", True),
+        ("192.168.1.7", "192.168.1.8", False),
+        ("192.168.1.7", "localhost", False),
+        ("localhost", "127.0.0.1", True),
+        ("127.0.0.1", "192.168.1.7", False),
+    ],
+)
+def test_another_address_answers_to_addresses_and_to_no_foreign_name(served_to, name, answered):
+    pytest.importorskip("gradio")
+    from starlette.responses import PlainTextResponse
+
+    from reg_diffusers.demo.guard import Guard
+
+    async def app(scope, receive, send):
+        await PlainTextResponse("the page")(scope, receive, send)
+
+    async def request():
+        found = []
+
+        async def send(message):
+            found.append(message)
+
+        scope = {"type": "http", "method": "GET", "path": "/", "query_string": b"", "app": SimpleNamespace()}
+        scope["app"].get_blocks = lambda: None
+        scope["headers"] = [(b"host", f"{name}:7860".encode())]
+        await Guard(app, served_to)(scope, None, send)
+        return found[0]["status"]
+
+    assert asyncio.run(request()) == (200 if answered else 403)
 
 
 @pytest.mark.parametrize(

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from .judging_flags import DATA_FLAGS, NUM_IMAGES
 
-__all__ = ["Bench", "check_num_images", "data_flag", "load_models", "open_bench"]
+__all__ = ["Bench", "check_num_images", "data_flag", "load_data", "load_models", "open_bench"]
 
 _READ_AT_A_TIME = 256
 _SEARCHED = 10_000  # images of the data to search: for the reference, for near copies, for the classifier
@@ -124,7 +124,7 @@ def open_bench(args: argparse.Namespace, models: dict) -> Bench:
     check_num_images(args.num_images)
     title, pipeline = next(iter(models.items()))
     by_class = any(model.num_classes is not None for model in models.values())
-    data = _load_data(args, title, pipeline, by_class)
+    data = load_data(args, title, pipeline, by_class)
     source = args.data or "embedded Fashion-MNIST"
     total = len(data)
     number = min(NUM_IMAGES, total // 2) if args.num_images is None else args.num_images
@@ -158,7 +158,12 @@ def _images(data, indices: list[int]):
     return data.normalization.normalize(data.__getitems__(indices)["values"])
 
 
-def _load_data(args: argparse.Namespace, title: str, pipeline, by_class: bool):
+def load_data(args: argparse.Namespace, title: str, pipeline, by_class: bool):
+    """Loads the data that --data and the flags about them name, at the size of a model, with labels if there are any.
+
+    Raises:
+        UsageError: if the data cannot be read, do not fit the model, or lack labels that are needed.
+    """
     from ..data.training_data import LabelsError, Naming, Normalization, load_training_data
     from ..runtime.errors import UsageError
     from ..settings.data import DataSettings

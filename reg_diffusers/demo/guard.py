@@ -1,16 +1,19 @@
-"""Restricts the requests to the demo server: it serves the browser on this machine only."""
+"""Restricts the requests to the demo server: by default, it serves the browser on this machine only."""
 
 from __future__ import annotations
 
+import ipaddress
 import json
+import socket
 from urllib.parse import parse_qs, urlsplit
 
 from starlette.middleware import Middleware
 from starlette.responses import PlainTextResponse
 
-__all__ = ["LOCAL_ONLY", "Guard"]
+__all__ = ["LOCAL", "Guard", "guarded", "is_everywhere"]
 
-_HOSTS = ("127.0.0.1", "localhost", "::1")
+LOCAL = "127.0.0.1"
+_HOSTS = (LOCAL, "localhost", "::1")
 _LARGEST_BODY = 2**16  # bytes; the page sends a few hundred
 _UPLOADS = "/upload"
 _JOIN, _EVENTS = "/queue/join", "/queue/data"
@@ -25,14 +28,17 @@ class Guard:
 
     Args:
         app: the ASGI application to protect.
+        served_to: the address that the server listens at. With all addresses (0.0.0.0), a request may use any address,
+            but no name other than this machine's, because DNS rebinding needs a name.
     """
 
-    def __init__(self, app):
+    def __init__(self, app, served_to: str = LOCAL):
         self._app = app
+        self._served_to = served_to
 
     async def __call__(self, scope, receive, send) -> None:
         """Handles one ASGI request."""
-        refusal = _refusal(scope) if scope["type"] in ("http", "websocket") else None
+        refusal = _refusal(scope, self._served_to) if scope["type"] in ("http", "websocket") else None
         if refusal is None and scope["type"] == "http":
             refusal, receive = await _unknown(scope, receive)
         if refusal is None:
@@ -44,17 +50,43 @@ class Guard:
             await PlainTextResponse(f"{reason}\n", status)(scope, receive, send)
 
 
-LOCAL_ONLY = {"app_kwargs": {"middleware": [Middleware(Guard)]}, "max_file_size": "1b"}  # for `launch`
+def guarded(host: str = LOCAL) -> dict:
+    """Returns the arguments of gradio's `launch` that protect a page at this address."""
+    middleware = [Middleware(Guard, served_to=host)]
+    return {"server_name": host, "app_kwargs": {"middleware": middleware}, "max_file_size": "1b"}
 
 
-def _refusal(scope) -> tuple[int, str] | None:
+def is_everywhere(host: str) -> bool:
+    """Whether a server at this address listens at all addresses of the machine."""
+    return _address(host) is not None and _address(host).is_unspecified
+
+
+def _address(host: str):
+    try:
+        return ipaddress.ip_address(host)
+    except ValueError:
+        return None
+
+
+def _is_served(name: str | None, served_to: str) -> bool:
+    """Whether a request may use this host name."""
+    if name is None:
+        return False
+    if is_everywhere(served_to):
+        own = socket.gethostname().lower()
+        return name in (*_HOSTS, own, f"{own}.local") or _address(name) is not None
+    return name == served_to.lower() or (name in _HOSTS and served_to in _HOSTS)
+
+
+def _refusal(scope, served_to: str) -> tuple[int, str] | None:
     """Returns status and reason if the request must be rejected, judging by its headers; else None."""
     headers = {name.decode("latin-1").lower(): value.decode("latin-1") for name, value in scope["headers"]}
     names = [name.lower() for name, _ in scope["headers"]]
     if names.count(b"host") > 1 or names.count(b"origin") > 1:
         return 403, "a request must have one host and at most one origin"
-    if _host_of(f"//{headers.get('host', '')}") not in _HOSTS:
-        return 403, "this page is only served as 127.0.0.1 or localhost"
+    if not _is_served(_host_of(f"//{headers.get('host', '')}"), served_to):
+        names = f"{LOCAL} or localhost" if served_to in _HOSTS else f"{served_to}, not under other names"
+        return 403, f"this page is only served as {names}"
     # A page on another port of this machine is another origin, too.
     is_other = "origin" in headers and headers["origin"] != f"http://{headers['host']}"
     is_embedded = headers.get("sec-fetch-mode") != "navigate"

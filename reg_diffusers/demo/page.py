@@ -1,4 +1,4 @@
-"""The page of the demo: controls on the left, two runs on the right."""
+"""The page of the demo: controls on the left, two runs on the right; on a phone, the runs above the controls."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import time
 from collections.abc import Iterator, Mapping
 from contextlib import closing
 from functools import partial
+from types import MappingProxyType
 
 import gradio as gr
 
@@ -23,10 +24,10 @@ from .view import show
 __all__ = ["Demonstration", "build_page"]
 
 _TITLE = "reg_diffusers: the effect of a loss on x̂₀"
-_INTRODUCTION = """# What does a loss on x̂₀ do?
-
-At every step, a diffusion model estimates the finished image, x̂₀. **Guidance** moves this estimate towards a smaller
-loss L', without any training. Both runs start from the same noise. A change of any control samples them again."""
+_HEADING = "# What does a loss on x̂₀ do?"
+_INTRODUCTION = """At every step, a diffusion model estimates the finished image, x̂₀. **Guidance** moves this
+estimate towards a smaller loss L', without any training. Both runs start from the same noise. A change of any control
+samples them again."""
 _METHODS = [
     ("mpgd: without a gradient through the network", "mpgd"),
     ("dps: with a gradient through the network", "dps"),
@@ -45,17 +46,23 @@ class Demonstration:
     Args:
         pipeline: see `build_demo`.
         regularizers: see `build_demo`.
+        means_on_data: see `build_demo`.
 
     Raises:
         ValueError: see `build_demo`.
     """
 
-    def __init__(self, pipeline: RegDDPMPipeline, regularizers: Mapping[str, Regularizer]):
+    def __init__(
+        self,
+        pipeline: RegDDPMPipeline,
+        regularizers: Mapping[str, Regularizer],
+        means_on_data: Mapping[str, float] = MappingProxyType({}),
+    ):
         self.unet = pipeline.unet
         self.classes: int | None = pipeline.num_classes
         self.samplers = fitting_samplers(pipeline)
         self.most_steps = min(_MOST_STEPS, pipeline.scheduler.config.num_train_timesteps)
-        self.regularizers = dict(regularizers)
+        self.regularizers, self.means_on_data = dict(regularizers), dict(means_on_data)
         self._newest: dict[str | None, object] = {}  # the latest drawing of each visitor
         if pipeline.vqvae is not None:
             raise ValueError("the model draws latents, which the demo does not support: use reg-diffusers sample")
@@ -89,7 +96,8 @@ class Demonstration:
                 for plain, guided in looks:
                     if self._newest.get(visitor) is not this:
                         return
-                    yield show(regularizer, _description(settings.regularizer), plain, guided)
+                    description = _description(settings.regularizer)
+                    yield show(regularizer, description, plain, guided, self.means_on_data.get(regularizer))
         except Exception as error:  # also from a regularizer of the user's own
             message = str(error) if isinstance(error, ValueError) else f"{type(error).__name__}: {error}"
             raise gr.Error(message, print_exception=not isinstance(error, ValueError)) from error
@@ -109,13 +117,16 @@ class Demonstration:
                 raise ValueError(f"{name} needs {', '.join(missing)}, which samples of this model lack")
 
 
-def build_page(pipeline: RegDDPMPipeline, regularizers: Mapping[str, Regularizer]) -> gr.Blocks:
+def build_page(
+    pipeline: RegDDPMPipeline, regularizers: Mapping[str, Regularizer], means_on_data: Mapping[str, float]
+) -> gr.Blocks:
     """Builds the page; see `build_demo`."""
-    demonstration = Demonstration(pipeline, regularizers)
+    demonstration = Demonstration(pipeline, regularizers, means_on_data)
     with gr.Blocks(title=_TITLE, analytics_enabled=False) as page:
-        gr.Markdown(_INTRODUCTION)
+        gr.Markdown(_HEADING)
         with gr.Row():
-            with gr.Column(scale=2, min_width=320):
+            with gr.Column(scale=2, min_width=320, elem_id="controls"):
+                gr.Markdown(_INTRODUCTION)
                 guidance = _guidance_controls(demonstration)
                 sampling, another_seed = _sampling_controls(demonstration)
             with gr.Column(scale=3, min_width=320):

@@ -24,15 +24,23 @@ _STYLE = """<style>
 .curve + p { margin-top: .5rem; }
 .curve { width: 100%; height: auto; margin-top: 1rem; }
 .curve text { fill: currentColor; font-size: 13px; }
+@media (max-width: 45rem) {
+  #controls { order: 1; }
+  .runs { gap: .6rem; }
+  .runs figure { flex-basis: 0; }
+  .runs figcaption { min-height: 2.8em; }
+  .curve text { font-size: 20px; }
+}
 .curve path { fill: none; stroke: currentColor; stroke-width: 2.5; }
 .curve .plain { stroke-dasharray: 7 5; opacity: .65; }
+.curve .data { stroke-dasharray: 2 4; opacity: .8; }
 .curve .axis { stroke-width: 1; opacity: .4; }
 </style>"""
 _WIDTH, _HEIGHT = 640, 210  # size of the curve, in SVG units
 _LEFT, _RIGHT, _TOP, _BOTTOM = 52, 12, 26, 34  # its margins
 
 
-def show(name: str, description: str, plain: Run, guided: Run) -> str:
+def show(name: str, description: str, plain: Run, guided: Run, mean_on_data: float | None = None) -> str:
     """Renders the current state of both runs.
 
     Args:
@@ -40,15 +48,19 @@ def show(name: str, description: str, plain: Run, guided: Run) -> str:
         description: its description, one line.
         plain: the run without guidance.
         guided: the run with guidance.
+        mean_on_data: the mean of L' over images of the data, if it is known.
     """
     titles = "Without guidance", f"With guidance, scale {guided.regularizer_scale:g}"
     figures = "".join(
         _figure(key, title, run) for key, title, run in zip(("plain", "guided"), titles, (plain, guided), strict=True)
     )
     about = f"<p>L' is <code>{escape(name)}</code>. {escape(description)}</p>"
+    status = _status(plain, guided)
+    if mean_on_data is not None:
+        status += f" Images of the data have {mean_on_data:.4g}; less is not better."
     return (
-        f"{_STYLE}<div class='runs'>{figures}</div><p id='status'>{_status(plain, guided)}</p>"
-        f"{_curve(plain, guided)}{about}"
+        f"{_STYLE}<div class='runs'>{figures}</div><p id='status'>{status}</p>"
+        f"{_curve(plain, guided, mean_on_data)}{about}"
     )
 
 
@@ -86,10 +98,11 @@ def _status(plain: Run, guided: Run) -> str:
     )
 
 
-def _curve(plain: Run, guided: Run) -> str:
-    """Draws L' of x0_hat over the steps as SVG: dashed without guidance, solid with it (readable in grayscale)."""
+def _curve(plain: Run, guided: Run, mean_on_data: float | None) -> str:
+    """Draws L' of x0_hat over the steps as SVG: dashed without guidance, solid with it, dotted for the data."""
     steps = max(guided.settings.steps, len(plain.values), len(guided.values))
-    top = _round_up(max(filter(math.isfinite, [*plain.values, *guided.values]), default=0))
+    known = [] if mean_on_data is None or not math.isfinite(mean_on_data) else [mean_on_data]
+    top = _round_up(max(filter(math.isfinite, [*plain.values, *guided.values, *known]), default=0))
 
     def x(step: float) -> float:
         return _LEFT + (step - 1) / max(steps - 1, 1) * (_WIDTH - _LEFT - _RIGHT)
@@ -109,13 +122,15 @@ def _curve(plain: Run, guided: Run) -> str:
     marks += "".join(
         f"<text x='{x(step):.1f}' y='{_HEIGHT - 16}' text-anchor='middle'>{step}</text>" for step in {1, steps}
     )
+    of_data = "".join(f"<path class='data' d='M{_LEFT} {y(value):.1f}H{_WIDTH - _RIGHT}'/>" for value in known)
+    kinds = f"dashed: without guidance{'; dotted: data' if known else ''}"
     return (
         f"<svg class='curve' viewBox='0 0 {_WIDTH} {_HEIGHT}' role='img'"
         ' aria-label="L\' of x̂₀ at each step">'
         f"<text x='0' y='13'>L'(x̂₀), mean of the images</text>"
         f"<path class='axis' d='{grid_lines}'/>{marks}"
-        f"<text x='{_WIDTH / 2}' y='{_HEIGHT - 4}' text-anchor='middle'>step (dashed: without guidance)</text>"
-        f"<path class='plain' d='{line(plain.values)}'/><path d='{line(guided.values)}'/></svg>"
+        f"<text x='{_WIDTH / 2}' y='{_HEIGHT - 4}' text-anchor='middle'>step ({kinds})</text>"
+        f"{of_data}<path class='plain' d='{line(plain.values)}'/><path d='{line(guided.values)}'/></svg>"
     )
 
 
