@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from .views import latent_coordinates
 
-__all__ = ["AUTOENCODERS", "downsampling", "encoded"]
+__all__ = ["AUTOENCODERS", "downsampling", "encoded", "latent_channels"]
 
 AUTOENCODERS = ("AutoencoderKL", "AutoencoderTiny", "VQModel")
 
@@ -39,3 +39,8 @@ def encoded(vae: nn.Module, images: Tensor) -> Tensor:
 def downsampling(vae: nn.Module) -> int:
     """Returns the number of pixels per latent pixel, along each axis."""
     return 2 ** (len(vae.config.block_out_channels) - 1)
+
+
+def latent_channels(vae: nn.Module) -> int:
+    """Returns the number of channels of the latents, c."""
+    return vae.config.get("vq_embed_dim") or vae.config.latent_channels

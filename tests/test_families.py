@@ -1,12 +1,13 @@
 """train_reg.py --lora_rank on each family of text-to-image pipelines, by tiny random ones."""
 
+import gc
 import shutil
 
 import numpy as np
 import PIL.Image
 import pytest
 import torch
-from diffusers import DDIMScheduler, DiffusionPipeline
+from diffusers import DDIMScheduler, DiffusionPipeline, FluxPipeline
 from huggingface_hub import ModelCard
 from runs import differ, metrics
 from safetensors.torch import load_file
@@ -17,8 +18,10 @@ from tiny_pipelines import (
     save_stable_diffusion_xl,
     write_photos,
 )
+from transformers import PreTrainedModel
 
-from reg_diffusers.networks.families import FAMILIES
+from reg_diffusers.networks.families import FAMILIES, flux
+from reg_diffusers.training.batches import batches_of
 
 pytestmark = pytest.mark.training
 
@@ -66,6 +69,14 @@ def drawn(pipeline):
     return pipeline("a cat", generator=torch.Generator().manual_seed(3), **call).images
 
 
+def test_latents_of_flux_are_packed_as_its_pipeline_does():
+    latents = torch.randn(2, 16, 8, 6)
+    assert torch.equal(flux._packed(latents), FluxPipeline._pack_latents(latents, 2, 16, 8, 6))
+    assert torch.equal(flux._unpacked(flux._packed(latents), 8, 6), latents)
+    places = FluxPipeline._prepare_latent_image_ids(2, 4, 3, "cpu", torch.float32)
+    assert torch.equal(flux._places(4, 3, latents), places)
+
+
 def test_stock_diffusers_draws_the_same_image_and_a_resumed_run_is_the_same(name, fine_tune, train, monkeypatch):
     trained = []
     train_of_script = train.script.train
@@ -103,3 +114,84 @@ def test_the_loss_on_the_decoded_picture_falls(name, fine_tune, tmp_path):
         out = fine_tune(*flags, *layers, "--reg_weight", weight, "--learning_rate", rate, output=f"w{weight}")
         variation.append(metrics(out)[-1]["total_variation"])
     assert variation[1] < 0.9 * variation[0]
+
+
+def test_frozen_parts_are_in_half_precision_and_adapters_in_float32(name, fine_tune, train, monkeypatch):
+    found = {}
+
+    def batches(training, *given, **kwargs):
+        gc.collect()
+        alive = [one for one in gc.get_objects() if isinstance(one, PreTrainedModel)]
+        networks = [one for one in gc.get_objects() if type(one) is type(training.unet)]
+        found.update(
+            encoders=len(alive),
+            networks=len(networks),
+            dtypes={(value.requires_grad, value.dtype) for value in training.unet.parameters()},
+        )
+        return batches_of(training, *given, **kwargs)
+
+    monkeypatch.setattr(train.script, "batches_of", batches)
+    trained = []
+    train_of_script = train.script.train
+    monkeypatch.setattr(train.script, "train", lambda *given: trained.append(train_of_script(*given)))
+    out = fine_tune("--mixed_precision", "bf16", "--max_train_steps", 2)
+    assert found["dtypes"] == {(False, torch.bfloat16), (True, torch.float32)}
+    assert found["encoders"] == 0 and found["networks"] == 1  # nothing that is not needed stays in memory
+    assert trained[0].vae.dtype == torch.bfloat16
+    assert {value.dtype for value in adapters(out).values()} == {torch.float32}
+    assert np.isfinite(metrics(out)[-1]["total_variation"])
+
+
+# Texts and guidance, by the functions of a family
+
+
+@pytest.fixture(params=list(SAVE))
+def encoder(request, tmp_path):
+    """A family, and a tiny pipeline of it that embeds texts."""
+    SAVE[request.param](tmp_path / "base", tmp_path / "scratch")
+    family = BY_NAME[request.param]
+    return family, family.load_encoder(str(tmp_path / "base"), None, torch.float32)
+
+
+def test_a_text_of_none_is_what_the_pipeline_takes_in_its_place(encoder):
+    family, pipeline = encoder
+    null = family.null(pipeline)
+    if family.pipeline == "StableDiffusionXLPipeline":  # force_zeros_for_empty_prompt
+        assert not any(value.any() for value in null.values())
+        pipeline.register_to_config(force_zeros_for_empty_prompt=False)
+        null = family.null(pipeline)
+    for name, value in family.embed(pipeline, [""]).items():
+        assert torch.equal(null[name], value)
+
+
+def test_texts_are_counted_at_the_limit_of_each_tokenizer(encoder):
+    family, pipeline = encoder
+    limits = family.token_limits(pipeline)
+    words = "a" * 11  # with the marks at the ends, 13 tokens for CLIP of at most 12, and 13 for T5 of at most 8
+    expected = {name: 13 - limit for name, limit in limits.items()}
+    assert family.lost_tokens(pipeline, words) == expected and set(limits.values()) <= {12, 8}
+    assert family.lost_tokens(pipeline, "a") == {}
+
+
+@pytest.mark.parametrize("name", SAVE)
+def test_a_loss_calls_the_network_as_the_pipeline_does(name, tmp_path):
+    """The same latents, timesteps and text give the output that the pipeline computes in its first step."""
+    SAVE[name](tmp_path / "base", tmp_path / "scratch")
+    family, pipeline = BY_NAME[name], DiffusionPipeline.from_pretrained(tmp_path / "base")
+    pipeline.set_progress_bar_config(disable=True)
+    network, calls = getattr(pipeline, family.component), []
+    hook = network.register_forward_hook(lambda _, *call: calls.append(call), with_kwargs=True)
+    tokens = min(family.token_limits(pipeline).values())
+    of_t5 = {"max_sequence_length": tokens} if family.component == "transformer" else {}
+    size = {"height": 16, "width": 24}
+    pipeline("a cat", guidance_scale=1.0, num_inference_steps=1, output_type="latent", **size, **of_t5)
+    hook.remove()
+    args, kwargs, (expected,) = calls[0]
+    sample, timestep = (args or (kwargs["hidden_states"], kwargs["timestep"]))[:2]
+    if name == "FluxPipeline":
+        timestep = 1000 * timestep  # the pipeline divides it
+    unpacked = family.unpacked(sample, 8, 12)
+    called = family.as_called(network, network.config, torch.float32, 2)
+    with torch.no_grad():
+        (output,) = called(unpacked, timestep.reshape(-1), **family.embed(pipeline, ["a cat"]))
+    torch.testing.assert_close(output, family.unpacked(expected, 8, 12))

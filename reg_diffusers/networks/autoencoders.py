@@ -64,9 +64,17 @@ def decoded_view(vae: nn.Module, mixed_precision: str) -> DecodedImage:
     A decoder that overflows in float16 (force_upcast) stays in its own precision there.
     """
     dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(mixed_precision, "auto")
-    if dtype == torch.float16 and vae.config.get("force_upcast"):
-        dtype = "auto"
-    return DecodedImage(vae, dtype=dtype)
+    return DecodedImage(vae, dtype="auto" if _overflows(vae, dtype) else dtype)
+
+
+def cast_decoder(vae: nn.Module, dtype: torch.dtype) -> None:
+    """Converts an autoencoder that only decodes from now on, and is not saved; one that would overflow is kept."""
+    if not _overflows(vae, dtype):
+        vae.to(dtype)
+
+
+def _overflows(vae: nn.Module, dtype: torch.dtype | str) -> bool:
+    return dtype == torch.float16 and bool(vae.config.get("force_upcast"))
 
 
 def autoencoder_sha256(vae: nn.Module) -> str:

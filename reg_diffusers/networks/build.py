@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import diffusers
+import torch
 from diffusers import DDPMScheduler, DiffusionPipeline, FlowMatchEulerDiscreteScheduler, UNet2DModel
 
 from ..data.training_data import Normalization, TrainingData
@@ -79,8 +80,15 @@ class GivenModel:
         return None if config is None else config.get(name)
 
 
-def load_given_model(settings: ModelSettings, cache_dir: str | None = None) -> GivenModel:
+def load_given_model(
+    settings: ModelSettings, cache_dir: str | None = None, frozen: torch.dtype = torch.float32
+) -> GivenModel:
     """Loads the model that --pretrained_model_name_or_path or --model_config_name_or_path names.
+
+    Args:
+        settings: settings of the model.
+        cache_dir: folder of downloads.
+        frozen: dtype of the weights that adapters leave frozen.
 
     Raises:
         UsageError: if there is no such model, or if its output seems to hold a learned variance that no config
@@ -89,7 +97,7 @@ def load_given_model(settings: ModelSettings, cache_dir: str | None = None) -> G
     is_pretrained = settings.pretrained_model_name_or_path is not None
     flag = "--pretrained_model_name_or_path" if is_pretrained else "--model_config_name_or_path"
     path = settings.pretrained_model_name_or_path or settings.model_config_name_or_path
-    given = _load(settings, cache_dir, f"{flag} {path}")
+    given = _load(settings, cache_dir, frozen, f"{flag} {path}")
     inputs = given._entry("in_channels")
     if isinstance(inputs, int) and given.channels == 2 * inputs:
         if given.scheduler is not None:
@@ -105,12 +113,12 @@ def load_given_model(settings: ModelSettings, cache_dir: str | None = None) -> G
     return given
 
 
-def _load(settings: ModelSettings, cache_dir: str | None, named: str) -> GivenModel:
+def _load(settings: ModelSettings, cache_dir: str | None, frozen: torch.dtype, named: str) -> GivenModel:
     path = settings.pretrained_model_name_or_path
     try:
         if path is not None:
             if (family := family_of(path, cache_dir)) is not None:
-                network = load_with_lora(family, settings, cache_dir)
+                network = load_with_lora(family, settings, cache_dir, frozen)
                 return GivenModel(unet=network, scheduler=_given_scheduler(path, cache_dir), family=family)
             if not _is_pipeline(path, cache_dir):
                 return GivenModel(unet=_given_unet(path, cache_dir))

@@ -19,15 +19,24 @@ from ..hub.model_index import check_weights
 from ..runtime.errors import UsageError
 from ..sampling.sampler import add_tensors
 from ..settings.model import ModelSettings
-from .families import Family
+from .families import Family, loaded_in
+from .trained import trained_parameters
 
 __all__ = ["add_lora", "frozen_dtype", "frozen_sha256", "keep_trained_only", "load_with_lora", "lora_file_arguments"]
 
 _FILE = "model.safetensors"
 
 
-def load_with_lora(family: Family, settings: ModelSettings, cache_dir: str | None = None) -> nn.Module:
+def load_with_lora(
+    family: Family, settings: ModelSettings, cache_dir: str | None = None, dtype: torch.dtype = torch.float32
+) -> nn.Module:
     """Loads the network of --pretrained_model_name_or_path, a pipeline of this family, and adds adapters.
+
+    Args:
+        family: family of the pipeline.
+        settings: settings of the model.
+        cache_dir: folder of downloads.
+        dtype: dtype of the frozen weights; those of the adapters are float32.
 
     Raises:
         UsageError: --lora_rank is missing, peft is not installed, or no layer has one of the given names.
@@ -41,8 +50,8 @@ def load_with_lora(family: Family, settings: ModelSettings, cache_dir: str | Non
     if find_spec("peft") is None:
         raise UsageError("--lora_rank needs a package that is not installed: pip install peft")
     check_weights(Path(path, family.component))
-    network = family.network_class.from_pretrained(
-        path, subfolder=family.component, cache_dir=cache_dir, use_safetensors=True
+    network = loaded_in(
+        dtype, family.network_class, path, subfolder=family.component, cache_dir=cache_dir, use_safetensors=True
     )
     add_lora(network, settings, family.target_modules)
     return network
@@ -57,7 +66,7 @@ def add_lora(network: nn.Module, settings: ModelSettings, default_modules: tuple
         default_modules: endings of the names of the adapted layers if lora_target_modules is not set.
 
     Raises:
-        UsageError: no layer has one of these names.
+        UsageError: no layer has one of the default names, or one of the given names is that of no layer.
     """
     from peft import LoraConfig
 
@@ -69,7 +78,11 @@ def add_lora(network: nn.Module, settings: ModelSettings, default_modules: tuple
         init_lora_weights="gaussian",
         target_modules=list(modules),
     )
+    names = [f".{name}" for name, _ in network.named_modules()]
+    wrong = [end for end in settings.lora_target_modules or () if not any(name.endswith(f".{end}") for name in names)]
     try:
+        if wrong:
+            raise ValueError(f"no layer ends in {', '.join(wrong)}")
         network.add_adapter(config)
     except ValueError as error:
         linear = (name for name, layer in network.named_modules() if isinstance(layer, nn.Linear))
@@ -78,6 +91,8 @@ def add_lora(network: nn.Module, settings: ModelSettings, default_modules: tuple
             f"--lora_target_modules {' '.join(modules)}: no adapter can be added there; linear layers of this network"
             f" end in {', '.join(ends)} ({' '.join(str(error).split())[:120]})"
         ) from error
+    for parameter in trained_parameters(network):
+        parameter.data = parameter.data.float()  # peft gives them the dtype of the layer
 
 
 def lora_file_arguments(network: nn.Module, component: str) -> dict:

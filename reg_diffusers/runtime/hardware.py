@@ -10,8 +10,8 @@ from accelerate.utils import parse_flag_from_env
 
 from .errors import UsageError
 
-__all__ = ["choose_mixed_precision", "cpu_is_wanted", "is_left_to_timing", "keep_freed_memory", "precision_reason"]
-__all__ += ["set_threads", "threads_reason"]
+__all__ = ["choose_mixed_precision", "cpu_is_wanted", "frozen_precision", "is_left_to_timing", "keep_freed_memory"]
+__all__ += ["precision_reason", "set_threads", "threads_reason"]
 
 _SUPPORTED = "supported by the hardware"
 
@@ -106,6 +106,12 @@ def is_left_to_timing(asked: str | None) -> bool:
     on_cpu = cpu_is_wanted() or not torch.cuda.is_available()
     chosen = choose_mixed_precision(asked)
     return on_cpu and chosen == "bf16" and precision_reason(asked, chosen) == _SUPPORTED
+
+
+def frozen_precision(asked: str | None) -> torch.dtype:
+    """Returns the dtype of weights that are not trained: that of `choose_mixed_precision`, unless timing decides."""
+    chosen = "no" if is_left_to_timing(asked) else choose_mixed_precision(asked)
+    return {"fp16": torch.float16, "bf16": torch.bfloat16}.get(chosen, torch.float32)
 
 
 def cpu_is_wanted() -> bool:

@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from ..autoencoder import downsampling, encoded
+from ..autoencoder import downsampling, encoded, latent_channels
 from ..data.latents import latents_of
 from ..data.prompts import Prompts
 from ..data.training_data import TrainingData, cache_folder, load_training_data
@@ -64,7 +64,7 @@ class Loaded:
         vae: autoencoder of the latents, or None.
         family: family of a text-to-image pipeline, or None.
         previews: embeddings of the texts of the previews, (P, ...) by name; None without texts.
-        see: turns further images, like `images`, into what the network sees.
+        see: turns further images, like `images`, into what the network sees; holds the encoders. None later.
         held_out: images that are held out, or None.
     """
 
@@ -74,7 +74,7 @@ class Loaded:
     vae: nn.Module | None = None
     family: Family | None = None
     previews: dict[str, Tensor] | None = None
-    see: Callable[[TrainingData], TrainingData] = lambda images: images
+    see: Callable[[TrainingData], TrainingData] | None = lambda images: images
     held_out: HeldOut | None = None
 
     def frozen_parts(self) -> dict[str, str]:
@@ -89,7 +89,11 @@ class Loaded:
 
 
 def load_model_and_data(
-    model: ModelSettings, data: DataSettings, device: torch.device, validation_prompts: tuple[str, ...] | None = None
+    model: ModelSettings,
+    data: DataSettings,
+    device: torch.device,
+    validation_prompts: tuple[str, ...] | None = None,
+    frozen: torch.dtype = torch.float32,
 ) -> Loaded:
     """Loads the model to start from, and the data in its size and channels; encodes them if it works in latents.
 
@@ -98,17 +102,25 @@ def load_model_and_data(
         data: settings of the data.
         device: device that encodes.
         validation_prompts: texts of the previews; None: those of the first images.
+        frozen: dtype of text encoders, and of the weights that adapters leave frozen. Images are encoded in float32.
     """
     base = model.pretrained_model_name_or_path
     family = None if base is None else family_of(base, data.cache_dir)
     _check_texts(model, data, family, validation_prompts)
-    given = load_given_model(model, data.cache_dir)
+    given = load_given_model(model, data.cache_dir, frozen)
     vae = load_autoencoder(model, data.cache_dir, family.vae_entries if family else ())
+    if vae is None and family is not None:
+        raise UsageError(f"--pretrained_model_name_or_path {base}: it has no autoencoder: name one by --vae")
     if vae is None:
         images = load_training_data(data, given.channels, given.size, given.normalization, given.condition_channels)
         return Loaded(given, images, images)
     factor = downsampling(vae)
     _check_data_of_latents(data, factor, f"--vae {model.vae}" if model.vae else f"the autoencoder of {base}")
+    if given.unet is not None and given.channels != latent_channels(vae):
+        raise UsageError(
+            f"the autoencoder gives latents of {latent_channels(vae)} channels, but the given model has"
+            f" {given.channels}: use the autoencoder that it was trained with"
+        )
     size = given.size and tuple(factor * side for side in given.size)
     images = load_training_data(data, vae.config.in_channels, size, None, 0)
     if not images.is_picture:
@@ -116,7 +128,7 @@ def load_model_and_data(
         raise UsageError(f"an autoencoder encodes images, but the data are fields: {fix}")
     key, encode = autoencoder_sha256(vae), partial(encoded, vae.to(device))
     folder = cache_folder(data.cache_dir)
-    encoder, null = (None, None) if family is None else _load_encoder(family, base, data.cache_dir, device)
+    encoder, null = (None, None) if family is None else _load_encoder(family, base, data.cache_dir, device, frozen)
 
     def see(images: TrainingData, *, mirrored: bool = False) -> TrainingData:
         prompts = None if family is None else _prompts(images, data, family, encoder, null, folder)
@@ -127,11 +139,6 @@ def load_model_and_data(
         shown = list(validation_prompts or dict.fromkeys(latents.prompts.texts[:_TEXTS_SHOWN]))
         embedded = [family.embed(encoder, [text]) for text in shown]
         previews = {name: torch.cat([one[name] for one in embedded]).cpu() for name in null}
-    if given.unet is not None and given.channels != latents.shape[0]:
-        raise UsageError(
-            f"the autoencoder gives latents of {latents.shape[0]} channels, but the given model has {given.channels}:"
-            " use the autoencoder that it was trained with"
-        )
     return Loaded(given, images, latents, vae, family, previews, see)
 
 
@@ -163,10 +170,12 @@ def _check_texts(
         )
 
 
-def _load_encoder(family: Family, base: str, cache_dir: str | None, device: torch.device):
+def _load_encoder(family: Family, base: str, cache_dir: str | None, device: torch.device, dtype: torch.dtype):
     """Returns the pipeline that embeds texts, and its embedding of no text."""
     try:
-        encoder = family.load_encoder(base, cache_dir, torch.float32).to(device)
+        encoder = family.load_encoder(base, cache_dir, dtype).to(device)
+        if missing := family.missing_parts(encoder):
+            raise ValueError(f"the pipeline was saved without {', '.join(missing)}")
         return encoder, family.null(encoder)  # some missing files are noticed only when they are used
     except Exception as error:  # of any type, because the files may be corrupt
         reason = " ".join(str(error).split()) or type(error).__name__

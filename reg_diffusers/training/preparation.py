@@ -24,6 +24,7 @@ from ..networks.trained import trained_parameters
 from ..runs.checkpoint import Progress
 from ..runs.run_folder import PROFILE_FOLDER
 from ..runtime.engine import build_accelerator
+from ..runtime.hardware import frozen_precision
 from ..runtime.profiling import StepProfile
 from ..settings.advice import advise_on_warmup
 from ..settings.machine import MachineSettings
@@ -133,7 +134,7 @@ def prepare(
         hyperparameters=hyperparameters or {},
     )
     set_seed(optimization.seed)
-    given = load_given_model(model, cache_dir)
+    given = load_given_model(model, cache_dir, frozen_precision(machine.mixed_precision))
     noise_scheduler = build_noise_scheduler(model, given)
     unet = build_unet(machine, given, data, has_no_class=has_no_class)
     batch_size = optimization.train_batch_size

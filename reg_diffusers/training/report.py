@@ -17,6 +17,7 @@ from ..evaluation.trade_off import draw_evaluation
 from ..hub.card import read_json
 from ..networks.computation import Computation
 from ..networks.conditions import Conditions
+from ..networks.lora import frozen_dtype
 from ..networks.trained import trained_parameters
 from ..pipeline import RegDDPMPipeline
 from ..prediction import prediction_type
@@ -77,7 +78,7 @@ def describe(
     rules = weight_rules(loss, terms).items()
     weighted = zip(rules, loss.reg_weighting, loss.estimators, loss.schedules, strict=True)
     trained = sum(parameter.numel() for parameter in trained_parameters(unet)) / 1e6
-    adapted = "" if trained == parameters else f" ({trained:.3g}M of LoRA trained)"
+    adapted = "" if trained == parameters else f" ({trained:.3g}M of LoRA trained, {_frozen(unet)})"
     extra = [
         f"{_by(schedule)}{rule.formula} * {weighting} * {name}{_of(estimator)}"
         for (name, rule), weighting, estimator, schedule in weighted
@@ -122,6 +123,11 @@ def describe_machine(
         f"mixed precision {precision.value} ({precision.reason})",
         f"{attention.value} attention ({attention.reason}), {compiled}{checkpointing}",
     ]
+
+
+def _frozen(network) -> str:
+    dtype = str(frozen_dtype(network)).removeprefix("torch.")
+    return f"the others frozen in {dtype}"
 
 
 def _by(schedule: str) -> str:

@@ -24,7 +24,7 @@ from ..data.training_data import TrainingData
 from ..hub.card import write_card
 from ..hub.lora_card import write_lora_card
 from ..hub.uploads import Uploads, check_upload
-from ..networks.autoencoders import decoded_view
+from ..networks.autoencoders import cast_decoder, decoded_view
 from ..networks.build import GivenModel, build_noise_scheduler, build_unet
 from ..networks.computation import Computation, choose_computation
 from ..networks.conditions import Conditions
@@ -34,7 +34,7 @@ from ..runs.manifest import read_manifest
 from ..runs.run_folder import CARD_FILE, PLAIN_FOLDER
 from ..runtime.engine import check_engine
 from ..runtime.errors import UsageError
-from ..runtime.hardware import choose_mixed_precision, keep_freed_memory, set_threads
+from ..runtime.hardware import choose_mixed_precision, frozen_precision, keep_freed_memory, set_threads
 from ..runtime.interruption import Interruption
 from ..runtime.launch import resume_command
 from ..runtime.messages import say, show_messages
@@ -287,6 +287,7 @@ def open_run(launch: Launch) -> Run:
         described = describe(*data_and_model, loss, terms, on_data, estimates, lines, output.output_dir, held_out)
         say(described)
     interruption = Interruption(state, output.max_train_time)
+    loaded = replace(loaded, given=replace(given, unet=None))  # frees the network; each training loads its own
     of_data = loaded, terms, on_data
     return Run(settings, state, *of_data, computation, mathematics, ending, interruption, uploads, repo_id)
 
@@ -297,12 +298,16 @@ def _load(settings: Settings, state: PartialState) -> Loaded:
     Raises:
         UsageError: they do not fit each other or the settings.
     """
-    loaded = load_model_and_data(settings.model, settings.data, state.device, settings.output.validation_prompts)
+    frozen, shown = frozen_precision(settings.machine.mixed_precision), settings.output.validation_prompts
+    loaded = load_model_and_data(settings.model, settings.data, state.device, shown, frozen)
     if loaded.family is not None and settings.loss.compare:
         raise UsageError("--compare is not supported for text-to-image models: drop the flag, or pass --no-compare")
     if loaded.family is not None and settings.hub.push_to_hub:
         raise UsageError("--push_to_hub is not supported for LoRA: upload the folder by hf upload")
-    return hold_out(loaded, settings.validation, settings.data, settings.optimization.seed)
+    loaded = hold_out(loaded, settings.validation, settings.data, settings.optimization.seed)
+    if loaded.family is not None:
+        cast_decoder(loaded.vae, frozen)
+    return replace(loaded, see=None)  # frees the text encoders
 
 
 def _computation(settings: Settings, given: GivenModel, data: TrainingData, unet, state: PartialState) -> Computation:

@@ -7,9 +7,9 @@ from pathlib import Path
 from diffusers import DiffusionPipeline
 
 from . import flux, stable_diffusion, stable_diffusion_3, stable_diffusion_xl
-from .family import Embeddings, Family
+from .family import Embeddings, Family, loaded_in
 
-__all__ = ["FAMILIES", "Embeddings", "Family", "family_of"]
+__all__ = ["FAMILIES", "Embeddings", "Family", "family_of", "loaded_in"]
 
 FAMILIES = (stable_diffusion.FAMILY, stable_diffusion_xl.FAMILY, stable_diffusion_3.FAMILY, flux.FAMILY)
 

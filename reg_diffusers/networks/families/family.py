@@ -13,10 +13,17 @@ import torch
 from diffusers import DiffusionPipeline
 from torch import Tensor
 
-__all__ = ["Embeddings", "Family"]
+__all__ = ["Embeddings", "Family", "loaded_in"]
 
 # Of n texts, by the pipeline's arguments: prompt_embeds (n, L, D), and in most also pooled_prompt_embeds (n, P).
 Embeddings = dict[str, Tensor]
+
+
+def loaded_in(dtype: torch.dtype, kind: type, path: str, **kwargs):
+    """Loads a pipeline or network of diffusers in this precision."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)  # about torch_dtype; older versions of diffusers lack `dtype`
+        return kind.from_pretrained(path, torch_dtype=dtype, **kwargs)
 
 
 @dataclass(frozen=True)
@@ -71,11 +78,12 @@ class Family:
     def load_encoder(self, path: str, cache_dir: str | None, dtype: torch.dtype) -> DiffusionPipeline:
         """Loads the pipeline without its network and autoencoder, to embed texts."""
         left_out = {self.component: None, "vae": None, **self.without}
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", FutureWarning)  # of `dtype`, which older versions of diffusers lack
-            return self.pipeline_class.from_pretrained(
-                path, cache_dir=cache_dir, use_safetensors=True, torch_dtype=dtype, **left_out
-            )
+        return loaded_in(dtype, self.pipeline_class, path, cache_dir=cache_dir, use_safetensors=True, **left_out)
+
+    def missing_parts(self, pipeline: DiffusionPipeline) -> list[str]:
+        """Returns the text encoders and tokenizers that a pipeline of `load_encoder` lacks."""
+        names = (name for name in pipeline.components if name.startswith(("text_encoder", "tokenizer")))
+        return sorted(name for name in names if getattr(pipeline, name) is None)
 
     def assemble(self, network, scheduler, vae) -> DiffusionPipeline:
         """Builds the pipeline that samples from embeddings."""
