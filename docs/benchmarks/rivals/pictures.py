@@ -27,7 +27,7 @@ import torch
 from diffusers import DDPMScheduler
 from torch import Tensor, nn
 
-from reg_diffusers import AffineSchedule, RegularizedLoss, Term, diagnose, judge
+from reg_diffusers import AffineSchedule, RegularizedLoss, Target, Term, diagnose, judge
 from reg_diffusers.data.training_data import load_training_data
 from reg_diffusers.evaluation.distances import frechet, manifolds
 from reg_diffusers.evaluation.features import train_classifier
@@ -39,7 +39,7 @@ from reg_diffusers.weighting import constant, gated, low_noise, matched, snr
 
 BATCH = 16
 RATE, TUNED_RATE = 1e-3, 5e-4
-SAMPLES, SAMPLING_STEPS, HELD_OUT, LEVELS = 768, 20, 512, 5
+SAMPLING_STEPS, HELD_OUT, LEVELS = 20, 512, 5
 FONTS = (  # of matplotlib
     *("DejaVuSans", "DejaVuSans-Bold", "DejaVuSans-Oblique", "DejaVuSansMono", "DejaVuSerif", "DejaVuSerif-Bold"),
     *("DejaVuSerif-Italic", "STIXGeneral", "STIXGeneralBol", "STIXGeneralItalic", "cmr10", "cmss10", "cmtt10"),
@@ -52,7 +52,7 @@ class Pictures:
 
     Attributes:
         known: (N, 1, H, W).
-        held_out: (SAMPLES, 1, H, W).
+        held_out: (M, 1, H, W), as many as samples are drawn.
         features: (n, 1, H, W) -> (n, D).
     """
 
@@ -130,7 +130,7 @@ def letters() -> Pictures:
                 ImageDraw.Draw(picture).text(place, letter, fill=255, font=face, anchor="mm")
                 found.append(torch.frombuffer(bytearray(picture.tobytes()), dtype=torch.uint8).reshape(1, 32, 32))
     pictures = torch.stack(found)[torch.randperm(len(found), generator=generator)] / 127.5 - 1
-    return Pictures(pictures[SAMPLES:], pictures[:SAMPLES], _mobilenet())
+    return Pictures(pictures[400:], pictures[:400], _mobilenet())
 
 
 @cache
@@ -141,15 +141,20 @@ def clothes() -> Pictures:
     pictures, labels = data.normalization.normalize(rows["values"]), torch.as_tensor(rows["class_labels"])
     order = torch.randperm(len(pictures), generator=torch.Generator().manual_seed(0))
     judging = train_classifier(pictures, labels, int(labels.max()) + 1)
-    return Pictures(pictures[order[SAMPLES:]], pictures[order[:SAMPLES]], judging.extract)
+    return Pictures(pictures[order[768:]], pictures[order[:768]], judging.extract)
 
 
 def _mobilenet() -> Callable[[Tensor], Tensor]:
-    """The pooled features of MobileNetV2, (n, 1280), of pictures that are enlarged to 64 x 64."""
+    """The last 320 feature maps of MobileNetV2, averaged, of pictures that are enlarged to 64 x 64."""
     from real_weights import MOBILENET_PROCESSOR, mobilenet
 
     net, shown = mobilenet().mobilenet_v2, NetworkInput.of(MOBILENET_PROCESSOR, size=64)
-    return lambda images: net(shown(((images.clamp(-1, 1) + 1) / 2).expand(-1, 3, -1, -1))).pooler_output
+
+    def features(images: Tensor) -> Tensor:
+        pictures = shown(((images.clamp(-1, 1) + 1) / 2).expand(-1, 3, -1, -1))
+        return net(pictures, output_hidden_states=True).hidden_states[-1].mean((2, 3))
+
+    return features
 
 
 @cache
@@ -173,6 +178,7 @@ class Case:
         rows: the weights of each weighting.
         diagnosed: number of pictures for the diagnosis.
         steps: steps without a loss, and then with it.
+        targets: bounds on L' of x0_hat, in shares of L' of the data, each for a row with `matched`.
         paired: whether L' compares x0_hat with its own picture. It is then measured on x0_hat of held-out pictures at
             SNR >= 0.184, else on samples.
     """
@@ -183,6 +189,7 @@ class Case:
     rows: dict
     diagnosed: int
     steps: tuple[int, int]
+    targets: tuple[float, ...] = ()
     paired: bool = False
 
 
@@ -194,7 +201,7 @@ CASES = {
         perceptual,
         {matched: (0.01, 0.05, 0.25), GATE: (0.1, 0.5, 2.5), low_noise: (0.5, 2.5, 12.5)},
         60,
-        (1000, 300),
+        (600, 200),
         paired=True,
     ),
     "clothes": Case(
@@ -212,6 +219,7 @@ CASES = {
         {matched: (0.02, 0.1, 0.5), constant: (0.05, 0.25, 1.25), snr: (0.004, 0.02, 0.1)},
         2000,
         (2000, 500),
+        (1.0, 0.8),
     ),
 }
 
@@ -224,9 +232,10 @@ def run(name: str, seeds, *, quick: bool = False) -> dict:
     terms = [None]
     for weighting, weights in case.rows.items():
         terms += [Term(regularizer, weight, weighting, "loss") for weight in weights]
+    terms += [Term(regularizer, Target(share, relative=True), matched, "loss") for share in case.targets]
     if quick:
         terms, case = terms[::4], replace(case, diagnosed=40, steps=(5, 5))
-    rows = [said(term, case, schedule, pictures) if term else {"method": "plain", "weight": 0.0} for term in terms]
+    rows = [said(term, case, schedule, pictures) for term in terms]
     print(f"{name}: {len(rows)} rows, diagnosed in {time.perf_counter() - start:.0f} s", flush=True)
     plain_steps, steps = case.steps
     for seed in seeds:
@@ -238,11 +247,11 @@ def run(name: str, seeds, *, quick: bool = False) -> dict:
             network.load_state_dict(beginning.state_dict())
             train(network, pictures.known, schedule, term, steps, TUNED_RATE, seed + 1000)
             found = errors(network, pictures.held_out, schedule, regularizer if case.paired else None)
-            found |= judged(sample(network, pictures.known[:SAMPLES], schedule, seed), pictures, case)
+            found |= judged(sample(network, pictures.known[: len(pictures.held_out)], schedule, seed), pictures, case)
             for key, value in found.items():
                 row.setdefault(key, []).append(value)
         print(f"{name}: seed {seed}, {time.perf_counter() - start:.0f} s", flush=True)
-    of_data = {key: [value] for key, value in judged(pictures.known[:SAMPLES], pictures, case).items()}
+    of_data = {key: [value] for key, value in judged(pictures.known[: len(pictures.held_out)], pictures, case).items()}
     return {
         "seeds": list(seeds),
         "length": f"{plain_steps} steps without a loss and {steps} with it",
@@ -251,8 +260,12 @@ def run(name: str, seeds, *, quick: bool = False) -> dict:
     }
 
 
-def said(term: Term, case: Case, schedule, pictures: Pictures) -> dict:
-    """What `diagnose` says of a term before training."""
+def said(term: Term | None, case: Case, schedule, pictures: Pictures) -> dict:
+    """The name of a row, and what `diagnose` says of its term before training, if it has a fixed weight."""
+    if term is None:
+        return {"method": "plain", "weight": 0.0}
+    if isinstance(term.weight, Target):
+        return {"method": "Target", "weight": term.weight.value}
     timesteps = times(schedule, (torch.arange(1000) + 0.5) / 1000)
     known = pictures.known[: case.diagnosed]
     diagnosis = diagnose(schedule, term, known, timesteps=timesteps, num_levels=LEVELS)
@@ -304,7 +317,7 @@ def sample(network: Network, like: Tensor, schedule, seed: int) -> Tensor:
 def errors(network: Network, images: Tensor, schedule, paired: Callable | None) -> dict[str, float]:
     """The denoising loss on held-out pictures, and a paired L' of their x0_hat, on equal noise for all networks."""
     images, generator = images[:HELD_OUT], torch.Generator().manual_seed(0)
-    timesteps = times(schedule, (torch.randperm(HELD_OUT, generator=generator) + 0.5) / HELD_OUT)
+    timesteps = times(schedule, (torch.randperm(len(images), generator=generator) + 0.5) / len(images))
     terms = [Term(paired, 1.0, GATE, "loss", normalize="active")] if paired else []
     noise = torch.randn(images.shape, generator=generator)
     output = RegularizedLoss(schedule, terms)(network, images, noise=noise, timesteps=timesteps)

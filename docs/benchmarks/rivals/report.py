@@ -22,6 +22,7 @@ STYLES = {
     "constant": ("P", "#D55E00"),
     "snr": ("s", "#E69F00"),
     "low_noise": ("D", "#CC79A7"),
+    "Target": ("X", "#56B4E9"),
     "data": ("*", "#777777"),
     "exact denoiser": ("*", "#777777"),
     "fresh data": ("*", "#777777"),
