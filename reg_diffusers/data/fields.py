@@ -1,4 +1,4 @@
-"""Finds and opens files with arrays of fields, without running code in them or expanding archive bombs."""
+"""Arrays of fields as training data; opens their files without running code in them or expanding archive bombs."""
 
 from __future__ import annotations
 
@@ -7,15 +7,64 @@ from pathlib import Path
 
 import numpy as np
 import psutil
+import torch
+from torch import Tensor
 
 from ..runtime.errors import UsageError
+from .normalization import Normalization, field_normalization
 
-__all__ = ["check_order", "field_file", "read_fields"]
+__all__ = ["FieldData", "check_order", "field_file", "read_fields"]
 
 _SUFFIXES = (".npy", ".npz")
 _FEW, _MANY = 4, 8  # channels, and pixels of a side
 _GIGABYTE = 2**30
 _RATIO = 200  # largest compression ratio: measured fields do not compress that much
+
+
+class FieldData(torch.utils.data.Dataset):
+    """Arrays of physical fields, such as temperatures or velocities, in their original size.
+
+    Attributes:
+        shape: (C, H, W).
+        normalization: the given one, else from the range of each channel over the data set to [-1, 1]; see
+            `field_normalization`.
+        note: a line to print at the start, next to the number and shape of the data.
+        classes: None.
+        number: number of fields.
+        examples: fields for repeated use: all of them.
+    """
+
+    is_picture = False
+    prompts = None
+    classes = None
+    condition_channels = 0
+    columns = ()
+
+    def __init__(self, array: np.ndarray, normalization: Normalization | None = None, field_scale: str = "channel"):
+        self._array = array
+        self.shape = tuple(array.shape[1:])
+        self.normalization = field_normalization(array, normalization, field_scale)
+        self.note = f"offset {_shown(self.normalization.offset)} + scale {_shown(self.normalization.scale)} * sample"
+
+    def __len__(self) -> int:
+        return len(self._array)
+
+    @property
+    def number(self) -> int:
+        return len(self)
+
+    @property
+    def examples(self) -> FieldData:
+        return self
+
+    def __getitems__(self, indices: list[int]) -> dict[str, Tensor]:
+        """Reads the batch of these indices: {"values": (B, C, H, W) as stored, "ids": (B,)}.
+
+        Values are float64 if float32 would round them, except on MPS, which lacks float64.
+        """
+        fits = np.can_cast(self._array.dtype, np.float32) or torch.backends.mps.is_available()
+        values = np.asarray(self._array[indices], dtype=np.float32 if fits else np.float64)
+        return {"values": torch.from_numpy(values), "ids": torch.tensor(indices)}
 
 
 def field_file(path: str | None) -> Path | None:
@@ -90,3 +139,9 @@ def _from_archive(path: Path) -> np.ndarray:
         )
     with np.load(path, allow_pickle=False) as archive:
         return archive[archive.files[0]]
+
+
+def _shown(numbers: tuple[float, ...]) -> str:
+    """Formats one number per channel, or the first four."""
+    shown = ", ".join(f"{number:.10g}" for number in numbers[:4])
+    return f"({shown}{', ...' if len(numbers) > 4 else ''})"

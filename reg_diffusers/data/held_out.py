@@ -25,7 +25,8 @@ class Part(torch.utils.data.Dataset):
         rows: the rows of its images.
 
     Attributes:
-        shape, normalization, is_picture, classes, condition_channels, prompts, note, downsampling: as of the whole.
+        shape, normalization, is_picture, classes, condition_channels, columns, prompts, note, downsampling: as of the
+            whole.
         number: number of images.
         examples: images for repeated use: all of them.
     """
@@ -34,6 +35,7 @@ class Part(torch.utils.data.Dataset):
         self._whole, self._rows = whole, rows
         self.shape, self.normalization, self.is_picture = whole.shape, whole.normalization, whole.is_picture
         self.classes, self.condition_channels, self.prompts = whole.classes, whole.condition_channels, whole.prompts
+        self.columns = whole.columns
         self.note, self.downsampling = whole.note, getattr(whole, "downsampling", 1)
 
     def __len__(self) -> int:

@@ -38,6 +38,7 @@ class LatentData(torch.utils.data.Dataset):
         normalization: the identity, because latents are stored in the coordinates of the diffusion model.
         classes: names of the classes, or None.
         condition_channels: 0.
+        columns: columns that regularizers need, in the size of the images.
         downsampling: pixels of an image per pixel of its latents, along each axis.
         note: a line to print at the start, next to the number and shape of the data.
         number: number of images.
@@ -49,12 +50,20 @@ class LatentData(torch.utils.data.Dataset):
     is_picture = True
     condition_channels = 0
 
-    def __init__(self, images: PictureData, latents: np.ndarray, path: Path, prompts: Prompts | None = None):
-        self._images = images
+    def __init__(
+        self,
+        images: PictureData,
+        latents: np.ndarray,
+        path: Path,
+        prompts: Prompts | None = None,
+        *,
+        with_images: bool = False,
+    ):
+        self._images, self._with_images = images, with_images
         self._latents = latents  # (N, 1 or 2, c, h, w): of the image, of its mirror image
         self.prompts = prompts
         self.shape = tuple(self._latents.shape[2:])
-        self.classes = images.classes
+        self.classes, self.columns = images.classes, images.columns
         self.downsampling = images.shape[1] // self.shape[1]
         some = self._latents[np.linspace(0, len(self) - 1, min(len(self), _LOOKED_AT)).astype(int), 0]
         self.deviation = float(some.std())
@@ -74,12 +83,13 @@ class LatentData(torch.utils.data.Dataset):
     def __getitems__(self, indices: list[int]) -> dict[str, Tensor]:
         """Reads the batch of these indices: {"values": (B, c, h, w), "ids": (B,), "class_labels": (B,)}.
 
-        With mirror images, also their latents: {"mirrored": (B, c, h, w)}. With texts, their embeddings by name.
+        With mirror images, also their latents: {"mirrored": (B, c, h, w)}. With texts, their embeddings by name;
+        with columns that regularizers need, {"columns": {...}}, see `column_values`.
         """
         found = torch.from_numpy(np.array(self._latents[indices]))
         latents = dict(zip(("values", "mirrored"), found.unbind(1), strict=False))
         texts = {} if self.prompts is None else self.prompts.__getitems__(indices)
-        return {**self._images.labels(indices), **latents, **texts}
+        return {**self._images.belonging(indices, with_images=self._with_images), **latents, **texts}
 
 
 def latents_of(
@@ -91,6 +101,7 @@ def latents_of(
     *,
     mirrored: bool,
     prompts: Prompts | None = None,
+    with_images: bool = False,
 ) -> LatentData:
     """Encodes all images, or finds their latents in the cache.
 
@@ -103,6 +114,7 @@ def latents_of(
         mirrored: whether to also encode each image flipped left to right, for --random_flip: the latents of the mirror
             image are not the mirrored latents.
         prompts: the texts of the images, for a text-to-image model.
+        with_images: whether batches also have the images themselves, for losses that compare with them.
 
     Raises:
         UsageError: a latent is non-finite, or the cache cannot be written.
@@ -110,7 +122,7 @@ def latents_of(
     settings = (images.fingerprint, images.shape, key, mirrored, __version__)
     path = cache_dir / f"latents-{hashlib.sha256(repr(settings).encode()).hexdigest()}.npy"
     rows = stored_rows(path, len(images), lambda: _pieces(images, encode, device, mirrored))
-    data = LatentData(images, rows, path, prompts)
+    data = LatentData(images, rows, path, prompts, with_images=with_images)
     if not _USUAL[0] <= data.deviation <= _USUAL[1]:
         warn(
             f"the latents have a standard deviation of {data.deviation:.3g}, but noise schedules expect about 1:"

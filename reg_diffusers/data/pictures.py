@@ -24,7 +24,7 @@ from .depth import WHITE_16, Depth, eight_bits, look_at_depth
 from .source import Source
 
 __all__ = ["BadImage", "decode", "decode_stored", "decode_table", "depth_of", "depth_of_table", "extensions"]
-__all__ += ["has_colour", "is_grey", "sizes_of_table"]
+__all__ += ["has_colour", "is_grey", "size_of", "sizes_of_table"]
 
 # Formats that Pillow decodes itself. Others start programs, such as EPS, or are rarely used and poorly maintained.
 _KINDS = "AVIF BMP DIB GIF ICO JPEG JPEG2000 PCX PNG PPM QOI SGI TGA TIFF WEBP XBM".split()
@@ -116,6 +116,7 @@ def decode_table(
     cache_dir: Path,
     *,
     skip_bad_images: bool,
+    keep: bool = False,
 ):
     """Replaces the image column of a table by a memory-mapped column of flattened (C, H, W) uint8.
 
@@ -129,6 +130,7 @@ def decode_table(
         source: the source that image files must lie in.
         cache_dir: the folder that keeps the result for the next run; never the folder of the data.
         skip_bad_images: whether to skip images that cannot be decoded and print their number, instead of raising.
+        keep: whether the image column remains, too.
 
     Raises:
         UsageError: if an image cannot be decoded (the message names it), if none can, or if one lies outside the
@@ -136,7 +138,7 @@ def decode_table(
     """
     from datasets import Features, List, Value
 
-    features = {name: feature for name, feature in table.features.items() if name != column}
+    features = {name: feature for name, feature in table.features.items() if keep or name != column}
     features[into] = List(Value("uint8"), length=channels * math.prod(size))
     features["readable"] = Value("bool")
     # The fingerprint identifies the rows, the other settings their processing. It comes with the data and must not
@@ -158,7 +160,7 @@ def decode_table(
             "source": source,
             "skip_bad_images": skip_bad_images,
         },
-        remove_columns=[column],
+        remove_columns=[] if keep else [column],
         features=Features(features),
         cache_file_name=str(cache_dir / f"{cache_name}.arrow"),
         num_proc=processes if processes > 1 else None,
@@ -253,15 +255,27 @@ def _decode_row(
 
 def _size_of_row(row: dict, column: str, source: Source) -> dict:
     try:
-        with _open(row[column], source) as image:
-            width, height = image.size
-            if image.getexif().get(PIL.ExifTags.Base.Orientation) in _LYING:
-                width, height = height, width
+        height, width = size_of(row[column], source)
     except UsageError:
         raise
     except Exception:  # decoding will report it
         width = height = 0
     return {"height": height, "width": width}
+
+
+def size_of(stored: dict | None, source: Source) -> tuple[int, int]:
+    """Returns the (height, width) of a stored image, upright, by its header.
+
+    Raises:
+        Exception: if it cannot be read; of any type, because the file may hold anything.
+    """
+    with _open(stored, source) as image:
+        return _upright_size(image)
+
+
+def _upright_size(image: PIL.Image.Image) -> tuple[int, int]:
+    width, height = image.size
+    return (width, height) if image.getexif().get(PIL.ExifTags.Base.Orientation) in _LYING else (height, width)
 
 
 def _open(stored: dict | None, source: Source) -> PIL.Image.Image:

@@ -1,13 +1,16 @@
-"""A data set of decoded images, with their class labels and conditioning images."""
+"""A data set of decoded images, with their class labels, conditioning images and other columns."""
 
 from __future__ import annotations
 
 import functools
+from collections.abc import Sequence
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from .column_values import numbers_of, seen_image
+from .columns import Column
 from .normalization import PICTURES
 
 __all__ = ["PictureData"]
@@ -22,6 +25,7 @@ class PictureData(torch.utils.data.Dataset):
         classes: names of the classes, or None.
         condition_channels: channels K of the conditioning images, 0 without.
         note: a line to print at the start, next to the number and shape of the data.
+        columns: columns that regularizers need.
         number: number of images.
         examples: images for repeated use: all of them.
         fingerprint: identifies the images and their order.
@@ -39,6 +43,7 @@ class PictureData(torch.utils.data.Dataset):
         condition_channels: int = 0,
         note: str = "",
         caption: str | None = None,
+        columns: Sequence[Column] = (),
     ):
         self.fingerprint = table._fingerprint
         self._table = table.with_format("arrow")
@@ -47,6 +52,8 @@ class PictureData(torch.utils.data.Dataset):
         self.condition_channels = condition_channels
         self.note = note
         self._caption = caption
+        self.columns = tuple(columns)
+        self._numbers = {column.name: numbers_of(table, column) for column in columns if column.kind == "number"}
 
     def __len__(self) -> int:
         return len(self._table)
@@ -62,19 +69,37 @@ class PictureData(torch.utils.data.Dataset):
     def __getitems__(self, indices: list[int]) -> dict[str, Tensor]:
         """Reads the batch of these indices at once.
 
-        {"values": (B, C, H, W) uint8, "ids": (B,), "condition": (B, K, H, W) uint8, "class_labels": (B,)}
+        {"values": (B, C, H, W) uint8, "ids": (B,), "condition": (B, K, H, W) uint8, "class_labels": (B,)}; with
+        columns that regularizers need, also "columns" by their names, see `column_values`.
         """
         rows = self._table[indices]
-        batch = {"values": _pixels(rows["pixels"], self.shape), **self.labels(indices)}
+        batch = {"values": _pixels(rows["pixels"], self.shape), **self._belonging(rows, indices)}
         if self.condition_channels:
             batch["condition"] = _pixels(rows["condition"], (self.condition_channels, *self.shape[1:]))
         return batch
 
-    def labels(self, indices: list[int]) -> dict[str, Tensor]:
-        """Reads what belongs to the images of these indices, but no pixels: {"ids": (B,), "class_labels": (B,)}."""
+    def belonging(self, indices: list[int], *, with_images: bool = False) -> dict:
+        """Reads what belongs to the images of these indices: {"ids": (B,), "class_labels": (B,), "columns": {...}}.
+
+        Args:
+            indices: the indices.
+            with_images: whether the columns include the images themselves, as "original_images" in [-1, 1].
+        """
+        if not (self.columns or with_images):
+            return self._belonging(None, indices)
+        rows = self._table[indices]
+        found = self._belonging(rows, indices)
+        if with_images:
+            pixels = self.normalization.normalize(_pixels(rows["pixels"], self.shape))
+            found["columns"] = {**found.get("columns", {}), "original_images": pixels}
+        return found
+
+    def _belonging(self, rows, indices: list[int]) -> dict:
         found = {"ids": torch.tensor(indices)}
         if self.classes is not None:
             found["class_labels"] = self._class_labels[indices]
+        if self.columns:
+            found["columns"] = {column.name: self._values(column, rows, indices) for column in self.columns}
         return found
 
     def number_classes_as(self, classes: list[str]) -> None:
@@ -90,6 +115,13 @@ class PictureData(torch.utils.data.Dataset):
             raise ValueError(f"{unknown[0]} is none of the classes {', '.join(classes)}")
         numbers = torch.tensor([classes.index(name) for name in self.classes])
         self._class_labels, self.classes = numbers[self._class_labels], classes
+
+    def _values(self, column: Column, rows, indices: list[int]) -> Tensor | list[str]:
+        if column.is_image:
+            return seen_image(column, _pixels(rows[column.place], (column.channels, *self.shape[1:])))
+        if column.kind == "number":
+            return self._numbers[column.name][indices]
+        return [column.text] * len(indices) if column.text is not None else rows[column.source].to_pylist()
 
     @property
     def captions(self) -> list[str | None]:

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import replace
+
 import numpy as np
 import torch
 from torch import Tensor
 
 from ..runtime.errors import DataError, UsageError, warn
+from .column_values import misshapen, row_value, seen_image
+from .columns import Column
 from .normalization import PICTURES
-from .pictures import BadImage, decode_stored, depth_of, has_colour
+from .pictures import BadImage, decode_stored, depth_of, has_colour, size_of
 from .source import Source
 
 __all__ = ["ROWS_OF_A_PIECE", "RowDecoder", "StreamedPictures", "bytes_of", "unreadable"]
@@ -24,8 +29,9 @@ class StreamedPictures:
 
     Args:
         rows: the stream, with the columns below and images as {"bytes", "path"}.
-        columns: for "pixels" and "condition", the name of the column and its channels (None: detect them from the
-            first images).
+        images: for "pixels", "condition" and the places of `columns`, the name of the column and its channels (None:
+            detect them from the first images).
+        columns: the columns that regularizers need.
         label: the column of the class labels, integers.
         classes: the names of the classes.
         size: height and width of the images.
@@ -39,6 +45,7 @@ class StreamedPictures:
         normalization: from 0..255 to [-1, 1], also for the conditioning images.
         condition_channels: channels K of the conditioning images, 0 without.
         note: a line to print at the start, next to the number and shape of the data.
+        columns: the columns that regularizers need.
         decoder: decodes batches of rows.
         examples: the first images, for repeated use of the same images.
 
@@ -53,7 +60,8 @@ class StreamedPictures:
     def __init__(
         self,
         rows,
-        columns: dict[str, tuple[str, int | None]],
+        images: dict[str, tuple[str, int | None]],
+        columns: Sequence[Column],
         label: str | None,
         classes: list[str] | None,
         size: tuple[int, int],
@@ -66,14 +74,15 @@ class StreamedPictures:
         first = _first_rows(rows, source)
         channels = {
             into: wanted or (3 if any(has_colour(row[name], source) for _, row in first) else 1)
-            for into, (name, wanted) in columns.items()
+            for into, (name, wanted) in images.items()
         }
         self.shape = (channels["pixels"], *size)
         self.condition_channels = channels.get("condition", 0)
-        depths = {into: depth_of([row[name] for _, row in first], source) for into, (name, _) in columns.items()}
+        depths = {into: depth_of([row[name] for _, row in first], source) for into, (name, _) in images.items()}
         self.note = depths["pixels"].note
-        images = {into: (name, channels[into], depths[into].white) for into, (name, _) in columns.items()}
-        self.decoder = RowDecoder(images, label, size, source, skip_bad_images=skip_bad_images)
+        self.columns = tuple(replace(one, channels=channels.get(one.place, 0)) for one in columns)
+        found = {into: (name, channels[into], depths[into].white) for into, (name, _) in images.items()}
+        self.decoder = RowDecoder(found, self.columns, label, size, source, skip_bad_images=skip_bad_images)
         self.examples = _Examples(first, self.decoder)
 
 
@@ -81,8 +90,9 @@ class RowDecoder(torch.utils.data.Dataset):
     """Decodes batches of rows (id, {column: value}); a `DataLoader` passes the rows as indices.
 
     Args:
-        images: for "pixels" and "condition", the name of the column, its channels, and the white value of integers,
-            see `Depth`.
+        images: for "pixels", "condition" and the places of `columns`, the name of the column, its channels, and the
+            white value of integers, see `Depth`.
+        columns: the columns that regularizers need.
         label: the column of the class labels.
         size: height and width of the images.
         source: the source that image files must lie in.
@@ -92,30 +102,39 @@ class RowDecoder(torch.utils.data.Dataset):
     def __init__(
         self,
         images: dict[str, tuple[str, int, int]],
+        columns: Sequence[Column],
         label: str | None,
         size: tuple[int, int],
         source: Source,
         *,
         skip_bad_images: bool,
     ):
-        self._images, self._label, self._size, self._source = images, label, size, source
+        self._images, self._columns, self._label, self._size, self._source = images, columns, label, size, source
         self._skip = skip_bad_images
         self._bad = 0
 
     def __getitems__(self, rows: list[tuple[int, dict]]) -> dict[str, Tensor]:
         """Decodes a batch.
 
-        {"values": (B, C, H, W) uint8, "ids": (B,), "condition": (B, K, H, W) uint8, "class_labels": (B,)}.
-        If bad images are skipped, other images of the batch appear twice, so that B is constant.
+        {"values": (B, C, H, W) uint8, "ids": (B,), "condition": (B, K, H, W) uint8, "class_labels": (B,)}; with
+        columns that regularizers need, also "columns" by their names, see `column_values`. If bad images are skipped,
+        other images of the batch appear twice, so that B is constant.
 
         Raises:
-            UsageError: if an image (or with skip_bad_images: a whole batch) cannot be decoded, or if a row has no
-                label.
+            UsageError: if an image (or with skip_bad_images: a whole batch) cannot be decoded, if a row has no label
+                or lacks a column, or if a mask has another shape than its picture.
         """
         decoded = [found for row in rows if (found := self.decode(*row)) is not None]
         if not decoded:
             raise DataError(f"{self._source.flag}: none of {len(rows)} images can be decoded")
-        return _stack([decoded[place % len(decoded)] for place in range(len(rows))])
+        return self.stack([decoded[place % len(decoded)] for place in range(len(rows))])
+
+    def stack(self, decoded: list[dict]) -> dict:
+        """Joins decoded rows to a batch."""
+        batch = {name: _stack([row[name] for row in decoded]) for name in decoded[0]}
+        if self._columns:
+            batch["columns"] = {one.name: _column_of(one, batch.pop(one.place)) for one in self._columns}
+        return batch
 
     def decode(self, id: int, row: dict) -> dict[str, np.ndarray] | None:
         """Decodes one row; None for a bad image that is skipped."""
@@ -140,6 +159,15 @@ class RowDecoder(torch.utils.data.Dataset):
             if row[self._label] is None or row[self._label] < 0:
                 raise DataError(f"--label_column {self._label}: {where} has no label")
             found["class_labels"] = np.int64(row[self._label])
+        for column in self._columns:
+            if column.kind == "mask":
+                own, picture = (size_of(row[self._images[into][0]], self._source) for into in (column.place, "pixels"))
+                if problem := misshapen(column, own, picture):
+                    raise DataError(f"{column.title}: {where}: {problem}")
+            elif column.text is not None:
+                found[column.place] = column.text
+            elif not column.is_image:
+                found[column.place] = row_value(column, row[column.source], where)
         return found
 
 
@@ -155,7 +183,7 @@ class _Examples:
         return len(self._rows)
 
     def __getitems__(self, indices: list[int]) -> dict[str, Tensor]:
-        return _stack([self._readable(index) for index in indices])
+        return self._decoder.stack([self._readable(index) for index in indices])
 
     def _readable(self, index: int) -> dict[str, np.ndarray]:
         """Decodes the row; if bad images are skipped, the next row that can be decoded."""
@@ -165,8 +193,12 @@ class _Examples:
         raise UsageError(f"none of the first {len(self)} images can be decoded")
 
 
-def _stack(rows: list[dict[str, np.ndarray]]) -> dict[str, Tensor]:
-    return {name: torch.from_numpy(np.stack([row[name] for row in rows])) for name in rows[0]}
+def _stack(values: list[np.ndarray] | list[str]) -> Tensor | list[str]:
+    return values if isinstance(values[0], str) else torch.from_numpy(np.stack(values))
+
+
+def _column_of(column: Column, values: Tensor | list[str]) -> Tensor | list[str]:
+    return seen_image(column, values) if column.is_image else values
 
 
 def _first_rows(rows, source: Source) -> list[tuple[int, dict]]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+from collections.abc import Collection, Iterable
 from pathlib import Path
 
 import numpy as np
@@ -12,7 +13,9 @@ import numpy as np
 from ..runs.run_folder import not_data
 from ..runtime.errors import UsageError
 from ..settings.data import DataSettings
+from .columns import TEXTS, kind_of, listed_columns, with_named_images
 from .image_folder import ImageFolder, list_images
+from .pictures import extensions
 from .row_groups import stream_row_groups
 from .source import Source, check_parquet
 
@@ -44,17 +47,18 @@ class LabelsError(UsageError):
         self.flag, self.reason = flag, reason
 
 
-def read_rows(settings: DataSettings, source: Source, *, streaming: bool):
+def read_rows(settings: DataSettings, source: Source, *, streaming: bool, images: Iterable[str] = ()):
     """Returns the rows that the flags name, and a line about unused parts of a folder or data set, or "".
 
     Rows are a `datasets.Dataset`, or an `IterableDataset` for streaming. Rows that only hold the names of local files,
-    or that are saved in the format of `datasets`, are always a `Dataset`, which needs little memory.
+    or that are saved in the format of `datasets`, are always a `Dataset`, which needs little memory. Columns named in
+    `images` become columns of images if they hold file names in the metadata of a folder.
 
     Raises:
         UsageError: if there is nothing to read, if something is damaged, or if a file lies outside the named data.
     """
     try:
-        found, unused = _read(settings, source, streaming)
+        found, unused = _read(settings, source, streaming, images)
     except UsageError:
         raise
     except Exception as error:  # of any type, because the content may be corrupt
@@ -73,7 +77,7 @@ def read_rows(settings: DataSettings, source: Source, *, streaming: bool):
     return found, unused
 
 
-def _read(settings: DataSettings, source: Source, streaming: bool):
+def _read(settings: DataSettings, source: Source, streaming: bool, named: Iterable[str]):
     from datasets import load_from_disk
 
     name, folder = settings.dataset_name, settings.train_data_dir
@@ -101,7 +105,12 @@ def _read(settings: DataSettings, source: Source, streaming: bool):
         return {name: split.reshard() for name, split in found.items()}, ""  # row groups of tables mix better
     builder.download_and_prepare()
     found = builder.as_dataset()
-    return found, "" if images is None else images.unused(_paths(found["train"]))
+    if images is None:
+        return found, ""
+    rows, folder = found["train"], _folder_of_names(images.metadata)
+    if folder is not None:
+        rows = with_named_images(rows, named, folder, extensions())
+    return {"train": rows}, images.unused(_paths(rows, folder))
 
 
 def _is_read_by_pages(builder, files: list[str]) -> bool:
@@ -186,6 +195,11 @@ def _metadata_builder(images: ImageFolder, cache_dir: str | None):
     return load_dataset_builder("imagefolder", data_files=_as_they_are(files, images.fingerprint), cache_dir=cache_dir)
 
 
+def _folder_of_names(metadata: list[str]) -> str | None:
+    """Returns the folder that names in the metadata are relative to; None if there are several, or in an archive."""
+    return os.path.dirname(metadata[0]) if len(metadata) == 1 and "::" not in metadata[0] else None
+
+
 def _as_they_are(files: list[str], fingerprint: str) -> dict:
     """Declares the files of one split without pattern matching; a new fingerprint invalidates the cache."""
     from datasets.data_files import DataFilesList
@@ -193,8 +207,8 @@ def _as_they_are(files: list[str], fingerprint: str) -> dict:
     return {"train": DataFilesList(files, [(fingerprint,)])}
 
 
-def _paths(rows) -> set[str]:
-    """Returns the files that rows name in any column of images or lists of images."""
+def _paths(rows, folder: str | None) -> set[str]:
+    """Returns the files that rows name: in columns of images or lists of images, or as texts relative to a folder."""
     import pyarrow
     from pyarrow import compute
 
@@ -204,6 +218,8 @@ def _paths(rows) -> set[str]:
             column = compute.list_flatten(column)
         if pyarrow.types.is_struct(column.type) and column.type.get_field_index("path") >= 0:
             found.update(filter(None, compute.struct_field(column, "path").to_pylist()))
+        elif folder is not None and str(column.type) in TEXTS:
+            found.update(os.path.join(folder, name) for name in column.to_pylist() if name)
     return found
 
 
@@ -214,8 +230,8 @@ def _check_saved(folder: Path, source: Source) -> None:
         source.check_files(str(state.parent / file["filename"]) for file in files)
 
 
-def image_column(table, wanted: str | None, *, flag: str = "--image_column", other_than: str | None = None) -> str:
-    """Returns the requested column of images, or else the first one other than `other_than`.
+def image_column(table, wanted: str | None, *, flag: str = "--image_column", other_than: Collection[str] = ()) -> str:
+    """Returns the requested column of images, or else the first one that is not in `other_than`.
 
     Raises:
         UsageError: if there is none; the message lists the columns.
@@ -223,12 +239,12 @@ def image_column(table, wanted: str | None, *, flag: str = "--image_column", oth
     from datasets import Image
 
     images = [name for name, feature in table.features.items() if isinstance(feature, Image) or _holds_bytes(feature)]
-    if wanted is None and (others := [name for name in images if name != other_than]):
+    if wanted is None and (others := [name for name in images if name not in other_than]):
         return others[0]
     if wanted in images:
         return wanted
-    columns = ", ".join(f"{name} ({_kind(feature)})" for name, feature in table.features.items())
-    no_other = f"no column of images other than {other_than}" if images else "no column of images"
+    columns = listed_columns(table.features)
+    no_other = f"no column of images other than {', '.join(images)}" if images else "no column of images"
     problem = no_other if wanted is None else f"{flag} {wanted!r} is not a column of images"
     raise UsageError(f"{problem}; the columns are: {columns}")
 
@@ -239,10 +255,10 @@ def caption_column(table, column: str) -> str:
     Raises:
         UsageError: it does not exist, or holds no texts; the message lists the columns.
     """
-    columns = ", ".join(f"{name} ({_kind(feature)})" for name, feature in table.features.items())
+    columns = listed_columns(table.features)
     if column not in table.features:
         raise UsageError(f"--caption_column {column}: there is no such column; the columns are: {columns}")
-    if _kind(table.features[column]) not in ("string", "large_string", "string_view"):
+    if kind_of(table.features[column]) not in TEXTS:
         raise UsageError(f"--caption_column {column} holds no texts; the columns are: {columns}")
     return column
 
@@ -274,9 +290,9 @@ def with_class_labels(table, column: str):
     from datasets import ClassLabel, Dataset
 
     feature, flag = table.features[column], f"--label_column {column}"
-    if not isinstance(feature, ClassLabel) and not _KINDS_OF_LABELS.match(_kind(feature)):
+    if not isinstance(feature, ClassLabel) and not _KINDS_OF_LABELS.match(kind_of(feature)):
         raise LabelsError(
-            f"a class must be an integer or a string, but this column holds {_kind(feature)}: name another one, or"
+            f"a class must be an integer or a string, but this column holds {kind_of(feature)}: name another one, or"
             " convert it",
             flag,
         )
@@ -284,7 +300,7 @@ def with_class_labels(table, column: str):
         if isinstance(feature, ClassLabel):
             return table, column, feature.names
         raise LabelsError(
-            f"a stream needs a column with class names (a ClassLabel), but this column holds {_kind(feature)}: drop"
+            f"a stream needs a column with class names (a ClassLabel), but this column holds {kind_of(feature)}: drop"
             " --streaming, or cast the column",
             flag,
         )
@@ -310,7 +326,3 @@ def _holds_bytes(feature) -> bool:
 def _split_name(name: str, rows) -> str:
     """Returns the name of a split with its number of rows, if that is known without reading a stream."""
     return f"{name} ({len(rows):,} rows)" if hasattr(rows, "__len__") else name
-
-
-def _kind(feature) -> str:
-    return getattr(feature, "dtype", None) or type(feature).__name__.lower()

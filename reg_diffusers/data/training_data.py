@@ -8,8 +8,8 @@ loaded in the same way. A stream of images is decoded while it is read. Arrays o
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
@@ -24,10 +24,12 @@ from ..settings.data import DataSettings
 from ..settings.optimization import OptimizationSettings
 from ..settings.size import as_setting, shown, sides
 from .buckets import BucketBatches, Buckets, bucket_dataloader, bucket_sizes, cropped, nearest_sizes
+from .column_values import check_masks, check_shapes, check_texts, numbers_of
+from .columns import Column, Wanted, find_column
 from .depth import Depth
-from .fields import check_order, field_file, read_fields
+from .fields import FieldData, check_order, field_file, read_fields
 from .latents import LatentData
-from .normalization import Normalization, field_normalization
+from .normalization import Normalization
 from .pictures import decode_table, depth_of_table, is_grey, sizes_of_table
 from .pictures_data import PictureData
 from .source import FLAGS_OF_TRAINING, Naming, Source, source_of
@@ -52,56 +54,12 @@ __all__ = [
     "Normalization",
     "PictureData",
     "TrainingData",
+    "Wanted",
     "batches_per_epoch",
     "cache_folder",
     "load_training_data",
     "make_dataloader",
 ]
-
-
-class FieldData(torch.utils.data.Dataset):
-    """Arrays of physical fields, such as temperatures or velocities, in their original size.
-
-    Attributes:
-        shape: (C, H, W).
-        normalization: the given one, else from the range of each channel over the data set to [-1, 1]; see
-            `field_normalization`.
-        note: a line to print at the start, next to the number and shape of the data.
-        classes: None.
-        number: number of fields.
-        examples: fields for repeated use: all of them.
-    """
-
-    is_picture = False
-    prompts = None
-    classes = None
-    condition_channels = 0
-
-    def __init__(self, array: np.ndarray, normalization: Normalization | None = None, field_scale: str = "channel"):
-        self._array = array
-        self.shape = tuple(array.shape[1:])
-        self.normalization = field_normalization(array, normalization, field_scale)
-        self.note = f"offset {_shown(self.normalization.offset)} + scale {_shown(self.normalization.scale)} * sample"
-
-    def __len__(self) -> int:
-        return len(self._array)
-
-    @property
-    def number(self) -> int:
-        return len(self)
-
-    @property
-    def examples(self) -> FieldData:
-        return self
-
-    def __getitems__(self, indices: list[int]) -> dict[str, Tensor]:
-        """Reads the batch of these indices: {"values": (B, C, H, W) as stored, "ids": (B,)}.
-
-        Values are float64 if float32 would round them, except on MPS, which lacks float64.
-        """
-        fits = np.can_cast(self._array.dtype, np.float32) or torch.backends.mps.is_available()
-        values = np.asarray(self._array[indices], dtype=np.float32 if fits else np.float64)
-        return {"values": torch.from_numpy(values), "ids": torch.tensor(indices)}
 
 
 TrainingData = PictureData | Buckets | FieldData | StreamedPictures | LatentData
@@ -114,6 +72,7 @@ def load_training_data(
     normalization: Normalization | None = None,
     condition_channels: int | None = None,
     naming: Naming = FLAGS_OF_TRAINING,
+    wanted: Sequence[Wanted] = (),
 ) -> TrainingData:
     """Loads the data set that the flags name, for a DataLoader with a `collate_fn` that returns batches unchanged.
 
@@ -124,6 +83,7 @@ def load_training_data(
         normalization: the field normalization of a given model; by default, from the data.
         condition_channels: the condition channels of a given model; the default is as for `channels`.
         naming: the names of the data and of that model in messages.
+        wanted: what regularizers need of the data.
 
     Raises:
         UsageError: if there is nothing to read, a column is missing, images are bad, or fields have a wrong shape.
@@ -145,6 +105,10 @@ def load_training_data(
             raise LabelsError(".npy/.npz fields have no class labels")
         if settings.conditioning_image_column:
             raise UsageError("--conditioning_image_column names a column of images, which fields lack")
+        if columns := [one for one in wanted if one.text is None]:
+            raise UsageError(
+                f"--regularizer {columns[0].by} needs {columns[0].name}, a column of the data, which fields lack"
+            )
         if settings.buckets:
             raise UsageError("--buckets groups images by aspect ratio, but fields keep their size; drop the flag")
         if settings.resolution is not None and sides(settings.resolution) != data.shape[1:]:
@@ -155,7 +119,7 @@ def load_training_data(
         if settings.field_scale != "channel":
             raise UsageError(f"--field_scale {settings.field_scale} applies to .npy/.npz fields only; drop the flag")
         size = size if settings.resolution is None else sides(settings.resolution)
-        data = _load_pictures(settings, channels, size or (64, 64), condition_channels, naming)
+        data = _load_pictures(settings, channels, size or (64, 64), condition_channels, naming, wanted)
     if channels is not None and data.shape[0] != channels:
         raise UsageError(f"the data have {data.shape[0]} channels, but {naming.model} has {channels}")
     if condition_channels is not None and data.condition_channels != condition_channels:
@@ -164,6 +128,7 @@ def load_training_data(
             f"{naming.model} is conditioned on {condition_channels or 'no'} image channels, but the data have"
             f" {data.condition_channels or 'none'}: {fix}"
         )
+    check_masks(data)
     return data
 
 
@@ -218,16 +183,19 @@ def _load_pictures(
     size: tuple[int, int],
     condition_channels: int | None,
     naming: Naming,
-) -> PictureData | StreamedPictures:
+    needed: Sequence[Wanted],
+) -> PictureData | Buckets | StreamedPictures:
     from datasets import Dataset, Image
 
     _check_cache_dir(settings.cache_dir)
     source = source_of(settings, EMBEDDED, naming)
-    table, unused = read_rows(settings, source, streaming=settings.streaming)
     conditioning = settings.conditioning_image_column
+    named = {one.column for one in needed} | ({conditioning} if conditioning else set())
+    table, unused = read_rows(settings, source, streaming=settings.streaming, images=named)
+    found = [find_column(table, one) for one in needed]
     if conditioning is not None:
         image_column(table, conditioning, flag="--conditioning_image_column")
-    column = image_column(table, settings.image_column, other_than=conditioning)
+    column = image_column(table, settings.image_column, other_than=named)
     if column == conditioning:
         raise UsageError(f"--conditioning_image_column {column}: is the column of the training images: name another")
     label, classes = label_column(table, settings) if settings.class_conditional else None, None
@@ -241,22 +209,44 @@ def _load_pictures(
     if any(wanted not in (None, 1, 3) for _, wanted in columns.values()):
         wanted = next(wanted for _, wanted in columns.values() if wanted not in (None, 1, 3))
         raise UsageError(f"{naming.model} has {wanted} channels, but images have 1 or 3: use .npy fields (N, C, H, W)")
-    images = [name for name, _ in columns.values()]
+    columns |= {one.place: (one.source, 1 if one.kind == "mask" else None) for one in found if one.is_image}
+    images = dict.fromkeys(name for name, _ in columns.values())
     caption = None if settings.caption_column is None else caption_column(table, settings.caption_column)
-    table = table.select_columns(images + [name for name in (label, caption) if name])
+    others = (label, caption, *(one.source for one in found))
+    table = table.select_columns(list(dict.fromkeys([*images, *(name for name in others if name)])))
     for name in images:
         table = table.cast_column(name, Image(decode=False))
     if settings.buckets and settings.streaming:
         raise UsageError("--buckets: the sizes of all images are needed before the first step; drop --streaming")
     if not settings.streaming:
+        _check_columns(settings, table, column, found, source)
         looks = _looks(table, columns, source)
-        decode = partial(_decoded, settings, looks, classes, source)
+        decode = partial(_decoded, settings, looks, found, classes, source)
         return _bucketed(settings, table, columns, size, source, decode) if settings.buckets else decode(table, size)
     number = len(table) if isinstance(table, Dataset) else number_of_rows(settings, table)
     rows = table.to_iterable_dataset(num_shards=_pieces(number)) if isinstance(table, Dataset) else table
     return StreamedPictures(
-        rows, columns, label, classes, size, number, source, skip_bad_images=settings.skip_bad_images
+        rows, columns, found, label, classes, size, number, source, skip_bad_images=settings.skip_bad_images
     )
+
+
+def _check_columns(settings: DataSettings, table, pictures: str, columns: Sequence[Column], source: Source) -> None:
+    """Checks the columns that regularizers need, before any image is decoded.
+
+    Raises:
+        UsageError: values are missing, or a mask has another shape than its picture.
+    """
+    for column in columns:
+        if column.kind == "number":
+            numbers_of(table, column)
+        elif column.kind == "text" and column.text is None:
+            check_texts(table, column)
+        elif column.kind == "mask":
+            sizes = (
+                sizes_of_table(table, name, source, cache_folder(settings.cache_dir))
+                for name in (column.source, pictures)
+            )
+            check_shapes(column, *sizes)
 
 
 def _bucketed(
@@ -326,25 +316,24 @@ def _looks(table, columns: dict, source: Source) -> dict[str, _Look]:
 def _decoded(
     settings: DataSettings,
     looks: dict[str, _Look],
+    found: Sequence[Column],
     classes: list[str] | None,
     source: Source,
     table,
     size: tuple[int, int],
 ) -> PictureData:
     """Decodes all images of a table into a cache."""
+    left = [look.column for look in looks.values()]
     for into, look in looks.items():
+        left.remove(look.column)
         table = decode_table(
             *(table, look.column, into, size, look.channels, look.depth.white, source),
             cache_folder(settings.cache_dir),
             skip_bad_images=settings.skip_bad_images,
+            keep=look.column in left,
         )
     pixels, condition = looks["pixels"], looks.get("condition")
     shape = (pixels.channels, *size)
     number = condition.channels if condition else 0
-    return PictureData(table, shape, classes, number, pixels.depth.note, settings.caption_column)
-
-
-def _shown(numbers: tuple[float, ...]) -> str:
-    """Formats one number per channel, or the first four."""
-    shown = ", ".join(f"{number:.10g}" for number in numbers[:4])
-    return f"({shown}{', ...' if len(numbers) > 4 else ''})"
+    columns = [replace(one, channels=looks[one.place].channels) if one.is_image else one for one in found]
+    return PictureData(table, shape, classes, number, pixels.depth.note, settings.caption_column, columns)

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterable
 import torch
 from torch import Tensor, nn
 
-from .contract import Regularizer, at_least_float32, needs_of, regularizer_name
+from .contract import Regularizer, at_least_float32, masks_of, needs_of, regularizer_name
 
 __all__ = ["equality", "inequality", "masked", "random_crop", "resized", "threshold"]
 
@@ -99,7 +99,9 @@ def masked(regularizer: Regularizer, mask: str = "mask") -> Regularizer:
             shown = torch.lerp(original.to(x0_hat), x0_hat, area.to(x0_hat).expand_as(x0_hat))
         return inner(shown, **{name: context[name] for name in inner_needs})
 
-    return _Made(regularizer, call, dict.fromkeys((*inner_needs, "original_samples", mask)))
+    made = _Made(regularizer, call, dict.fromkeys((*inner_needs, "original_samples", mask)))
+    made.masks = (*made.masks, mask)
+    return made
 
 
 def equality(residual: Callable[..., Tensor]) -> Regularizer:
@@ -121,7 +123,7 @@ def inequality(residual: Callable[..., Tensor]) -> Regularizer:
 
 
 class _Made(nn.Module):
-    """A regularizer with the name, needs and networks of the function it is made from."""
+    """A regularizer with the name, needs, masks and networks of the function it is made from."""
 
     def __init__(
         self,
@@ -134,6 +136,7 @@ class _Made(nn.Module):
             raise TypeError(f"a function of the image is needed, not {type(source).__name__}")
         self.source = source  # a network becomes a submodule
         self.needs = needs_of(source) if needs is None else tuple(needs)
+        self.masks = masks_of(source)
         self.__name__ = regularizer_name(source)
         self._call = call
 

@@ -8,14 +8,15 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-__all__ = ["Regularizer", "TermError", "at_least_float32", "needs_of", "regularizer_name"]
+__all__ = ["Regularizer", "TermError", "at_least_float32", "masks_of", "needs_of", "regularizer_name"]
 
 
 class Regularizer(Protocol):
     """A differentiable loss on an image, small for desired images.
 
     The optional attribute `needs` names keyword arguments that it takes in addition to the image. Tensors among them
-    have the batch as their first dimension.
+    have the batch as their first dimension. The optional attribute `masks` names those that are images of weights from
+    0 to 1; any that is called mask, or ends with _mask, is one.
     """
 
     def __call__(self, x0_hat: Tensor, /, **context) -> Tensor:
@@ -50,6 +51,13 @@ def needs_of(regularizer: Regularizer) -> tuple[str, ...]:
         name = regularizer_name(regularizer)
         raise TermError(f'needs of regularizer {name!r} must be a tuple of names, such as ("mask",), not {needs!r}')
     return tuple(needs)
+
+
+def masks_of(regularizer: Regularizer) -> tuple[str, ...]:
+    """Returns those of a regularizer's `needs` that are images of weights from 0 to 1."""
+    func = regularizer.func if isinstance(regularizer, partial) else regularizer
+    named = getattr(func, "masks", ())
+    return tuple(need for need in needs_of(regularizer) if need in named or need == "mask" or need.endswith("_mask"))
 
 
 def at_least_float32(images: Tensor) -> Tensor:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from ..runtime.errors import UsageError
-from .flag_values import fraction, natural, positive_int
+from .flag_values import fraction, natural, positive_int, renaming
 from .flags import flag
 from .size import resolution
 
@@ -64,6 +64,14 @@ class DataSettings:
     conditioning_image_column: str | None = flag(
         None, "column of a second image per row; the network learns to generate the first image from it"
     )
+    reg_columns: tuple[str, ...] | None = flag(
+        None,
+        "columns of the data that a regularizer needs under another name, such as mask=segmentation; columns of the"
+        " same name are found without the flag. Images are resized, cropped and flipped like their picture",
+        parse=renaming,
+        metavar="NAME=COLUMN",
+        many=True,
+    )
     caption_column: str | None = flag(
         None, "column of the texts that describe the images, for a text-to-image model; not read from file names"
     )
@@ -90,6 +98,9 @@ class DataSettings:
     def __post_init__(self):
         if self.prompt is not None and self.caption_column is not None:
             raise UsageError("--prompt and --caption_column exclude each other")
+        names = [renamed.partition("=")[0] for renamed in self.reg_columns or ()]
+        if doubled := [name for name in names if names.count(name) > 1]:
+            raise UsageError(f"--reg_columns names {doubled[0]} twice")
         if self.preserve_input_precision:
             raise UsageError(
                 "--preserve_input_precision: images are read with 8 bits per channel; store deeper data as float"
@@ -100,6 +111,11 @@ class DataSettings:
     def has_no_class(self) -> bool:
         """Whether some images are trained without their class label."""
         return self.class_conditional and self.condition_dropout > 0
+
+    @property
+    def renamed_columns(self) -> dict[str, str]:
+        """The columns of --reg_columns, by their names in the regularizers' `needs`."""
+        return dict(renamed.split("=", 1) for renamed in self.reg_columns or ())
 
     @property
     def source(self) -> str | None:

@@ -11,7 +11,7 @@ from ..weight_rules import AutoWeight
 from .weights import NamedTarget, parse_target, parse_weight
 
 __all__ = ["auto", "duration", "fraction", "inner_folder", "natural", "noise_levels", "nonnegative", "positive"]
-__all__ += ["positive_int", "prediction_type", "seed", "share", "target", "weight"]
+__all__ += ["positive_int", "prediction_type", "renaming", "seed", "share", "target", "weight"]
 
 _LARGEST_SEED = 2**32 - 2**16  # numpy seeds have 32 bits, and each process of a launch adds its index
 
@@ -69,6 +69,14 @@ def weight(text: str) -> float | AutoWeight:
 def target(text: str) -> NamedTarget:
     """Parses a bound on L', such as total_variation=0.9x."""
     return _parsed(parse_target, text)
+
+
+def renaming(text: str) -> str:
+    """Parses a name and the column that it stands for, such as mask=segmentation."""
+    name, equals, column = text.partition("=")
+    if not (name.isidentifier() and equals and column):
+        raise argparse.ArgumentTypeError(f"{text!r} is not NAME=COLUMN, such as mask=segmentation")
+    return text
 
 
 def auto(text: str) -> str:

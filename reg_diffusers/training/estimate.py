@@ -11,9 +11,10 @@ from pathlib import Path
 
 import torch
 from accelerate import PartialState
-from accelerate.utils import parse_flag_from_env
+from accelerate.utils import parse_flag_from_env, send_to_device
 from torch import nn
 
+from ..context import cut
 from ..data.training_data import TrainingData, batches_per_epoch
 from ..networks.attention import use_explicit_attention
 from ..networks.build import GivenModel
@@ -28,6 +29,7 @@ from ..settings.optimization import OptimizationSettings
 from ..settings.output import OutputSettings
 from ..term import Term
 from ..trial.checks import random_numbers_as_before
+from .batches import context_of
 from .report import images_measured
 
 __all__ = ["Speed", "describe_needs", "measure_speed", "number_of_steps"]
@@ -137,8 +139,9 @@ def measure_speed(
     unet.to(device).train()
     dtype = {"fp16": torch.float16, "bf16": torch.bfloat16}.get(mixed_precision)
     batch = data.examples.__getitems__(list(range(min(batch_size, len(data.examples)))))
-    batch = {name: tensor.to(device) for name, tensor in batch.items()}
+    batch = send_to_device(batch, device)
     samples, conditions = data.normalization.normalize(batch["values"]), Conditions.of_batch(data, batch)
+    context = context_of(loss_fn.regularization.needs, conditions, batch.get("columns", {}))
 
     def step(number: int, with_gradient: bool = True) -> float:
         rows = torch.arange(number, device=device) % len(samples)
@@ -149,7 +152,7 @@ def measure_speed(
         start = time.perf_counter()
         with torch.set_grad_enabled(with_gradient), torch.autocast(device.type, dtype, enabled=dtype is not None):
             if with_gradient:
-                needed = {name: given[name] for name in loss_fn.regularization.needs if name in given}
+                needed = {name: cut(value, rows, len(samples), name) for name, value in context.items()}
                 output = loss_fn(bound, chosen, noise=noise, timesteps=timesteps, model_kwargs=arguments, **needed)
                 output.loss.backward()
             else:

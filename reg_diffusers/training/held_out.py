@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 
 from ..data.held_out import Part, digest_of, split_rows, without_twins
-from ..data.training_data import Naming, TrainingData, load_training_data
+from ..data.training_data import Naming, TrainingData, Wanted, load_training_data
 from ..runtime.errors import UsageError, warn
 from ..settings.data import DataSettings
 from ..settings.size import as_setting
@@ -15,7 +16,9 @@ from .loading import HeldOut, Loaded
 __all__ = ["hold_out"]
 
 
-def hold_out(loaded: Loaded, validation: ValidationSettings, data: DataSettings, seed: int) -> Loaded:
+def hold_out(
+    loaded: Loaded, validation: ValidationSettings, data: DataSettings, seed: int, wanted: Sequence[Wanted] = ()
+) -> Loaded:
     """Returns what a run starts from, with the held-out images apart from those to train on.
 
     Held-out images that are also trained on are not measured; one line reports their number.
@@ -25,6 +28,7 @@ def hold_out(loaded: Loaded, validation: ValidationSettings, data: DataSettings,
         validation: settings of the held-out images.
         data: settings of the data.
         seed: seed of the choice.
+        wanted: what regularizers need of the data.
 
     Raises:
         UsageError: no image is left to train on or to measure, or the held-out images do not fit the others.
@@ -50,7 +54,7 @@ def hold_out(loaded: Loaded, validation: ValidationSettings, data: DataSettings,
         loaded = replace(loaded, images=images, data=network_data)
     else:
         flag = f"--validation_data_dir {validation.validation_data_dir}"
-        held_out = _load(loaded.images, validation.validation_data_dir, data)
+        held_out = _load(loaded.images, validation.validation_data_dir, data, wanted)
         seen = loaded.see(held_out)
     if data.streaming:
         warn(f"{flag}: not compared with the training images, because these are streamed")
@@ -80,7 +84,7 @@ def _without_twins(
     return Part(seen, rows), Part(held_out, rows)
 
 
-def _load(images: TrainingData, folder: str, data: DataSettings) -> TrainingData:
+def _load(images: TrainingData, folder: str, data: DataSettings, wanted: Sequence[Wanted]) -> TrainingData:
     """Loads the images of --validation_data_dir as those of the training, in the same size and channels.
 
     Raises:
@@ -95,7 +99,8 @@ def _load(images: TrainingData, folder: str, data: DataSettings) -> TrainingData
     normalization = None if images.is_picture else images.normalization
     naming = Naming("--validation_data_dir", "the training")
     try:
-        found = load_training_data(settings, images.shape[0], None, normalization, images.condition_channels, naming)
+        model_of = (images.shape[0], None, normalization, images.condition_channels)
+        found = load_training_data(settings, *model_of, naming, wanted)
         if found.shape != images.shape:
             sizes = [" x ".join(map(str, shape)) for shape in (found.shape, images.shape)]
             raise UsageError(f"{flag}: {sizes[0]}, but the training data are {sizes[1]}")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from ..autoencoder import downsampling, encoded, latent_channels
 from ..data.latents import latents_of
 from ..data.prompts import Prompts
-from ..data.training_data import TrainingData, cache_folder, load_training_data
+from ..data.training_data import TrainingData, Wanted, cache_folder, load_training_data
 from ..networks.autoencoders import autoencoder_sha256, load_autoencoder
 from ..networks.build import GivenModel, load_given_model
 from ..networks.families import FAMILIES, Embeddings, Family, family_of
@@ -94,6 +94,9 @@ def load_model_and_data(
     device: torch.device,
     validation_prompts: tuple[str, ...] | None = None,
     frozen: torch.dtype = torch.float32,
+    wanted: Sequence[Wanted] = (),
+    *,
+    with_images: bool = False,
 ) -> Loaded:
     """Loads the model to start from, and the data in its size and channels; encodes them if it works in latents.
 
@@ -103,6 +106,8 @@ def load_model_and_data(
         device: device that encodes.
         validation_prompts: texts of the previews; None: those of the first images.
         frozen: dtype of text encoders, and of the weights that adapters leave frozen. Images are encoded in float32.
+        wanted: what regularizers need of the data.
+        with_images: whether regularizers compare with the images, which latents do not show exactly.
     """
     base = model.pretrained_model_name_or_path
     family = None if base is None else family_of(base, data.cache_dir)
@@ -112,7 +117,8 @@ def load_model_and_data(
     if vae is None and family is not None:
         raise UsageError(f"--pretrained_model_name_or_path {base}: it has no autoencoder: name one by --vae")
     if vae is None:
-        images = load_training_data(data, given.channels, given.size, given.normalization, given.condition_channels)
+        model_of = (given.channels, given.size, given.normalization, given.condition_channels)
+        images = load_training_data(data, *model_of, wanted=wanted)
         return Loaded(given, images, images)
     factor = downsampling(vae)
     _check_data_of_latents(data, factor, f"--vae {model.vae}" if model.vae else f"the autoencoder of {base}")
@@ -122,7 +128,7 @@ def load_model_and_data(
             f" {given.channels}: use the autoencoder that it was trained with"
         )
     size = given.size and tuple(factor * side for side in given.size)
-    images = load_training_data(data, vae.config.in_channels, size, None, 0)
+    images = load_training_data(data, vae.config.in_channels, size, None, 0, wanted=wanted)
     if not images.is_picture:
         fix = "drop --vae" if model.vae else f"{base} needs images"
         raise UsageError(f"an autoencoder encodes images, but the data are fields: {fix}")
@@ -132,7 +138,12 @@ def load_model_and_data(
 
     def see(images: TrainingData, *, mirrored: bool = False) -> TrainingData:
         prompts = None if family is None else _prompts(images, data, family, encoder, null, folder)
-        return latents_of(images, encode, key, folder, device, mirrored=mirrored, prompts=prompts)
+        return latents_of(
+            *(images, encode, key, folder, device),
+            mirrored=mirrored,
+            prompts=prompts,
+            with_images=with_images,
+        )
 
     latents, previews = see(images, mirrored=data.random_flip), None
     if family is not None:

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import torch
 from accelerate import PartialState
+from accelerate.utils import send_to_device
 from torch import Tensor
 
 from ..data.training_data import TrainingData
@@ -99,6 +100,7 @@ def describe(
             *([f"texts      {_texts(data.prompts.texts)}"] if data.prompts is not None else []),
             *(f"data       {name} {values}" for name, values in on_data.items()),
             *([f"classes    {classes}"] if classes else []),
+            *(f"column     {column}" for column in data.columns),
             *([f"condition  images of {data.condition_channels} channels"] if data.condition_channels else []),
             *([f"units      {note}"] if extra and (note := units_note(data, loss.reg_units)) else []),
             *(f"target     {_target(target, on_data[target.name].mean)}" for target in targets),
@@ -270,5 +272,5 @@ def _held_out_losses(validation: dict) -> list[str]:
 
 def _images(data: TrainingData, indices: list[int], device: torch.device) -> tuple[Tensor, Conditions]:
     """Returns images (N, C, H, W) in [-1, 1] and their conditions."""
-    batch = {name: tensor.to(device) for name, tensor in data.examples.__getitems__(indices).items()}
+    batch = send_to_device(data.examples.__getitems__(indices), device)
     return data.normalization.normalize(batch["values"]), Conditions.of_batch(data, batch)

@@ -20,7 +20,7 @@ import torch
 from accelerate import PartialState
 from accelerate.utils import broadcast_object_list
 
-from ..data.training_data import TrainingData
+from ..data.training_data import TrainingData, Wanted
 from ..hub.card import write_card
 from ..hub.lora_card import write_lora_card
 from ..hub.uploads import Uploads, check_upload
@@ -59,7 +59,16 @@ from .record import record_of_data, record_of_objective, record_weights, recorde
 from .report import compare, describe, describe_machine, describe_result
 from .settings import check_settings, mathematical_settings
 from .term_weights import measured_steps
-from .terms import build_terms, check_rules, check_schedules, in_units, of_images, weight_rules, with_weights
+from .terms import (
+    build_terms,
+    check_rules,
+    check_schedules,
+    in_units,
+    of_images,
+    wanted_columns,
+    weight_rules,
+    with_weights,
+)
 
 __all__ = ["Launch", "Run", "launched", "open_run"]
 
@@ -240,7 +249,9 @@ def open_run(launch: Launch) -> Run:
     likely_precision = choose_mixed_precision(machine.mixed_precision)
     repo_id = on_main_process(state, lambda: check_upload(settings.hub, output.output_dir))
     terms = together(state, lambda: build_terms(loss, settings.data))
-    loaded = in_turn(state, lambda: _load(settings, state))
+    wanted = together(state, lambda: wanted_columns(terms, settings.data))
+    with_images = any("original_samples" in term.needs for term in terms)
+    loaded = in_turn(state, lambda: _load(settings, state, wanted, with_images=with_images))
     given, data, vae = loaded.given, loaded.data, loaded.vae
     _check_length(data, settings.data.source, optimization.max_train_steps)
     decoder = None if vae is None else decoded_view(vae, likely_precision)
@@ -292,19 +303,20 @@ def open_run(launch: Launch) -> Run:
     return Run(settings, state, *of_data, computation, mathematics, ending, interruption, uploads, repo_id)
 
 
-def _load(settings: Settings, state: PartialState) -> Loaded:
+def _load(settings: Settings, state: PartialState, wanted: list[Wanted], *, with_images: bool) -> Loaded:
     """Loads model and data.
 
     Raises:
         UsageError: they do not fit each other or the settings.
     """
     frozen, shown = frozen_precision(settings.machine.mixed_precision), settings.output.validation_prompts
-    loaded = load_model_and_data(settings.model, settings.data, state.device, shown, frozen)
+    given = settings.model, settings.data, state.device, shown, frozen, wanted
+    loaded = load_model_and_data(*given, with_images=with_images)
     if loaded.family is not None and settings.loss.compare:
         raise UsageError("--compare is not supported for text-to-image models: drop the flag, or pass --no-compare")
     if loaded.family is not None and settings.hub.push_to_hub:
         raise UsageError("--push_to_hub is not supported for LoRA: upload the folder by hf upload")
-    loaded = hold_out(loaded, settings.validation, settings.data, settings.optimization.seed)
+    loaded = hold_out(loaded, settings.validation, settings.data, settings.optimization.seed, wanted)
     if loaded.family is not None:
         cast_decoder(loaded.vae, frozen)
     return replace(loaded, see=None)  # frees the text encoders

@@ -6,10 +6,11 @@ import itertools
 from collections.abc import Callable
 from dataclasses import replace
 
-from ..data.training_data import TrainingData
+from ..data.training_data import TrainingData, Wanted
 from ..estimators import calls_model
 from ..networks.conditions import KINDS
 from ..regularizers import regularizer_name
+from ..regularizers.contract import masks_of
 from ..runtime.errors import UsageError
 from ..settings.data import DataSettings
 from ..settings.loss import LossSettings
@@ -22,7 +23,9 @@ from ..weight_schedules import factors_of
 from .metrics import LOG_NAMES
 
 __all__ = ["build_terms", "check_rules", "check_schedules", "describe_schedules", "in_units", "of_images"]
-__all__ += ["units_note", "weight_rules", "with_weights"]
+__all__ += ["units_note", "wanted_columns", "weight_rules", "with_weights"]
+
+_FROM_THE_LOOP = ("original_samples", "noise", "timesteps")
 
 
 def build_terms(loss: LossSettings, data: DataSettings) -> tuple[Term, ...]:
@@ -32,7 +35,7 @@ def build_terms(loss: LossSettings, data: DataSettings) -> tuple[Term, ...]:
         UsageError: a regularizer, weighting, estimator or schedule cannot be found; a regularizer needs what this
             script does not pass; a target has the name of no term, or is combined with a schedule.
     """
-    terms = []
+    terms, renamed = [], data.renamed_columns
     targets = [target.name for target in loss.reg_target or ()]
     used = set()
     settings = zip(loss.regularizer, loss.reg_weight, loss.reg_weighting, loss.estimators, loss.schedules, strict=True)
@@ -46,11 +49,40 @@ def build_terms(loss: LossSettings, data: DataSettings) -> tuple[Term, ...]:
         estimator = _estimator(estimator, is_measured, loss.reg_balance)
         schedule = _schedule(schedule, name, loss)
         terms.append(Term(regularizer, start, weighting, name, estimator, schedule=schedule))
-        available = _context(data)
-        if missing := [need for need in needs_of(regularizer) if need not in available]:
-            raise UsageError(f"--regularizer {spec} needs {', '.join(missing)}: {_fix(missing, available)}")
+        flags = {kind.name: kind.flag for kind in KINDS if not kind.is_wanted(data) and kind.name not in renamed}
+        if missing := [need for need in needs_of(regularizer) if need in flags]:
+            fix = ", ".join(flags[need] for need in missing)
+            raise UsageError(f"--regularizer {spec} needs {', '.join(missing)}: add {fix}")
     _check_targets(loss, [term.name for term in terms])
     return tuple(terms)
+
+
+def wanted_columns(terms: tuple[Term, ...], data: DataSettings) -> list[Wanted]:
+    """Returns what the regularizers need in addition to images, noise, timesteps and conditions: columns of the data.
+
+    `prompt` is the text of --caption_column or --prompt, unless --reg_columns names a column.
+
+    Raises:
+        UsageError: --reg_columns has a name that no regularizer needs.
+    """
+    renamed, found = data.renamed_columns, {}
+    given = {*_FROM_THE_LOOP, *(kind.name for kind in KINDS)} - renamed.keys()
+    for term in terms:
+        masks = masks_of(term.regularizer)
+        for need in term.needs:
+            if need in given:
+                continue
+            column = renamed.get(need) or (data.caption_column if need == "prompt" else None) or need
+            text = data.prompt if need == "prompt" and column == need else None
+            is_mask = need in masks or (need in found and found[need].is_mask)
+            found[need] = Wanted(need, column, is_mask, text, term.name)
+    for name in renamed:
+        if name in _FROM_THE_LOOP:
+            raise UsageError(f"--reg_columns {name}: every run has {name} of its own, which no column replaces")
+        if name not in found:
+            needed = f"they need {', '.join(found)}" if found else "they need no column"
+            raise UsageError(f"--reg_columns {name}: no --regularizer needs {name}; {needed}")
+    return list(found.values())
 
 
 def _estimator(spec: str, is_measured: bool, reg_balance: str | None) -> Callable:
@@ -197,19 +229,6 @@ def _check_targets(loss: LossSettings, names: list[str]) -> None:
         if target.name in seen:
             raise UsageError(f"--reg_target {target}: {target.name} already has another target")
         seen.add(target.name)
-
-
-def _fix(missing: list[str], available: list[str]) -> str:
-    """Returns how regularizers get what they lack: by a flag, or in a loop of the user's own."""
-    flags = {kind.name: kind.flag for kind in KINDS}
-    if all(need in flags for need in missing):
-        return f"add {', '.join(flags[need] for need in missing)}"
-    return f"this script passes {', '.join(available)}; use reg_diffusers.RegularizedLoss in a loop of your own"
-
-
-def _context(data: DataSettings) -> list[str]:
-    """Returns the names that train_reg.py passes to regularizers which list them in `needs`."""
-    return ["original_samples", "noise", "timesteps", *(kind.name for kind in KINDS if kind.is_wanted(data))]
 
 
 def _load(load, spec: str, flag: str):

@@ -16,6 +16,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from accelerate.utils import send_to_device
 from torch import Tensor, nn
 
 from ..data.held_out import Part
@@ -31,6 +32,7 @@ from ..runtime.messages import say
 from ..settings.loss import LossSettings
 from ..term import Term
 from ..trial.checks import random_numbers_as_before
+from .batches import context_of
 from .ending import Ending
 from .metrics import JsonLines
 from .output import save_pipeline
@@ -148,7 +150,7 @@ class Validation:
         with random_numbers_as_before(device):
             torch.manual_seed(self._seed)  # of estimators and views that draw
             for rows, timesteps, noise in self._batches():
-                batch = {name: tensor.to(device) for name, tensor in self._data.__getitems__(rows).items()}
+                batch = send_to_device(self._data.__getitems__(rows), device)
                 conditions = Conditions.of_batch(self._data, batch)
                 model, arguments = conditions.bind(_WithoutGradient(network))
                 output = self._loss_fn(
@@ -157,7 +159,7 @@ class Validation:
                     noise=noise.to(device),
                     timesteps=timesteps,
                     model_kwargs={"return_dict": False, **arguments},
-                    **{need: conditions[need] for need in self._loss_fn.regularization.needs if need in conditions},
+                    **context_of(self._loss_fn.regularization.needs, conditions, batch.get("columns", {})),
                 )
                 for name, parts in values.items():
                     parts.append(output.per_image[name].double().cpu())

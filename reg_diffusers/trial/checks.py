@@ -15,6 +15,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
+from accelerate.utils import send_to_device
 from torch import Tensor, nn
 
 from ..context import cut
@@ -257,12 +258,15 @@ class _Trial:
 
     def _images(self, indices: list[int]) -> tuple[Tensor, dict]:
         """Returns images (n, C, H, W) in [-1, 1], and the arguments that the regularizer needs."""
-        batch = {name: tensor.to(self._device) for name, tensor in self._data.examples.__getitems__(indices).items()}
+        batch = send_to_device(self._data.examples.__getitems__(indices), self._device)
         original_samples = self._data.normalization.normalize(batch.pop("values"))
         conditions = Conditions.of_batch(self._data, batch)
-        seen = {"original_samples": viewed(self._term, original_samples), "noise": torch.randn_like(original_samples)}
+        columns = batch.get("columns", {})
+        original_images = columns.get("original_images")
+        original_images = viewed(self._term, original_samples) if original_images is None else original_images
+        seen = {"original_samples": original_images, "noise": torch.randn_like(original_samples)}
         seen["timesteps"] = torch.ones(len(original_samples), dtype=torch.long)
-        return original_samples, term_context(self._term, {**batch, **conditions, **seen})
+        return original_samples, term_context(self._term, {**batch, **conditions, **columns, **seen})
 
     def _values(self, x0_hat: Tensor, context: dict) -> Tensor:
         seen = viewed(self._term, x0_hat.detach().requires_grad_())
