@@ -107,7 +107,7 @@ def fit(run: Run, output_dir, terms=()):
                     timesteps=timesteps,
                     model_kwargs={"return_dict": False, **arguments},
                     training_step=progress.step,
-                    **batch.context(needs),
+                    **batch.context.needed(needs),
                 )
                 with profile("auxiliary"):
                     output = balance(output, monitors.weights.current)

@@ -74,10 +74,10 @@ class Column:
     def __str__(self) -> str:
         if self.text is not None:
             return f"{self.name}: {self.text[:60]!r} for all images"
-        origin = "" if self.source == self.name else f" of the column {self.source}"
+        origin = "" if self.source == self.name else f", of the column {self.source}"
         values = {
-            "image": f"images of {self.channels} channels in [-1, 1]",
-            "mask": "masks from 0 to 1",
+            "image": f"images of {self.channels} channels, -1 to 1",
+            "mask": "masks, 0 to 1",
             "number": "a number per image",
             "text": "a text per image",
         }
@@ -97,9 +97,9 @@ def find_column(table, wanted: Wanted) -> Column:
     name, features = wanted.column, table.features
     if name not in features:
         close = difflib.get_close_matches(name, features, n=1)
-        hint = f"did you mean {close[0]}? " if close else ""
+        hint = f": did you mean {close[0]}?" if close else "."
         raise UsageError(
-            f"--regularizer {wanted.by} needs {wanted.name}, but the data have no column {name!r}: {hint}Name it by"
+            f"--regularizer {wanted.by} needs {wanted.name}, but the data have no column {name!r}{hint} Name it by"
             f" --reg_columns {wanted.name}=COLUMN; the columns are: {listed_columns(features)}. A folder of images has"
             " those of its metadata.csv or metadata.jsonl"
         )

@@ -18,6 +18,7 @@ from tqdm.auto import tqdm
 from .. import __version__
 from ..runtime.errors import UsageError, warn
 from ..runtime.messages import bars_are_hidden
+from .columns import Column
 from .normalization import Normalization
 from .pictures_data import PictureData
 from .prompts import Prompts
@@ -63,7 +64,7 @@ class LatentData(torch.utils.data.Dataset):
         self._latents = latents  # (N, 1 or 2, c, h, w): of the image, of its mirror image
         self.prompts = prompts
         self.shape = tuple(self._latents.shape[2:])
-        self.classes, self.columns = images.classes, images.columns
+        self.classes = images.classes
         self.downsampling = images.shape[1] // self.shape[1]
         some = self._latents[np.linspace(0, len(self) - 1, min(len(self), _LOOKED_AT)).astype(int), 0]
         self.deviation = float(some.std())
@@ -80,16 +81,25 @@ class LatentData(torch.utils.data.Dataset):
     def examples(self) -> LatentData:
         return self
 
+    @property
+    def columns(self) -> tuple[Column, ...]:
+        return self._images.columns
+
     def __getitems__(self, indices: list[int]) -> dict[str, Tensor]:
         """Reads the batch of these indices: {"values": (B, c, h, w), "ids": (B,), "class_labels": (B,)}.
 
         With mirror images, also their latents: {"mirrored": (B, c, h, w)}. With texts, their embeddings by name;
-        with columns that regularizers need, {"columns": {...}}, see `column_values`.
+        with columns that regularizers need, {"columns": {...}}, see `column_values`; they include the images
+        themselves, as "original_images" in [-1, 1], if losses compare with them.
         """
         found = torch.from_numpy(np.array(self._latents[indices]))
         latents = dict(zip(("values", "mirrored"), found.unbind(1), strict=False))
         texts = {} if self.prompts is None else self.prompts.__getitems__(indices)
-        return {**self._images.belonging(indices, with_images=self._with_images), **latents, **texts}
+        belonging = self._images.__getitems__(indices) if self._with_images else self._images.labels(indices)
+        if self._with_images:
+            pixels = self._images.normalization.normalize(belonging.pop("values"))
+            belonging["columns"] = {**belonging.get("columns", {}), "original_images": pixels}
+        return {**belonging, **latents, **texts}
 
 
 def latents_of(

@@ -78,21 +78,9 @@ class PictureData(torch.utils.data.Dataset):
             batch["condition"] = _pixels(rows["condition"], (self.condition_channels, *self.shape[1:]))
         return batch
 
-    def belonging(self, indices: list[int], *, with_images: bool = False) -> dict:
-        """Reads what belongs to the images of these indices: {"ids": (B,), "class_labels": (B,), "columns": {...}}.
-
-        Args:
-            indices: the indices.
-            with_images: whether the columns include the images themselves, as "original_images" in [-1, 1].
-        """
-        if not (self.columns or with_images):
-            return self._belonging(None, indices)
-        rows = self._table[indices]
-        found = self._belonging(rows, indices)
-        if with_images:
-            pixels = self.normalization.normalize(_pixels(rows["pixels"], self.shape))
-            found["columns"] = {**found.get("columns", {}), "original_images": pixels}
-        return found
+    def labels(self, indices: list[int]) -> dict:
+        """Reads what belongs to the images of these indices: {"ids": (B,), "class_labels": (B,), "columns": {...}}."""
+        return self._belonging(self._table[indices] if self.columns else None, indices)
 
     def _belonging(self, rows, indices: list[int]) -> dict:
         found = {"ids": torch.tensor(indices)}

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -14,7 +15,35 @@ from ..networks.conditions import Conditions
 from ..runs.checkpoint import endless_batches
 from .preparation import Training
 
-__all__ = ["Batch", "batches_of", "context_of", "flip_half"]
+__all__ = ["Batch", "Context", "batches_of", "flip_half"]
+
+
+@dataclass(frozen=True)
+class Context:
+    """What belongs to the images of a batch.
+
+    Attributes:
+        conditions: conditions of the network.
+        columns: columns that regularizers need, by name; in latents also "original_images" (B, C', H', W').
+    """
+
+    conditions: Conditions
+    columns: Mapping[str, Any]
+
+    @classmethod
+    def of_batch(cls, data: TrainingData, batch: Mapping[str, Any]) -> Context:
+        """Reads what belongs to the images of a batch of the data."""
+        return cls(Conditions.of_batch(data, batch), batch.get("columns", {}))
+
+    def flipped(self, mask: Tensor) -> Context:
+        """Returns it after the images in `mask` (B, 1, 1, 1) are flipped left to right."""
+        return Context(self.conditions.flipped(mask), flipped(self.columns, mask))
+
+    def needed(self, needs: Sequence[str]) -> dict[str, Any]:
+        """Returns the arguments of the loss that regularizers with these `needs` use."""
+        given = {**self.conditions, **self.columns}
+        names = (*needs, "original_images") if "original_samples" in needs else needs
+        return {name: given[name] for name in names if name in given}
 
 
 @dataclass(frozen=True)
@@ -23,21 +52,15 @@ class Batch:
 
     Attributes:
         original_samples: images in [-1, 1], (B, C, H, W).
-        conditions: conditions of the images.
+        context: what belongs to the images.
         given: conditions that the network sees: with --condition_dropout, some are missing.
-        columns: columns that regularizers need, by name; in latents also "original_images" (B, C', H', W').
         ids: rows of the images in the data set, (B,).
     """
 
     original_samples: Tensor
-    conditions: Conditions
+    context: Context
     given: Conditions
-    columns: dict
     ids: Tensor
-
-    def context(self, needs: Sequence[str]) -> dict:
-        """Returns the arguments of the loss that regularizers with these `needs` use."""
-        return context_of(needs, self.conditions, self.columns)
 
 
 def batches_of(
@@ -54,33 +77,23 @@ def batches_of(
     absent = Conditions.absent(data)
     for batch in endless_batches(training.accelerator, training.dataloader, training.progress):
         original_samples = data.normalization.normalize(batch["values"])
-        conditions = Conditions.of_batch(data, batch)
-        columns = batch.get("columns", {})
+        context = Context.of_batch(data, batch)
         if random_flip:
             mirrored = batch.get("mirrored")  # latents of the mirror images
-            original_samples, conditions, columns = flip_half(original_samples, conditions, columns, mirrored)
-        given = conditions.without_some(absent, condition_dropout) if condition_dropout else conditions
-        yield Batch(original_samples, conditions, given, columns, batch["ids"])
+            original_samples, context = flip_half(original_samples, context, mirrored)
+        given = context.conditions
+        given = given.without_some(absent, condition_dropout) if condition_dropout else given
+        yield Batch(original_samples, context, given, batch["ids"])
 
 
-def context_of(needs: Sequence[str], conditions: Conditions, columns: dict) -> dict:
-    """Returns the arguments of the loss that regularizers with these `needs` use, from conditions and columns."""
-    given = {**conditions, **columns}
-    names = (*needs, "original_images") if "original_samples" in needs else needs
-    return {name: given[name] for name in names if name in given}
-
-
-def flip_half(
-    samples: Tensor, conditions: Conditions, columns: dict, mirrored: Tensor | None = None
-) -> tuple[Tensor, Conditions, dict]:
-    """Flips each image of (B, C, H, W), its conditions and its columns left to right with probability 1/2.
+def flip_half(samples: Tensor, context: Context, mirrored: Tensor | None = None) -> tuple[Tensor, Context]:
+    """Flips each image of (B, C, H, W) and what belongs to it left to right with probability 1/2.
 
     Args:
         samples: the images.
-        conditions: their conditions.
-        columns: columns that regularizers need.
+        context: what belongs to them.
         mirrored: the flipped images, if flipping their values would give something else.
     """
     mask = torch.rand(len(samples), 1, 1, 1, device=samples.device) < 0.5
     mirrored = samples.flip(-1) if mirrored is None else mirrored
-    return torch.where(mask, mirrored, samples), conditions.flipped(mask), flipped(columns, mask)
+    return torch.where(mask, mirrored, samples), context.flipped(mask)

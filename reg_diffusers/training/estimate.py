@@ -19,7 +19,6 @@ from ..data.training_data import TrainingData, batches_per_epoch
 from ..networks.attention import use_explicit_attention
 from ..networks.build import GivenModel
 from ..networks.computation import Computation
-from ..networks.conditions import Conditions
 from ..networks.trained import trained_parameters
 from ..objective import RegularizedLoss, draw_timesteps
 from ..runtime.amounts import duration_text, size_text
@@ -29,7 +28,7 @@ from ..settings.optimization import OptimizationSettings
 from ..settings.output import OutputSettings
 from ..term import Term
 from ..trial.checks import random_numbers_as_before
-from .batches import context_of
+from .batches import Context
 from .report import images_measured
 
 __all__ = ["Speed", "describe_needs", "measure_speed", "number_of_steps"]
@@ -140,20 +139,20 @@ def measure_speed(
     dtype = {"fp16": torch.float16, "bf16": torch.bfloat16}.get(mixed_precision)
     batch = data.examples.__getitems__(list(range(min(batch_size, len(data.examples)))))
     batch = send_to_device(batch, device)
-    samples, conditions = data.normalization.normalize(batch["values"]), Conditions.of_batch(data, batch)
-    context = context_of(loss_fn.regularization.needs, conditions, batch.get("columns", {}))
+    samples, context = data.normalization.normalize(batch["values"]), Context.of_batch(data, batch)
+    needed = context.needed(loss_fn.regularization.needs)
 
     def step(number: int, with_gradient: bool = True) -> float:
         rows = torch.arange(number, device=device) % len(samples)
-        chosen, given = samples[rows], conditions.of_images(rows)
+        chosen, given = samples[rows], context.conditions.of_images(rows)
         bound, arguments = given.bind(model)
         timesteps, noise = draw_timesteps(noise_scheduler, number), torch.randn_like(chosen)
         arguments["return_dict"] = False
         start = time.perf_counter()
         with torch.set_grad_enabled(with_gradient), torch.autocast(device.type, dtype, enabled=dtype is not None):
             if with_gradient:
-                needed = {name: cut(value, rows, len(samples), name) for name, value in context.items()}
-                output = loss_fn(bound, chosen, noise=noise, timesteps=timesteps, model_kwargs=arguments, **needed)
+                of_rows = {name: cut(value, rows, len(samples), name) for name, value in needed.items()}
+                output = loss_fn(bound, chosen, noise=noise, timesteps=timesteps, model_kwargs=arguments, **of_rows)
                 output.loss.backward()
             else:
                 bound(chosen, timesteps.to(device), **arguments)

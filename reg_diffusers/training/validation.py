@@ -22,7 +22,6 @@ from torch import Tensor, nn
 from ..data.held_out import Part
 from ..data.training_data import TrainingData
 from ..loss_weighting import DENSITIES, LOSS_WEIGHTINGS
-from ..networks.conditions import Conditions
 from ..objective import RegularizedLoss, timesteps_of_training
 from ..prediction import tensor_of
 from ..runs.run_folder import BEST_FOLDER, LOGS, VALIDATION_FILE, VALIDATION_PICTURE
@@ -32,7 +31,7 @@ from ..runtime.messages import say
 from ..settings.loss import LossSettings
 from ..term import Term
 from ..trial.checks import random_numbers_as_before
-from .batches import context_of
+from .batches import Context
 from .ending import Ending
 from .metrics import JsonLines
 from .output import save_pipeline
@@ -151,15 +150,15 @@ class Validation:
             torch.manual_seed(self._seed)  # of estimators and views that draw
             for rows, timesteps, noise in self._batches():
                 batch = send_to_device(self._data.__getitems__(rows), device)
-                conditions = Conditions.of_batch(self._data, batch)
-                model, arguments = conditions.bind(_WithoutGradient(network))
+                context = Context.of_batch(self._data, batch)
+                model, arguments = context.conditions.bind(_WithoutGradient(network))
                 output = self._loss_fn(
                     model,
                     self._data.normalization.normalize(batch["values"]),
                     noise=noise.to(device),
                     timesteps=timesteps,
                     model_kwargs={"return_dict": False, **arguments},
-                    **context_of(self._loss_fn.regularization.needs, conditions, batch.get("columns", {})),
+                    **context.needed(self._loss_fn.regularization.needs),
                 )
                 for name, parts in values.items():
                     parts.append(output.per_image[name].double().cpu())

@@ -96,7 +96,7 @@ def check_terms(
             except TermError as error:
                 raise UsageError(f"--regularizer {term.name}: {error}") from error
             except Exception as error:
-                raise _own_error(term, error) from error
+                raise _own_error(term, error, data) from error
     return on_data
 
 
@@ -301,10 +301,11 @@ def _named(name: str, network: nn.Module) -> str:
     return kind if name == kind else f"{name!r} ({kind})"
 
 
-def _own_error(term: Term, error: Exception) -> UsageError:
+def _own_error(term: Term, error: Exception, data: TrainingData) -> UsageError:
+    columns = [str(column) for column in data.columns if column.name in term.needs]
     usage_error = UsageError(
         f"--regularizer {term.name} raised {type(error).__name__} on a batch of images: {error}"
-        f" ({line_of_error(error)})"
+        f" ({line_of_error(error)}){'; the data give it ' if columns else ''}{'; '.join(columns)}"
     )
     usage_error.show_cause = True
     return usage_error
