@@ -6,6 +6,7 @@ from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
+import PIL.Image
 import torch
 from accelerate import PartialState
 from accelerate.utils import send_to_device
@@ -35,6 +36,7 @@ from ..trial.checks import OnData
 from .ending import Ending
 from .preview import draw_samples, grid
 from .terms import units_note, weight_rules
+from .trackers import Trackers
 
 __all__ = ["compare", "describe", "describe_machine", "describe_result", "images_measured"]
 
@@ -169,6 +171,7 @@ def compare(
     output_dir: Path,
     interruption: Interruption,
     ending: Ending,
+    trackers: Trackers,
     *,
     seed: int,
     steps: int,
@@ -176,7 +179,7 @@ def compare(
     """Calls `_compare`; a signal stops it, and `ending` records a failure. The models are saved before."""
     models = f"--model {output_dir}" + (f" --model {output_dir / 'plain'}" if plain is not None else "")
     fix = f"the training is saved: measure again with --resume auto, or with reg-diffusers evaluate {models}"
-    work = partial(_compare, data, loss, terms, plain, trained, output_dir, seed, steps)
+    work = partial(_compare, data, loss, terms, plain, trained, output_dir, trackers, seed, steps)
     interruption.cut_short(lambda: ending.attempt("the comparison", fix, work))
 
 
@@ -188,6 +191,7 @@ def _compare(
     plain: RegDDPMPipeline | None,
     trained: RegDDPMPipeline,
     output_dir: Path,
+    trackers: Trackers,
     seed: int,
     steps: int,
 ) -> None:
@@ -230,6 +234,8 @@ def _compare(
     }
     write_whole(output_dir / COMPARISON_FILE, lambda path: write_comparison(path, rows, **recorded))
     write_whole(output_dir / "comparison.png", lambda path: draw_comparison(path, pictures, rows))
+    with PIL.Image.open(output_dir / "comparison.png") as picture:
+        trackers.log_picture_afterwards("comparison", picture)
     if rows["data"].terms:
         write_whole(output_dir / "evaluation.png", lambda path: draw_evaluation(path, rows))
     lines = [f"L' and distances over {number} images each, ± standard error; same noise and steps:", table(rows)]

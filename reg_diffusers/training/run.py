@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 
@@ -69,6 +69,7 @@ from .terms import (
     weight_rules,
     with_weights,
 )
+from .trackers import Trackers
 
 __all__ = ["Launch", "Run", "launched", "open_run"]
 
@@ -89,6 +90,7 @@ class Run:
         interruption: whether the run must end before its last step; a context manager that handles signals.
         uploads: uploads to the Hub by the main process; None without uploads.
         repo_id: repository of the uploads.
+        loggers: those of the trainings so far; the first one gets the comparison.
     """
 
     settings: Settings
@@ -102,6 +104,7 @@ class Run:
     interruption: Interruption
     uploads: Uploads | None
     repo_id: str | None
+    loggers: list[Trackers] = field(default_factory=list)
 
     @property
     def data(self) -> TrainingData:
@@ -125,7 +128,7 @@ class Run:
     def prepare(self, output_dir: Path) -> Training:
         """Builds one training; each call gives the same."""
         settings = self.settings
-        return prepare(
+        training = prepare(
             self.data,
             output_dir,
             self.ending,
@@ -139,6 +142,8 @@ class Run:
             workers=settings.data.dataloader_num_workers,
             hyperparameters=settings.kept(),
         )
+        self.loggers.append(training.trackers)
+        return training
 
     def rules(self, terms: tuple[Term, ...]) -> dict[str, WeightRule]:
         """Returns the rule that sets the weight of each of these terms, by name."""
@@ -178,6 +183,7 @@ class Run:
                 self.output_dir,
                 self.interruption,
                 self.ending,
+                self.loggers[0],
                 seed=self.settings.optimization.seed,
                 steps=self.settings.output.ddpm_num_inference_steps,
             )
