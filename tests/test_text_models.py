@@ -1,0 +1,184 @@
+"""What holds for pixel models holds for LoRA: sampling, guidance by losses, measuring, comparing, uploading."""
+
+import contextlib
+import shutil
+
+import numpy as np
+import PIL.Image
+import pytest
+import torch
+from accelerate.state import AcceleratorState, GradientState, PartialState
+from diffusers import DDIMScheduler, StableDiffusionPipeline
+from runs import load_script
+from test_lora import write_photos
+from tiny_pipelines import save_stable_diffusion
+
+from reg_diffusers import RegTextToImagePipeline, Term
+from reg_diffusers.cli import main
+from reg_diffusers.regularizers import total_variation
+from reg_diffusers.weighting import constant
+
+pytestmark = pytest.mark.training
+
+
+@pytest.fixture
+def stock(tmp_path):
+    """A pipeline of diffusers, with DDIM."""
+    pipeline = StableDiffusionPipeline.from_pretrained(save_stable_diffusion(tmp_path / "sd", tmp_path / "scratch"))
+    pipeline.scheduler = DDIMScheduler.from_config(pipeline.scheduler.config)
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline
+
+
+def wrapped(stock, **size):
+    pipeline = RegTextToImagePipeline.of(stock, **size)
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline
+
+
+def draw(pipeline, steps=3, seed=0, **kwargs):
+    generator = torch.Generator().manual_seed(seed)
+    return pipeline(generator=generator, num_inference_steps=steps, output_type="np", **kwargs).images
+
+
+@pytest.mark.parametrize(
+    "texts",
+    [{}, {"guidance_scale": 3.0}, {"guidance_scale": 1.0}, {"negative_prompt": "dog"}],
+    ids=["default", "scale", "without", "negative"],
+)
+def test_without_losses_it_draws_the_image_of_the_pipeline_in_diffusers(stock, texts):
+    expected = draw(stock, prompt="a cat", height=16, width=24, **texts)
+    found = draw(wrapped(stock, width=24), prompt="a cat", **texts)
+    assert found.shape == (1, 16, 24, 3)
+    np.testing.assert_allclose(found, expected, atol=1e-5)
+    assert np.abs(found - draw(wrapped(stock, width=24), prompt="a dog", **texts)).max() > 1e-4
+
+
+def test_embeddings_stand_for_their_texts(stock):
+    pipeline = wrapped(stock)
+    given = pipeline.embeddings(["a cat", "a dog"])
+    np.testing.assert_array_equal(
+        draw(pipeline, batch_size=2, **given), draw(pipeline, batch_size=2, prompt=["a cat", "a dog"])
+    )
+
+
+@pytest.mark.parametrize("method", ["mpgd", "dps"])
+def test_losses_steer_the_decoded_image(stock, method):
+    """A step down the gradient, small enough for the first order, lowers L' of each predicted image, decoded."""
+    pipeline = wrapped(stock)
+    scores = [
+        pipeline(
+            2,
+            torch.Generator().manual_seed(0),
+            2,
+            prompt=["a cat", "a dog"],
+            guidance=[Term(total_variation, weight, weighting=constant)] if weight else [],
+            guidance_method=method,
+            regularizers=[total_variation],
+        ).scores["total_variation"]
+        for weight in (0.0, 0.02)
+    ]
+    assert (scores[1] < scores[0]).all()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({}, "conditioned on texts: pass prompt"),
+        ({"prompt": "a", "class_labels": 0}, "class_labels: this network is conditioned on texts"),
+        ({"prompt": ["a", "b", "c"]}, "prompt holds 3 texts for batch_size=2"),
+        ({"prompt": "a", "negative_prompt": 3}, "negative_prompt must be a text"),
+        ({"prompt": "a", "negative_prompt": "b", "guidance_scale": 1.0}, "negative_prompt has no effect with"),
+        ({"prompt": "a", "guidance_scale": -1.0}, "guidance_scale must be finite"),
+    ],
+)
+def test_what_cannot_be_meant_is_refused_in_one_line(stock, arguments, message):
+    with pytest.raises(ValueError, match=message):
+        wrapped(stock)(2, num_inference_steps=2, **arguments)
+    with pytest.raises(TypeError, match="unexpected keyword argument 'promt'"):
+        wrapped(stock)(2, num_inference_steps=2, promt="a")
+
+
+# Through the commands
+
+
+def reset():
+    for state in (AcceleratorState, PartialState, GradientState):
+        state._reset_state()
+
+
+@pytest.fixture(scope="module")
+def lora(tmp_path_factory):
+    """The folder of a finished run, next to its base and its images."""
+    pytest.importorskip("peft")
+    folder = tmp_path_factory.mktemp("lora")
+    base = save_stable_diffusion(folder / "base", folder / "scratch", prediction_type="epsilon")
+    write_photos(24, folder=folder / "photos")
+    flags = (
+        "--resolution 16 --caption_column text --lora_rank 2 --max_train_steps 2 --train_batch_size 4 --num_threads 1"
+    )
+    losses = "--learning_rate 1e-2 --regularizer total_variation --reg_weight 0.1 --condition_dropout 0.2 --no-compare"
+    previews = "--eval_batch_size 2 --ddpm_num_inference_steps 2 --mixed_precision no"
+    names = ("--pretrained_model_name_or_path", base, "--train_data_dir", folder / "photos")
+    names += ("--cache_dir", folder / "cache", "--output_dir", folder / "out")
+    reset()
+    load_script().main([*map(str, names), *flags.split(), *losses.split(), *previews.split()])
+    return folder / "out"
+
+
+@pytest.fixture
+def command(lora, tmp_path, monkeypatch, capsys):
+    """Runs a command on the model in an empty folder; returns what it printed, or how it was refused."""
+    monkeypatch.chdir(tmp_path)
+
+    def run(name, *flags, refused=False):
+        reset()
+        with pytest.raises(SystemExit, match=r"^2$") if refused else contextlib.nullcontext():
+            main([name, *map(str, flags)])
+        printed = capsys.readouterr()
+        return printed.err.splitlines()[-1] if refused else printed.out + printed.err
+
+    return run
+
+
+def test_sample_draws_what_the_pipeline_in_diffusers_draws_with_the_weights(lora, command):
+    quick = ("--model", lora, "--num_inference_steps", 12, "--num_threads", 1, "--output", "drawn")
+    texts = ("--prompts", "a cat", "dog", "--negative_prompt", "b", "--guidance_scale", 2)
+    command("sample", "--num_images", 3, *quick, *texts)
+    stock = StableDiffusionPipeline.from_pretrained(lora.parent / "base")
+    stock.load_lora_weights(str(lora))
+    stock.scheduler = DDIMScheduler.from_config(stock.scheduler.config, timestep_spacing="trailing")
+    call = {"negative_prompt": "b", "guidance_scale": 2.0, "height": 16, "width": 16}
+    for index, text in enumerate(["a cat", "dog", "a cat"]):
+        expected = draw(stock, 12, prompt=text, seed=index, **call)[0]
+        found = np.asarray(PIL.Image.open(f"drawn/{index:06}.png"))
+        assert np.abs(found - 255 * expected).max() <= 1
+    assert "drawn with prompts a cat dog instead of a" in command(
+        "sample", "--num_images", 4, *quick, "--prompts", "a", *texts[3:], refused=True
+    )
+    scale = ("--guidance", "total_variation", "--regularizer_scale", 3)
+    command("sample", "--num_images", 1, *quick[:-1], "guided", *texts, *scale)
+    steered, plain = (np.asarray(PIL.Image.open(f"{name}/000000.png"), dtype=float) for name in ("guided", "drawn"))
+    assert np.abs(steered - plain).max() > 1
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        ((), "--prompts are missing, but the model is conditioned on texts"),
+        (("--prompts", "a", "--class_labels", 0), "--class_labels are given, but the model has no classes"),
+        (("--prompts", "a", "--guidance_scale", -1), "--guidance_scale must be finite and at least 0"),
+        (("--prompts", "a", "--negative_prompt", "b", "--guidance_scale", 1), "--negative_prompt has no effect"),
+    ],
+)
+def test_sample_refuses_in_one_line(lora, command, flags, message):
+    assert message in command("sample", "--model", lora, "--num_images", 1, *flags, refused=True)
+
+
+def test_a_base_that_is_gone_is_one_line(lora, command, tmp_path):
+    moved = shutil.copytree(lora, tmp_path / "moved")
+    settings = (moved / "reg_settings.yaml").read_text()
+    (moved / "reg_settings.yaml").write_text(settings.replace(str(lora.parent / "base"), "gone/base"))
+    assert "moved: its LoRA weights cannot be loaded: its base gone/base is not" in command(
+        "sample", "--model", moved, "--prompts", "a", refused=True
+    )
