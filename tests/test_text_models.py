@@ -156,7 +156,7 @@ def test_sample_draws_what_the_pipeline_in_diffusers_draws_with_the_weights(lora
     assert "drawn with prompts a cat dog instead of a" in command(
         "sample", "--num_images", 4, *quick, "--prompts", "a", *texts[3:], refused=True
     )
-    scale = ("--guidance", "total_variation", "--regularizer_scale", 3)
+    scale = ("--guidance", "total_variation", "--regularizer_scale", 300)
     command("sample", "--num_images", 1, *quick[:-1], "guided", *texts, *scale)
     steered, plain = (np.asarray(PIL.Image.open(f"{name}/000000.png"), dtype=float) for name in ("guided", "drawn"))
     assert np.abs(steered - plain).max() > 1

@@ -12,6 +12,7 @@ from accelerate import PartialState
 from accelerate.utils import send_to_device
 from torch import Tensor
 
+from ..data.prompts import Prompts
 from ..data.training_data import TrainingData
 from ..evaluation.comparison import describe_change, difference, draw_comparison, measure
 from ..evaluation.measuring import denoising_losses
@@ -175,11 +176,12 @@ def compare(
     *,
     seed: int,
     steps: int,
+    prompts: Prompts | None = None,
 ) -> None:
     """Calls `_compare`; a signal stops it, and `ending` records a failure. The models are saved before."""
     models = f"--model {output_dir}" + (f" --model {output_dir / 'plain'}" if plain is not None else "")
     fix = f"the training is saved: measure again with --resume auto, or with reg-diffusers evaluate {models}"
-    work = partial(_compare, data, loss, terms, plain, trained, output_dir, trackers, seed, steps)
+    work = partial(_compare, data, loss, terms, plain, trained, output_dir, trackers, seed, steps, prompts)
     interruption.cut_short(lambda: ending.attempt("the comparison", fix, work))
 
 
@@ -194,15 +196,19 @@ def _compare(
     trackers: Trackers,
     seed: int,
     steps: int,
+    prompts: Prompts | None,
 ) -> None:
     """Compares the trained model and, if there is one, the plain model with the data.
 
     Prints a table, and writes comparison.json, comparison.png and, if there are terms, evaluation.png. Samples have
-    the conditions of the images that they are compared with.
+    the conditions of the images that they are compared with, and their texts if there are `prompts`.
     """
     number = images_measured(data)
     order = torch.randperm(len(data.examples), generator=torch.Generator().manual_seed(seed)).tolist()
     reference, conditions = _images(data, order[:number], trained.device)
+    if prompts is not None:
+        embedded = prompts.__getitems__(order[:number])
+        conditions = Conditions({**conditions, **{name: value.to(trained.device) for name, value in embedded.items()}})
     other_half, _ = _images(data, order[-number:], trained.device)
     name = "with " + " + ".join(term.name for term in terms) if terms else "samples"
     rows = {"data": measure(reference, other_half, terms, **conditions)}
@@ -215,7 +221,7 @@ def _compare(
         data_term = {name: getattr(loss, name) for name in ("snr_gamma", "loss_weighting", "timestep_sampling")}
         trained_with = {**data_term, **conditions}
         encoded = pipeline.encode(reference)
-        losses[title] = denoising_losses(pipeline.unet, pipeline.scheduler, encoded, seed, **trained_with)
+        losses[title] = denoising_losses(pipeline.as_in_loss(), pipeline.scheduler, encoded, seed, **trained_with)
         row = measure(samples, reference, terms, losses[title].mean().item(), **conditions)
         measured = read_json(output_dir / (PLAIN_FOLDER if pipeline is plain else "") / VALIDATION_FILE)
         rows[title] = replace(row, held_out_loss=measured.get("last", {}).get("validation/denoising"))

@@ -186,6 +186,7 @@ class Run:
                 self.loggers[0],
                 seed=self.settings.optimization.seed,
                 steps=self.settings.output.ddpm_num_inference_steps,
+                prompts=self.data.prompts,
             )
 
     def publish(self) -> None:
@@ -318,8 +319,6 @@ def _load(settings: Settings, state: PartialState, wanted: list[Wanted], *, with
     frozen, shown = frozen_precision(settings.machine.mixed_precision), settings.output.validation_prompts
     given = settings.model, settings.data, state.device, shown, frozen, wanted
     loaded = load_model_and_data(*given, with_images=with_images)
-    if loaded.family is not None and settings.loss.compare:
-        raise UsageError("--compare is not supported for text-to-image models: drop the flag, or pass --no-compare")
     if loaded.family is not None and settings.hub.push_to_hub:
         raise UsageError("--push_to_hub is not supported for LoRA: upload the folder by hf upload")
     loaded = hold_out(loaded, settings.validation, settings.data, settings.optimization.seed, wanted)
