@@ -1,7 +1,9 @@
 """What holds for pixel models holds for LoRA: sampling, guidance by losses, measuring, comparing, uploading."""
 
 import contextlib
+import json
 import shutil
+from pathlib import Path
 
 import numpy as np
 import PIL.Image
@@ -10,7 +12,7 @@ import torch
 from accelerate.state import AcceleratorState, GradientState, PartialState
 from diffusers import DDIMScheduler, StableDiffusionPipeline
 from runs import load_script
-from test_lora import write_photos
+from test_lora import TEXTS, write_photos
 from tiny_pipelines import save_stable_diffusion
 
 from reg_diffusers import RegTextToImagePipeline, Term
@@ -113,11 +115,11 @@ def lora(tmp_path_factory):
     pytest.importorskip("peft")
     folder = tmp_path_factory.mktemp("lora")
     base = save_stable_diffusion(folder / "base", folder / "scratch", prediction_type="epsilon")
-    write_photos(24, folder=folder / "photos")
+    write_photos(40, folder=folder / "photos")
     flags = (
         "--resolution 16 --caption_column text --lora_rank 2 --max_train_steps 2 --train_batch_size 4 --num_threads 1"
     )
-    losses = "--learning_rate 1e-2 --regularizer total_variation --reg_weight 0.1 --condition_dropout 0.2 --no-compare"
+    losses = "--learning_rate 1e-2 --regularizer total_variation --reg_weight 0.1 --condition_dropout 0.2 --compare"
     previews = "--eval_batch_size 2 --ddpm_num_inference_steps 2 --mixed_precision no"
     names = ("--pretrained_model_name_or_path", base, "--train_data_dir", folder / "photos")
     names += ("--cache_dir", folder / "cache", "--output_dir", folder / "out")
@@ -182,3 +184,22 @@ def test_a_base_that_is_gone_is_one_line(lora, command, tmp_path):
     assert "moved: its LoRA weights cannot be loaded: its base gone/base is not" in command(
         "sample", "--model", moved, "--prompts", "a", refused=True
     )
+
+
+def test_compare_and_evaluate_measure_with_the_texts_of_the_images(lora, command):
+    comparison = json.loads((lora / "comparison.json").read_text())["rows"]
+    assert list(comparison) == ["data", "without", "with total_variation"]
+    assert comparison["data"]["terms"]["total_variation"] > 0
+    plain = lora / "plain"
+    assert (plain / "pytorch_lora_weights.safetensors").is_file() and not (plain / "unet").exists()
+    quick = ("--num_inference_steps", 2, "--num_images", 20, "--features", "pixels", "--num_threads", 1)
+    printed = command("evaluate", "--model", lora, plain, *quick)
+    assert "total_variation" in printed
+    settings = json.loads(Path("evaluation", "evaluation_settings.json").read_text())
+    assert {model["guidance_scale"] for model in settings["models"].values()} == {7.5}
+    drawn = json.loads(next(Path("evaluation", "samples").glob("out*.json")).read_text())
+    assert len(drawn["prompts"]) == 20 and set(drawn["prompts"]) == set(TEXTS)
+    other = command("evaluate", "--model", lora, *quick, "--prompt", "a b", "--output", "one")
+    assert "total_variation" in other
+    drawn = json.loads(next(Path("one", "samples").glob("out*.json")).read_text())
+    assert set(drawn["prompts"]) == {"a b"}

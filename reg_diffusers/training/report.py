@@ -12,7 +12,6 @@ from accelerate import PartialState
 from accelerate.utils import send_to_device
 from torch import Tensor
 
-from ..data.prompts import Prompts
 from ..data.training_data import TrainingData
 from ..evaluation.comparison import describe_change, difference, draw_comparison, measure
 from ..evaluation.measuring import denoising_losses
@@ -164,6 +163,7 @@ def images_measured(data: TrainingData) -> int:
 
 
 def compare(
+    images: TrainingData,
     data: TrainingData,
     loss: LossSettings,
     terms: tuple[Term, ...],
@@ -176,17 +176,17 @@ def compare(
     *,
     seed: int,
     steps: int,
-    prompts: Prompts | None = None,
 ) -> None:
     """Calls `_compare`; a signal stops it, and `ending` records a failure. The models are saved before."""
     models = f"--model {output_dir}" + (f" --model {output_dir / 'plain'}" if plain is not None else "")
     fix = f"the training is saved: measure again with --resume auto, or with reg-diffusers evaluate {models}"
-    work = partial(_compare, data, loss, terms, plain, trained, output_dir, trackers, seed, steps, prompts)
+    work = partial(_compare, images, data, loss, terms, plain, trained, output_dir, trackers, seed, steps)
     interruption.cut_short(lambda: ending.attempt("the comparison", fix, work))
 
 
 @torch.no_grad()
 def _compare(
+    images: TrainingData,
     data: TrainingData,
     loss: LossSettings,
     terms: tuple[Term, ...],
@@ -196,20 +196,16 @@ def _compare(
     trackers: Trackers,
     seed: int,
     steps: int,
-    prompts: Prompts | None,
 ) -> None:
     """Compares the trained model and, if there is one, the plain model with the data.
 
     Prints a table, and writes comparison.json, comparison.png and, if there are terms, evaluation.png. Samples have
-    the conditions of the images that they are compared with, and their texts if there are `prompts`.
+    the conditions of the images that they are compared with, as in `data`, what the network sees of the images.
     """
-    number = images_measured(data)
-    order = torch.randperm(len(data.examples), generator=torch.Generator().manual_seed(seed)).tolist()
-    reference, conditions = _images(data, order[:number], trained.device)
-    if prompts is not None:
-        embedded = prompts.__getitems__(order[:number])
-        conditions = Conditions({**conditions, **{name: value.to(trained.device) for name, value in embedded.items()}})
-    other_half, _ = _images(data, order[-number:], trained.device)
+    number = images_measured(images)
+    order = torch.randperm(len(images.examples), generator=torch.Generator().manual_seed(seed)).tolist()
+    reference, conditions = _images(images, data, order[:number], trained.device)
+    other_half, _ = _images(images, images, order[-number:], trained.device)
     name = "with " + " + ".join(term.name for term in terms) if terms else "samples"
     rows = {"data": measure(reference, other_half, terms, **conditions)}
     pictures, losses = {"data": grid(reference[:_IMAGES_SHOWN])}, {}
@@ -282,7 +278,9 @@ def _held_out_losses(validation: dict) -> list[str]:
     return [f"held out    {', '.join(losses)} at step {last['step']:,}{lowest}"]
 
 
-def _images(data: TrainingData, indices: list[int], device: torch.device) -> tuple[Tensor, Conditions]:
-    """Returns images (N, C, H, W) in [-1, 1] and their conditions."""
-    batch = send_to_device(data.examples.__getitems__(indices), device)
-    return data.normalization.normalize(batch["values"]), Conditions.of_batch(data, batch)
+def _images(
+    images: TrainingData, data: TrainingData, indices: list[int], device: torch.device
+) -> tuple[Tensor, Conditions]:
+    """Returns images (N, C, H, W) in [-1, 1], and their conditions in what the network sees of them."""
+    batch, seen = (send_to_device(source.examples.__getitems__(indices), device) for source in (images, data))
+    return images.normalization.normalize(batch["values"]), Conditions.of_batch(data, seen)

@@ -176,6 +176,7 @@ class Run:
         if self.state.is_main_process and is_measured and not self.interruption:
             compare(
                 self.loaded.images,
+                self.data,
                 self.settings.loss,
                 of_images(terms),
                 plain,
@@ -186,7 +187,6 @@ class Run:
                 self.loggers[0],
                 seed=self.settings.optimization.seed,
                 steps=self.settings.output.ddpm_num_inference_steps,
-                prompts=self.data.prompts,
             )
 
     def publish(self) -> None:
