@@ -10,17 +10,41 @@ import PIL.Image
 import pytest
 import torch
 from accelerate.state import AcceleratorState, GradientState, PartialState
-from diffusers import DDIMScheduler, StableDiffusionPipeline
+from diffusers import DDIMScheduler, DiffusionPipeline, StableDiffusionPipeline
 from runs import load_script
-from test_lora import TEXTS, write_photos
-from tiny_pipelines import save_stable_diffusion
+from tiny_pipelines import (
+    TEXTS,
+    save_flux,
+    save_stable_diffusion,
+    save_stable_diffusion_3,
+    save_stable_diffusion_xl,
+    write_photos,
+)
 
 from reg_diffusers import RegTextToImagePipeline, Term
 from reg_diffusers.cli import main
+from reg_diffusers.pipeline import fast_scheduler
 from reg_diffusers.regularizers import total_variation
 from reg_diffusers.weighting import constant
 
 pytestmark = pytest.mark.training
+
+FAMILIES = (save_stable_diffusion, save_stable_diffusion_xl, save_stable_diffusion_3, save_flux)
+
+
+@pytest.mark.parametrize("save", FAMILIES, ids=lambda save: save.__name__)
+def test_every_family_draws_the_image_of_its_pipeline_in_diffusers(save, tmp_path):
+    stock = DiffusionPipeline.from_pretrained(save(tmp_path / "base", tmp_path / "scratch"))
+    stock.scheduler = fast_scheduler(stock.scheduler)
+    stock.set_progress_bar_config(disable=True)
+    pipeline, size = wrapped(stock, height=16, width=16), {"height": 16, "width": 16}
+    if t5 := {"StableDiffusion3Pipeline": "tokenizer_3", "FluxPipeline": "tokenizer_2"}.get(type(stock).__name__):
+        size["max_sequence_length"] = getattr(stock, t5).model_max_length  # shorter than usual
+    for texts in ({}, {"guidance_scale": 2.0}):
+        expected = draw(stock, prompt="a cat", **size, **texts)
+        np.testing.assert_allclose(draw(pipeline, prompt="a cat", **texts), expected, atol=2e-5)
+    steer = [Term(total_variation, 50.0, weighting=constant)]
+    assert np.abs(draw(pipeline, prompt="a cat", guidance=steer, **texts) - expected).max() > 1e-3
 
 
 @pytest.fixture

@@ -47,7 +47,7 @@ def load_lora_pipeline(model: str, cache_dir: str | None = None) -> RegTextToIma
     encoder.register_modules(**{family.component: network})
     encoder.load_lora_weights(model, weight_name=LORA_FILE, cache_dir=cache_dir)
     settings = ModelSettings(pretrained_model_name_or_path=base)
-    vae = load_autoencoder(settings, cache_dir)
+    vae = load_autoencoder(settings, cache_dir, family.vae_entries)
     _, height, width = record["data"]["shape"]
     scheduler = given_scheduler(base, cache_dir)
     return RegTextToImagePipeline.assembled(family, network, scheduler, vae, (height, width), encoder=encoder)

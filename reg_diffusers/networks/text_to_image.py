@@ -7,6 +7,7 @@ import hashlib
 import math
 from collections.abc import Callable, Sequence
 
+import numpy as np
 import torch
 from diffusers import DiffusionPipeline
 from torch import Tensor, nn
@@ -105,7 +106,13 @@ class RegTextToImagePipeline(RegDDPMPipeline):
 
     @property
     def default_guidance_scale(self) -> float:
-        return self._family.guidance_scale
+        has_classifier_free = self._family.is_distilled is None
+        return self._family.guidance_scale if has_classifier_free or self._is_distilled else 1.0
+
+    @property
+    def _is_distilled(self) -> bool:
+        by_input = self._family.is_distilled
+        return by_input is not None and by_input(self.unet.config)
 
     @property
     def takes_prompts(self) -> bool:
@@ -167,7 +174,8 @@ class RegTextToImagePipeline(RegDDPMPipeline):
         lengths, shifts = ([config[f"{which}_{what}"] for which in ("base", "max")] for what in _SHIFTS)
         slope = (shifts[1] - shifts[0]) / (lengths[1] - lengths[0])
         tokens = math.prod(self._size) // _PATCH**2
-        self.scheduler.set_timesteps(steps, mu=shifts[0] + slope * (tokens - lengths[0]))
+        shift = shifts[0] + slope * (tokens - lengths[0])
+        self.scheduler.set_timesteps(sigmas=np.linspace(1, 1 / steps, steps), mu=shift)  # as FluxPipeline
 
     @property
     def _dtype(self) -> torch.dtype:
@@ -211,7 +219,12 @@ class RegTextToImagePipeline(RegDDPMPipeline):
         device = self._execution_device
         context = embeddings if prompt is None else self.embeddings(_one_each("prompt", prompt, batch_size))
         without = null
-        if checked_guidance_scale(guidance_scale) == 1:
+        if self._is_distilled:
+            scale = torch.tensor([checked_guidance_scale(guidance_scale)])
+            context, without = {**context, "guidance": scale}, None
+            if negative_prompt is not None:
+                raise ValueError("negative_prompt: this network takes the guidance scale as an input; leave it out")
+        elif checked_guidance_scale(guidance_scale) == 1:
             without = None
             if negative_prompt is not None:
                 raise ValueError("negative_prompt has no effect with guidance_scale 1: leave it out")
