@@ -227,3 +227,32 @@ def test_compare_and_evaluate_measure_with_the_texts_of_the_images(lora, command
     assert "total_variation" in other
     drawn = json.loads(next(Path("one", "samples").glob("out*.json")).read_text())
     assert set(drawn["prompts"]) == {"a b"}
+
+
+def test_diagnose_measures_the_guesses_of_the_network_for_the_texts_of_the_images(lora, command, monkeypatch):
+    asked = []
+    embeddings = RegTextToImagePipeline.embeddings
+    monkeypatch.setattr(
+        RegTextToImagePipeline, "embeddings", lambda self, texts: asked.append(texts) or embeddings(self, texts)
+    )
+    flags = ("--regularizer", "total_variation", "--num_levels", 3, "--cache_dir", lora.parent / "cache")
+    assert "40 of 40 images" in command("diagnose", "--model", lora, *flags)
+    levels = json.loads(Path("diagnosis", "total_variation.json").read_text())["levels"]
+    assert len(levels) == 3 and all(level["model"]["error"] > 0 for level in levels)
+    held_out = torch.randperm(40, generator=torch.Generator().manual_seed(0))[:8].tolist()
+    assert asked == 3 * [[TEXTS[index % len(TEXTS)] for index in held_out]]
+
+
+@pytest.mark.slow
+def test_a_sweep_measures_lora_runs(lora, command):
+    training = (
+        f"--pretrained_model_name_or_path {lora.parent / 'base'} --train_data_dir {lora.parent / 'photos'}".split()
+    )
+    training += "--resolution 16 --caption_column text --lora_rank 2 --max_train_steps 2 --num_threads 1".split()
+    training += ["--regularizer", "total_variation", "--cache_dir", lora.parent / "cache", "--mixed_precision", "no"]
+    measuring = "--num_inference_steps 2 --num_images 20 --features pixels --num_threads 1 --guidance_scale 2".split()
+    weights = ("--reg_weights", 0, 1, "--reg_weightings", "constant")
+    command("sweep", *weights, *measuring, "--", *training)
+    found = json.loads(Path("sweep", "sweep.json").read_text())
+    losses = [row["denoising_loss"] for title, row in found["rows"].items() if title != "data"]
+    assert len(losses) == 2 and all(loss > 0 for loss in losses)

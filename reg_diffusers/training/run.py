@@ -21,8 +21,7 @@ from accelerate import PartialState
 from accelerate.utils import broadcast_object_list
 
 from ..data.training_data import TrainingData, Wanted
-from ..hub.card import write_card
-from ..hub.lora_card import write_lora_card
+from ..hub.lora_card import write_card_of_run
 from ..hub.uploads import Uploads, check_upload
 from ..networks.autoencoders import cast_decoder, decoded_view
 from ..networks.build import GivenModel, build_noise_scheduler, build_unet
@@ -198,9 +197,7 @@ class Run:
         if not self.interruption:
             name = self.repo_id or self.settings.output.output_dir
             license = self.settings.hub.hub_license
-            card = partial(write_card, output_dir, name, uploads and uploads.old_card, license)
-            if self.loaded.family is not None:
-                card = partial(write_lora_card, output_dir, name, license)
+            card = partial(write_card_of_run, output_dir, name, uploads and uploads.old_card, license)
             self.ending.attempt(f"{output_dir / CARD_FILE}", "--resume auto writes it again", card)
         print(describe_result(output_dir, self.interruption, self.ending.command))
         if uploads and not uploads.finish(output_dir, interrupted=bool(self.interruption)):
@@ -293,7 +290,7 @@ def open_run(launch: Launch) -> Run:
             mixed_precision=computation.mixed_precision.value,
             base_model=settings.model.pretrained_model_name_or_path,
             vae=settings.model.vae,
-            data=record_of_data(settings.data, loaded.images, loaded.held_out),
+            data=record_of_data(settings.data, loaded.images, loaded.held_out, loaded.prompts_shown),
             objective=record_of_objective(
                 *(loss, terms, noise_scheduler), is_picture=data.is_picture, is_decoded=vae is not None
             ),
@@ -319,8 +316,6 @@ def _load(settings: Settings, state: PartialState, wanted: list[Wanted], *, with
     frozen, shown = frozen_precision(settings.machine.mixed_precision), settings.output.validation_prompts
     given = settings.model, settings.data, state.device, shown, frozen, wanted
     loaded = load_model_and_data(*given, with_images=with_images)
-    if loaded.family is not None and settings.hub.push_to_hub:
-        raise UsageError("--push_to_hub is not supported for LoRA: upload the folder by hf upload")
     loaded = hold_out(loaded, settings.validation, settings.data, settings.optimization.seed, wanted)
     if loaded.family is not None:
         cast_decoder(loaded.vae, frozen)
