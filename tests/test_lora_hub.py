@@ -44,7 +44,8 @@ def client(hub, tmp_path_factory):
 def test_a_pushed_run_has_a_card_with_its_base_and_is_sampled_by_name(hub, client):
     losses = ("--regularizer", "total_variation", "--reg_weight", 0.1, "--learning_rate", 1e-2)
     names = ("--pretrained_model_name_or_path", "tester/base", "--train_data_dir", "photos", "--output_dir", "out")
-    done = client.train(*names, *QUICK, *losses, "--hub_model_id", "tester/lora", "--hub_license", "mit")
+    done = client.start_training(*names, *QUICK, *losses, "--hub_model_id", "tester/lora", "--hub_license", "mit")
+    done = done.finish(seconds=400)
     assert done.stdout.splitlines()[-1] == f"uploaded    {hub.endpoint}/tester/lora"
     files = hub.files["tester/lora"]
     assert {"pytorch_lora_weights.safetensors", "README.md", "reg_config.json", "comparison.json"} <= files.keys()
@@ -65,7 +66,7 @@ def test_a_pushed_run_has_a_card_with_its_base_and_is_sampled_by_name(hub, clien
 
 def test_weights_whose_base_is_on_another_machine_are_one_line(hub, client):
     names = ("--pretrained_model_name_or_path", "base", "--train_data_dir", "photos", "--output_dir", "own")
-    client.train(*names, *QUICK, "--regularizer", "none", "--hub_model_id", "tester/own")
+    client.start_training(*names, *QUICK, "--regularizer", "none", "--hub_model_id", "tester/own").finish(seconds=400)
     record = json.loads(hub.files["tester/own"]["reg_config.json"])
     assert record["base_model"] is None
     refused = client.run("reg-diffusers", "sample", "--model", "tester/own", "--prompts", "a", check=False)
