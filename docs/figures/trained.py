@@ -83,8 +83,8 @@ def shifts(predict, exact, scheduler, data):
 
 def main():
     found = json.loads((RIVALS / "results" / "weighted_circle.json").read_text())
-    rows = [method for method in METHODS if method.kind == "ours"]
     trained = {(row["method"], row["weight"]): row for row in found["rows"]}
+    rows = [method for method in METHODS if method.kind == "ours" and (method.name, method.weight) in trained]
     trained = [trained[method.name, method.weight] for method in rows]
     best = formula(found["seeds"], rows)
     titles = [method.name + (f", {method.weight:g}" if method.weight else "") for method in rows]
