@@ -201,7 +201,7 @@ CASES = {
         perceptual,
         {matched: (0.01, 0.05, 0.25), GATE: (0.1, 0.5, 2.5), low_noise: (0.5, 2.5, 12.5)},
         60,
-        (2000, 500),
+        (600, 200),
         paired=True,
     ),
     "clothes": Case(

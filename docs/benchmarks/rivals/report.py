@@ -195,6 +195,8 @@ def draw(found: dict[str, dict], picture: Path) -> None:
 def panel(axes, shown: Table, rows: list[dict]) -> None:
     x, y = shown.axes
     for row in rows:
+        if x not in row:  # a paired loss of the data themselves
+            continue
         marker, colour = STYLES[row["method"]]
         label = row["method"] + (f", {row['weight']:g}" if row["weight"] else "")
         middle = statistics.mean(row[x]), statistics.mean(row[y])
