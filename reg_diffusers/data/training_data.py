@@ -26,6 +26,7 @@ from ..settings.size import as_setting, shown, sides
 from .buckets import BucketBatches, Buckets, bucket_dataloader, bucket_sizes, cropped, nearest_sizes
 from .column_values import check_masks, check_shapes, check_texts, numbers_of
 from .columns import Column, Wanted, find_column
+from .content import table_digests
 from .depth import Depth
 from .fields import FieldData, check_order, field_file, read_fields
 from .latents import LatentData
@@ -336,4 +337,5 @@ def _decoded(
     shape = (pixels.channels, *size)
     number = condition.channels if condition else 0
     columns = [replace(one, channels=looks[one.place].channels) if one.is_image else one for one in found]
-    return PictureData(table, shape, classes, number, pixels.depth.note, settings.caption_column, columns)
+    of_table = table, shape, classes, number, pixels.depth.note, settings.caption_column, columns
+    return PictureData(*of_table, digests=table_digests(table, cache_folder(settings.cache_dir)))
