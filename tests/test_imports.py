@@ -133,7 +133,8 @@ def test_the_loss_needs_torch_and_diffusers_only(path):
 
 def test_the_package_itself_names_only_modules_that_exist():
     modules = {module_of(path) for path in sources()}
-    assert set(reg_diffusers._HOME.values()) <= modules
+    assert {home.partition(".")[0] for home in reg_diffusers._HOME.values()} <= modules
+    assert all(importlib.util.find_spec(f"reg_diffusers.{home}") for home in reg_diffusers._HOME.values())
     assert set(reg_diffusers._SUBMODULES) <= modules
 
 
