@@ -1,6 +1,7 @@
 """Imports go one way, from the loss up to the commands, and importing the package costs nothing."""
 
 import ast
+import importlib.util
 import subprocess
 import sys
 from pathlib import Path
