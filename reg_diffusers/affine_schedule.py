@@ -108,6 +108,8 @@ class _Affine(Parameterization):
     kind: Parameterization
 
     def x0_hat(self, output, sample, at):
+        if self.schedule.config.prediction_type == "epsilon":
+            _refuse_zero_alpha(at)
         return self.kind.x0_hat(self.schedule.sign * output, sample, at)
 
     def target(self, original_samples, noise, at):
@@ -141,6 +143,16 @@ class _Velocity(Parameterization):
         """Returns d alpha / d t and d sigma / d t."""
         functions = (self.schedule.alpha, self.schedule.sigma)
         return tuple(_slope(function, at.timesteps).to(at.sigma) for function in functions)
+
+
+def _refuse_zero_alpha(at: Factors) -> None:
+    """Raises ValueError where noise prediction cannot give x0_hat, on the CPU only."""
+    if at.alpha.device.type == "cpu" and not torch.compiler.is_compiling() and bool((at.alpha == 0).any()):
+        time = at.timesteps[at.alpha == 0][0].item()
+        raise ValueError(
+            f"prediction_type='epsilon' cannot give x0_hat at timestep {time:g}, where alpha is 0: leave such images"
+            " out by a weighting, such as matched, or by image_mask="
+        )
 
 
 def _values(function: Callable[[Tensor], Tensor], timesteps: Tensor) -> Tensor:

@@ -154,16 +154,12 @@ def predict_original_sample(scheduler, model_output, timesteps, sample: Tensor) 
             Timesteps are checked on the CPU only.
         TypeError: `model_output` contains no tensor.
     """
-    is_noise = prediction_type(scheduler) == "epsilon"
-    if is_noise:
+    if prediction_type(scheduler) == "epsilon":
         refuse_zero_terminal_snr(scheduler)
     model_output = without_learned_variance(scheduler, tensor_of(model_output), sample)
     dtype = full_precision(model_output.dtype, sample.dtype)
     model_output, sample = model_output.to(dtype), sample.to(dtype)
-    at = factors_like(scheduler, timesteps, sample)
-    if is_noise and is_affine(scheduler):
-        _refuse_zero_alpha(at)
-    return parameterization(scheduler).x0_hat(model_output, sample, at)
+    return parameterization(scheduler).x0_hat(model_output, sample, factors_like(scheduler, timesteps, sample))
 
 
 def model_output_for(scheduler, x0_hat: Tensor, timesteps, sample: Tensor) -> Tensor:
@@ -340,16 +336,6 @@ def refuse_zero_terminal_snr(scheduler) -> None:
         raise ValueError(
             "prediction_type='epsilon' cannot give x0_hat with zero terminal SNR, because alpha is 0 at the last step:"
             " use prediction_type='v_prediction', or rescale_betas_zero_snr=False"
-        )
-
-
-def _refuse_zero_alpha(at: Factors) -> None:
-    """Raises ValueError where an `AffineSchedule` has no signal, on the CPU only."""
-    if at.alpha.device.type == "cpu" and not torch.compiler.is_compiling() and bool((at.alpha == 0).any()):
-        time = at.timesteps[at.alpha == 0][0].item()
-        raise ValueError(
-            f"prediction_type='epsilon' cannot give x0_hat at timestep {time:g}, where alpha is 0: leave such images"
-            " out by a weighting, such as matched, or by image_mask="
         )
 
 
