@@ -19,7 +19,7 @@ from reg_diffusers import Ddim, RegDDPMPipeline, RegularizedLoss, Term, X0Regula
 from reg_diffusers.regularizers import Perceptual, total_variation
 from reg_diffusers.views import DecodedImage
 
-__all__ = ["SECTIONS", "Sizes"]
+__all__ = ["SECONDS", "SECTIONS", "Sizes"]
 
 # Dense bf16 peak of the tensor cores without sparsity, in TFLOP/s, from NVIDIA's data sheets; by a part of the name.
 PEAKS = {"H200": 989.4, "H100 PCIe": 756.0, "H100": 989.4, "A100": 312.0, "L40S": 362.0, "L4": 121.0, "A10G": 70.0}
@@ -234,6 +234,16 @@ SECTIONS = {
     "sampling": sampling,
     "toy": toy,
     "compile": compiled,
+}
+# The most that a section may take; together more than the limit, because most take less.
+SECONDS = {
+    "training": 180,
+    "decoding": 60,
+    "perceptual": 60,
+    "fp16": 60,
+    "sampling": 60,
+    "toy": 30,
+    "compile": 240,
 }
 
 
