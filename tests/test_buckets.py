@@ -14,6 +14,7 @@ from reg_diffusers import RegDDPMPipeline
 from reg_diffusers.cli import main
 from reg_diffusers.data.buckets import BucketBatches, bucket_sizes, cropped, nearest_sizes
 from reg_diffusers.data.training_data import load_training_data
+from reg_diffusers.runs.checkpoint import Progress
 from reg_diffusers.runtime.errors import UsageError
 from reg_diffusers.settings import DataSettings
 
@@ -112,6 +113,19 @@ def test_grey_and_colour_images_have_the_channels_of_all(photos):
     for file in photos.glob("square*"):
         PIL.Image.new("L", (12, 12)).save(file)
     assert {part.shape[0] for part in buckets(photos).parts} == {3}
+
+
+def test_an_epoch_that_another_number_of_processes_continues_has_every_image_once():
+    members, progress = [np.arange(30), np.arange(30, 41), np.arange(41, 60)], Progress()
+    first = [list(BucketBatches(members, 2, 5, process, 3)) for process in range(3)]
+    seen = Counter(image for batches in first for batch in batches[:4] for image in batch)
+    progress.batch = 4
+    progress.divide_again(3, 2)
+    rest = [list(BucketBatches(members, 4, 5, process, 2, progress)) for process in range(2)]
+    seen.update(image for batches in rest for batch in batches for image in batch)
+    assert set(seen.values()) == {1} and 60 - len(seen) <= len(members)  # one of each size, which fills no step
+    for batch in (batch for batches in rest for batch in batches):
+        assert any(set(batch) <= set(one) for one in members)
 
 
 def test_an_unreadable_image_is_refused_or_skipped(photos, capsys):

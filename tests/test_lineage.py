@@ -5,6 +5,7 @@ import json
 import os
 import random
 import shutil
+from dataclasses import replace
 
 import pytest
 import torch
@@ -12,7 +13,9 @@ from runs import FLAGS, checkpoints, cut, flip_a_bit, metrics, refusal, resumed
 
 from reg_diffusers.runs import manifest
 from reg_diffusers.runs.lineage import find_checkpoint
-from reg_diffusers.settings import OutputSettings
+from reg_diffusers.runtime.errors import UsageError
+from reg_diffusers.settings import OptimizationSettings, OutputSettings
+from reg_diffusers.training.settings import check_settings
 
 pytestmark = pytest.mark.reliability
 
@@ -198,14 +201,45 @@ def test_settings_are_compared_with_those_of_the_checkpoint_that_is_taken(train,
     assert "out/checkpoint-4 was trained with other settings: --learning_rate 0.002 -> 0.001" in error
 
 
-def test_another_number_of_processes_is_refused_in_one_line(train, capsys):
-    folder = cut(train) / "checkpoint-6"
+def saved_by_two_processes(folder, **more):
+    """Makes a checkpoint that of 2 processes with the half of the batch each, and of more settings."""
     listed = json.loads((folder / "manifest.json").read_text())
-    listed["settings"]["processes"] = 2
+    listed["settings"] |= {"processes": 2, **more}
     del listed["sha256"]
     (folder / "manifest.json").write_text(json.dumps(listed))
-    error = refusal(train, capsys, *FLAGS, "--resume", "auto", "--allow_changed_settings")
-    assert "--allow_changed_settings: out/checkpoint-6 was saved by 2 processes, so 1 cannot continue it" in error
+
+
+def test_another_number_of_processes_continues_with_a_line(train, capsys):
+    saved_by_two_processes(cut(train) / "checkpoint-6")
+    resumed(train)
+    (line,) = [line for line in capsys.readouterr().err.splitlines() if "2 -> 1 processes" in line]
+    assert "--resume auto: 2 -> 1 processes, 16 -> 8 images in a step: the noise from here on is new" in line
+
+
+def test_another_number_of_processes_needs_a_length_in_steps_and_a_table(train):
+    folder = cut(train) / "checkpoint-6"
+    now = json.loads((folder / "manifest.json").read_text())["settings"]
+    saved_by_two_processes(folder)
+    output = OutputSettings(output_dir="out", resume_from_checkpoint="auto")
+    epochs = OptimizationSettings(num_epochs=3, train_batch_size=8)
+    # 6 steps of 2 x 8 images are 12 batches of 8; in 3 epochs of 20 there are 48 more
+    wanted = "the steps of an epoch change: give the length by --max_train_steps, 54 for --num_epochs 3"
+    with pytest.raises(UsageError, match=wanted):
+        check_settings(output, epochs, now, 20)
+    stream = "2 -> 1 processes: out/checkpoint-6 has the place of each process in the stream, .*: launch 2"
+    with pytest.raises(UsageError, match=stream):
+        check_settings(output, replace(epochs, max_train_steps=9), {**now, "--streaming": True}, 20)
+
+
+def test_sharded_and_whole_weights_are_not_mixed(train, capsys):
+    folder = cut(train) / "checkpoint-6"
+    (folder / "part.distcp").write_bytes(b"")
+    listed = json.loads((folder / "manifest.json").read_text())
+    del listed["sha256"]
+    listed["files"]["part.distcp"] = {"size": 0, "sha256": hashlib.sha256().hexdigest()}
+    (folder / "manifest.json").write_text(json.dumps(listed))
+    error = refusal(train, capsys, *FLAGS, "--resume", "auto")
+    assert "out/checkpoint-6 holds sharded weights, which these processes do not: launch at least 2" in error
 
 
 # Links

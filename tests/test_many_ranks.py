@@ -39,12 +39,16 @@ class Numbers(torch.utils.data.Dataset):
 def rank_of(monkeypatch, tmp_path):
     """Makes an accelerator believe that it is one of 64 ranks; the batches of a training on it, as lists of ids."""
 
-    def batches(rank, number, done=0, epoch=0):
-        monkeypatch.setattr(Accelerator, "num_processes", RANKS)
+    def batches(rank, number, done=0, epoch=0, ranks=RANKS, divisions=()):
+        monkeypatch.setattr(Accelerator, "num_processes", ranks)
         monkeypatch.setattr(Accelerator, "process_index", rank)
         accelerator = build_accelerator("no", 1, 7, None, tmp_path)
         progress = Progress()
-        progress.batch, progress.epoch = done, epoch
+        progress.epoch = epoch
+        for before, batches in divisions:
+            progress.batch = batches
+            progress.divide_again(before, BATCH)
+        progress.batch = done
         settings = OptimizationSettings(train_batch_size=BATCH, seed=7)
         loader = accelerator.prepare(make_dataloader(Numbers(number), settings, 0, accelerator, progress))
         return loader, (batch["ids"].tolist() for batch in endless_batches(accelerator, loader, progress))
@@ -77,6 +81,28 @@ def test_every_rank_resumes_at_any_step(rank_of):
         done = chosen.randrange(3 * steps)
         resumed = rank_of(rank, number, done=done % steps, epoch=done // steps)[1]
         assert list(islice(resumed, 3 * steps - done)) == whole[done:]
+
+
+def test_an_epoch_that_other_numbers_of_ranks_continue_has_every_image_once(rank_of):
+    """64 ranks, then 24, then 40, the last of them resumed once more: 24 does not divide what 64 have drawn."""
+    number, seen = 9 * RANKS * BATCH + 1, Counter()
+    divisions = [(64, 3), (24, 5), (40, 4)]
+    for place, (ranks, batches) in enumerate(divisions):
+        for rank in range(ranks):
+            _, own = rank_of(rank, number, ranks=ranks, divisions=divisions[:place])
+            seen.update(image for batch in islice(own, batches) for image in batch)
+    assert set(seen.values()) == {1} and len(seen) == BATCH * sum(ranks * batches for ranks, batches in divisions)
+    left = number - len(seen)
+    for rank in range(40):
+        _, own = rank_of(rank, number, done=4, ranks=40, divisions=divisions[:2])
+        seen.update(image for batch in islice(own, left // (40 * BATCH)) for image in batch)
+    assert set(seen.values()) == {1} and number - len(seen) < 40 * BATCH
+    whole = {image for rank in range(40) for image in next(rank_of(rank, number, epoch=1, ranks=40)[1])}
+    following = set()
+    for rank in range(40):
+        _, own = rank_of(rank, number, done=4, ranks=40, divisions=divisions[:2])
+        following.update(list(islice(own, left // (40 * BATCH) + 1))[-1])
+    assert following == whole  # the next epoch is an ordinary one
 
 
 # Streams

@@ -114,6 +114,40 @@ def test_means_and_counts_do_not_depend_on_how_a_batch_is_divided(divided, divis
         assert found[name] == pytest.approx(value, rel=1e-5), name
 
 
+@pytest.mark.slow
+def test_two_processes_one_and_two_again_train_what_one_trains(folder, capfd):
+    """Each image has its own noise here, so a step of the same images is the same step; 6 steps, 4 to an epoch."""
+
+    def prepare(script):
+        feed(script)
+
+        class Noted(script.RegularizedLoss):
+            def forward(self, model, original_samples, **arguments):
+                with open(f"drawn-{os.environ['RANK']}", "a") as file:
+                    file.write(f"{arguments['noise'].sum().item()}\n")
+                return super().forward(model, original_samples, **arguments)
+
+        script.RegularizedLoss = Noted
+
+    flags = "--learning_rate 1e-3 --lr_scheduler constant --reg_weight 0.3 --reg_weighting constant"
+    flags = [*flags.split(), *"--checkpointing_steps 1 --resume auto --allow_changed_settings".split()]
+
+    def train(output, number, batch_size, steps, prepare=prepare):
+        more = ("--output_dir", output, "--train_batch_size", batch_size, "--max_train_steps", steps)
+        assert run_script(folder, *flags, *more, prepare=prepare, number=number) == [0] * number
+
+    train("whole", 1, 8, 6, prepare=feed)
+    for number, batch_size, steps in ((2, 4, 1), (1, 8, 3), (2, 4, 6)):
+        train("elastic", number, batch_size, steps)
+    expected, found = weights(folder / "whole"), weights(folder / "elastic")
+    for name, value in expected.items():
+        torch.testing.assert_close(found[name], value, rtol=1e-7, atol=1e-9)
+    lines = [line for line in capfd.readouterr().err.splitlines() if " processes, " in line]
+    assert len(lines) == 2 and "2 -> 1 processes, 8 -> 8 images in a step: the noise from here on is new" in lines[0]
+    noise = [line for rank in "01" for line in (folder / f"drawn-{rank}").read_text().split()]
+    assert len(set(noise)) == len(noise) == 2 * (1 + 3) + 2  # of what the script itself has drawn
+
+
 def test_an_estimator_that_calls_the_network_again_trains_the_same_in_two_processes(folder):
     """Several forward passes go through DDP before one backward; weight 0 gives other weights, so the term acts."""
     flags = "--max_train_steps 3 --learning_rate 1e-3 --reg_weighting constant --reg_estimator ddim(1)"

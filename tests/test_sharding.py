@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shutil
 from types import SimpleNamespace
 
 import numpy as np
@@ -110,6 +111,21 @@ def test_a_sharded_run_goes_on_from_its_checkpoint_to_the_same_end(folder, runs)
     flags = "--max_train_steps 4 --checkpointing_steps 2 --learning_rate 1e-3 --output_dir sharded --resume auto"
     assert run_script(folder, *flags.split(), prepare=shard_and_feed) == [0, 0]
     assert all(torch.equal(value, before[name]) for name, value in weights(runs[1]).items())
+
+
+@pytest.mark.slow
+def test_four_processes_go_on_from_the_shards_of_two_to_the_same_end(folder, runs):
+    """A step has the same 8 images, whose noise is their own; weights, optimizer and average are sharded again."""
+    shutil.copytree(runs[1], folder / "elastic")
+    shutil.rmtree(folder / "elastic" / "checkpoint-4")
+    flags = "--max_train_steps 4 --checkpointing_steps 2 --learning_rate 1e-3 --output_dir elastic --resume auto"
+    flags += " --allow_changed_settings --train_batch_size 2"
+    assert run_script(folder, *flags.split(), prepare=shard_and_feed, number=4) == [0] * 4
+    parts = {path.name for path in (folder / "elastic" / "checkpoint-4").rglob("*.distcp")}
+    assert parts == {f"__{rank}_0.distcp" for rank in range(4)}
+    found = weights(folder / "elastic")
+    for name, value in weights(runs[0]).items():
+        torch.testing.assert_close(found[name], value, rtol=1e-7, atol=1e-9)
 
 
 def test_a_sharded_comparison_in_bfloat16_leaves_out_a_bad_step(folder):

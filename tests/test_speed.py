@@ -7,6 +7,7 @@ import re
 import shutil
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -18,10 +19,16 @@ from network_gradients import batch_for, gradients
 from runs import differ, metrics, weights
 from safetensors.torch import load_file
 
+from reg_diffusers.data.training_data import make_dataloader
 from reg_diffusers.networks.attention import use_explicit_attention
-from reg_diffusers.networks.computation import CompiledForBatches
+from reg_diffusers.networks.computation import Choice, CompiledForBatches, Computation
+from reg_diffusers.runs.checkpoint import Progress
+from reg_diffusers.runtime.hardware import allow_tf32
 from reg_diffusers.runtime.profiling import SECTIONS, WARM_UP_STEPS, StepProfile
+from reg_diffusers.settings import MachineSettings, OptimizationSettings
 from reg_diffusers.training import preparation
+from reg_diffusers.training.preparation import build_optimizer
+from reg_diffusers.training.report import describe_machine
 
 pytestmark = pytest.mark.training
 
@@ -42,6 +49,31 @@ def test_a_run_says_how_it_computes_and_why_and_goes_on_only_so(train, capsys):
     with pytest.raises(SystemExit):
         train(*flags, "--attention", "sdpa", "--resume", "auto")
     assert "--attention explicit -> sdpa" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("asked, products", [(None, "TF32 (--mixed_precision no: float32)"), ("no", "float32")])
+def test_a_gpu_gets_tf32_pinned_memory_and_a_fused_optimizer_and_the_run_says_so(monkeypatch, asked, products):
+    """The device is but a name here: no CUDA is needed up to the first tensor."""
+    set_to = []
+    monkeypatch.setattr(torch, "set_float32_matmul_precision", set_to.append)
+    device = torch.device("cuda")
+    uses_tf32 = allow_tf32(device, asked)
+    assert set_to == ["high"] * uses_tf32 and uses_tf32 == (asked is None)
+    assert not allow_tf32(torch.device("cpu"), asked) and set_to == ["high"] * uses_tf32
+    state = SimpleNamespace(device=device, num_processes=1)
+    computation = Computation(Choice("bf16", "supported by the hardware"), Choice("sdpa", "PyTorch's own"))
+    lines = describe_machine(MachineSettings(mixed_precision=asked), state, computation, False, uses_tf32)
+    said = (
+        f"mixed precision bf16 (supported by the hardware), other products in {products}, pinned memory, fused AdamW"
+    )
+    assert lines[1] == said and lines[2].endswith("not compiled (--compile takes minutes at the start)")
+    images = torch.utils.data.TensorDataset(torch.zeros(4))
+    for kind in ("cuda", "cpu"):
+        accelerator = SimpleNamespace(num_processes=1, device=torch.device(kind))
+        loader = make_dataloader(images, OptimizationSettings(train_batch_size=2), 0, accelerator, Progress())
+        assert loader.pin_memory == (kind == "cuda")
+    optimizer = build_optimizer(OptimizationSettings(), torch.nn.Linear(2, 2, device="meta"))
+    assert optimizer.defaults["fused"]
 
 
 def test_attention_and_xformers_exclude_each_other(train, capsys):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
 import torch
@@ -11,8 +11,8 @@ from accelerate import Accelerator
 from accelerate.data_loader import DataLoaderShard
 from torch import Tensor
 
+from ..runs.checkpoint import Progress
 from ..runtime.errors import warn
-from .content import joined
 from .pictures_data import PictureData
 
 __all__ = ["BucketBatches", "Buckets", "bucket_dataloader", "bucket_sizes", "cropped", "nearest_sizes"]
@@ -59,7 +59,7 @@ class Buckets(torch.utils.data.Dataset):
         note: a line to print at the start, next to the number and shape of the data.
         number: number of images.
         examples: the images of the most frequent size, for repeated use.
-        normalization, is_picture, prompts, classes, condition_channels, columns, content: as in `PictureData`.
+        normalization, is_picture, prompts, classes, condition_channels, columns: as in `PictureData`.
 
     Args:
         parts: the images of each size; none is empty.
@@ -76,7 +76,6 @@ class Buckets(torch.utils.data.Dataset):
         self.classes, self.condition_channels = self.examples.classes, self.examples.condition_channels
         self.columns = self.examples.columns
         self.fingerprint = " ".join(part.fingerprint for part in self.parts)
-        self.content = joined(part.content for part in self.parts)
         self._ends = np.cumsum([len(part) for part in self.parts])
         numbers = ", ".join(f"{name}: {number:,}" for name, number in self.numbers().items())
         depth = f"; {self.examples.note}" if self.examples.note else ""
@@ -124,43 +123,56 @@ class BucketBatches:
         seed: the seed of the order.
         process: the index of this process.
         processes: the number of processes, P.
+        progress: the progress of the training, for an epoch that another number of processes has begun.
     """
 
     drop_last = True
 
     def __init__(
-        self, members: Sequence[Sequence[int]], batch_size: int, seed: int, process: int = 0, processes: int = 1
+        self,
+        members: Sequence[Sequence[int]],
+        batch_size: int,
+        seed: int,
+        process: int = 0,
+        processes: int = 1,
+        progress: Progress | None = None,
     ):
         self.batch_size = batch_size
         self._members = [np.asarray(one) for one in members]
         self._seed, self._process, self._processes = seed, process, processes
         self._epoch = 0
+        self._progress = progress or Progress()
 
     def set_epoch(self, epoch: int) -> None:
         self._epoch = epoch
 
     def __len__(self) -> int:
-        """Returns the number of batches of an epoch, the same on all processes."""
-        return sum(len(self._starts(len(one))) for one in self._members)
+        """Returns the number of batches of a whole epoch, the same on all processes."""
+        return sum(len(_starts(len(one), self._processes, self.batch_size)) for one in self._members)
 
     def __iter__(self) -> Iterator[list[int]]:
+        left = self._members
+        for processes, batch_size, batches in self._progress.divisions:
+            drawn = self._steps(left, processes, batch_size)[:batches]
+            left = [np.setdiff1d(one, np.concatenate(drawn)) for one in left] if drawn else left
+        for step in self._steps(left, self._processes, self.batch_size):
+            yield np.array_split(step, self._processes)[self._process].tolist()
+
+    def _steps(self, members: Sequence[np.ndarray], processes: int, batch_size: int) -> list[np.ndarray]:
+        """Divides the images of each size into steps of all processes; returns these in a random order."""
         random = np.random.default_rng([self._seed, self._epoch])
         steps = []
-        for one in self._members:
+        for one in members:
             shuffled = random.permutation(one)
-            starts = self._starts(len(one))
-            steps += [shuffled[start : start + self._per_step] for start in starts]
-        for place in random.permutation(len(steps)):
-            shares = np.array_split(steps[place], self._processes)
-            yield shares[self._process].tolist()
+            steps += [
+                shuffled[start : start + batch_size * processes] for start in _starts(len(one), processes, batch_size)
+            ]
+        return [steps[place] for place in random.permutation(len(steps))]
 
-    @property
-    def _per_step(self) -> int:
-        return self.batch_size * self._processes
 
-    def _starts(self, number: int) -> range:
-        """Returns where the steps of a size begin; each has an image for every process."""
-        return range(0, number - self._processes + 1, self._per_step)
+def _starts(number: int, processes: int, batch_size: int) -> range:
+    """Returns where the steps of a size begin; each has an image for every process."""
+    return range(0, number - processes + 1, batch_size * processes)
 
 
 def _small_sizes(data: Buckets, batch_size: int, processes: int) -> str:
@@ -176,7 +188,15 @@ def _small_sizes(data: Buckets, batch_size: int, processes: int) -> str:
     return "--buckets: " + "; ".join(lines) if lines else ""
 
 
-def bucket_dataloader(data: Buckets, batch_size: int, seed: int, num_workers: int, accelerator: Accelerator, collate):
+def bucket_dataloader(
+    data: Buckets,
+    batch_size: int,
+    seed: int,
+    num_workers: int,
+    accelerator: Accelerator,
+    progress: Progress,
+    collate: Callable,
+) -> DataLoaderShard:
     """Builds a loader of batches of one size, already prepared: accelerate expects batches of equal length.
 
     Warns of sizes with fewer images than a step of all processes takes.
@@ -187,11 +207,11 @@ def bucket_dataloader(data: Buckets, batch_size: int, seed: int, num_workers: in
         data,
         device=accelerator.device,
         batch_sampler=BucketBatches(
-            data.members, batch_size, seed, accelerator.process_index, accelerator.num_processes
+            data.members, batch_size, seed, accelerator.process_index, accelerator.num_processes, progress
         ),
         num_workers=num_workers,
         collate_fn=collate,
-        pin_memory=torch.cuda.is_available(),
+        pin_memory=accelerator.device.type == "cuda",
         # a separate generator: otherwise, each epoch or resumed run would draw from that of the noise
         generator=torch.Generator().manual_seed(seed),
         persistent_workers=num_workers > 0,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 
 import numpy as np
 import torch
@@ -11,7 +11,6 @@ from torch import Tensor
 
 from .column_values import numbers_of, seen_image
 from .columns import Column
-from .content import joined
 from .normalization import PICTURES
 
 __all__ = ["PictureData"]
@@ -30,11 +29,6 @@ class PictureData(torch.utils.data.Dataset):
         number: number of images.
         examples: images for repeated use: all of them.
         fingerprint: identifies the images and their order.
-        content: identifies the images and everything that belongs to them.
-
-    Args:
-        table: decoded images.
-        digests: a hash of each column of the table, see `content.table_digests`.
     """
 
     normalization = PICTURES
@@ -50,10 +44,8 @@ class PictureData(torch.utils.data.Dataset):
         note: str = "",
         caption: str | None = None,
         columns: Sequence[Column] = (),
-        *,
-        digests: Mapping[str, str],
     ):
-        self.fingerprint, self.content = digests["pixels"], joined(digests.values())
+        self.fingerprint = table._fingerprint
         self._table = table.with_format("arrow")
         self.shape = shape
         self.classes = classes

@@ -183,7 +183,7 @@ def stream_dataloader(
         batch_sampler=batches,
         num_workers=num_workers,
         collate_fn=_identity,
-        pin_memory=torch.cuda.is_available(),
+        pin_memory=accelerator.device.type == "cuda",
         generator=torch.Generator().manual_seed(
             seed
         ),  # otherwise, a resumed run would draw from the noise's generator

@@ -12,7 +12,6 @@ from torch import Tensor
 from ..runtime.errors import DataError, UsageError, warn
 from .column_values import misshapen, row_value, seen_image
 from .columns import Column
-from .content import stream_digest
 from .normalization import PICTURES
 from .pictures import BadImage, decode_stored, depth_of, has_colour, size_of
 from .source import Source
@@ -49,7 +48,6 @@ class StreamedPictures:
         columns: the columns that regularizers need.
         decoder: decodes batches of rows.
         examples: the first images, for repeated use of the same images.
-        content: identifies the first few images and what belongs to them.
 
     Raises:
         UsageError: if there are no rows, or if they cannot be read.
@@ -86,7 +84,6 @@ class StreamedPictures:
         found = {into: (name, channels[into], depths[into].white) for into, (name, _) in images.items()}
         self.decoder = RowDecoder(found, self.columns, label, size, source, skip_bad_images=skip_bad_images)
         self.examples = _Examples(first, self.decoder)
-        self.content = stream_digest(self.examples)
 
 
 class RowDecoder(torch.utils.data.Dataset):

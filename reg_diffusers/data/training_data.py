@@ -11,12 +11,14 @@ import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
+from itertools import islice
 from pathlib import Path
 
 import numpy as np
 import torch
 from accelerate import Accelerator
 from torch import Tensor
+from torch.utils.data import BatchSampler, RandomSampler
 
 from ..runs.checkpoint import Progress
 from ..runtime.errors import UsageError, warn
@@ -26,7 +28,6 @@ from ..settings.size import as_setting, shown, sides
 from .buckets import BucketBatches, Buckets, bucket_dataloader, bucket_sizes, cropped, nearest_sizes
 from .column_values import check_masks, check_shapes, check_texts, numbers_of
 from .columns import Column, Wanted, find_column
-from .content import table_digests
 from .depth import Depth
 from .fields import FieldData, check_order, field_file, read_fields
 from .latents import LatentData
@@ -136,7 +137,7 @@ def load_training_data(
 def batches_per_epoch(data: TrainingData, batch_size: int, processes: int) -> int | None:
     """Returns the number of batches that each process draws in an epoch; None for a stream of unknown length."""
     if isinstance(data, Buckets):
-        return len(BucketBatches(data.members, batch_size, 0, 0, processes))
+        return len(BucketBatches(data.members, batch_size, 0, processes=processes))
     return None if data.number is None else data.number // (batch_size * processes) or 1  # drops an incomplete batch
 
 
@@ -154,24 +155,41 @@ def make_dataloader(
         settings: the settings with the batch size and the seed of the order.
         workers: number of processes that load data; 0 loads in this process.
         accelerator: the accelerator, which must still prepare the loader.
-        progress: the progress of the training, from which a stream continues.
+        progress: the progress of the training, from which a stream and a divided epoch continue.
     """
     if isinstance(data, StreamedPictures):
         return stream_dataloader(data, settings.train_batch_size, settings.seed, workers, accelerator, progress)
     if isinstance(data, Buckets):
-        return bucket_dataloader(data, settings.train_batch_size, settings.seed, workers, accelerator, _identity)
+        batch_size, seed = settings.train_batch_size, settings.seed
+        return bucket_dataloader(data, batch_size, seed, workers, accelerator, progress, _identity)
+    # a separate generator: otherwise, each epoch or resumed run would draw from that of the noise
+    generator = torch.Generator().manual_seed(settings.seed)
+    drop_last = len(data) >= settings.train_batch_size * accelerator.num_processes
+    order = RandomSampler(data, generator=generator)
     return torch.utils.data.DataLoader(
         data,
-        batch_size=settings.train_batch_size,
-        shuffle=True,
+        batch_sampler=_BatchesLeft(order, settings.train_batch_size, drop_last, progress),
         num_workers=workers,
         collate_fn=_identity,
-        drop_last=len(data) >= settings.train_batch_size * accelerator.num_processes,
-        pin_memory=torch.cuda.is_available(),
-        # a separate generator: otherwise, each epoch or resumed run would draw from that of the noise
-        generator=torch.Generator().manual_seed(settings.seed),
+        pin_memory=accelerator.device.type == "cuda",
+        generator=generator,
         persistent_workers=workers > 0,
     )
+
+
+class _BatchesLeft(BatchSampler):
+    """The batches of an epoch without the images that were drawn before another number of processes continued it.
+
+    Its length is that of a whole epoch.
+    """
+
+    def __init__(self, sampler, batch_size: int, drop_last: bool, progress: Progress):
+        super().__init__(sampler, batch_size, drop_last)
+        self._progress = progress
+
+    def __iter__(self):
+        left = islice(self.sampler, self._progress.images_drawn(), None)
+        return iter(BatchSampler(left, self.batch_size, self.drop_last))
 
 
 def _identity(batch: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -337,5 +355,4 @@ def _decoded(
     shape = (pixels.channels, *size)
     number = condition.channels if condition else 0
     columns = [replace(one, channels=looks[one.place].channels) if one.is_image else one for one in found]
-    of_table = table, shape, classes, number, pixels.depth.note, settings.caption_column, columns
-    return PictureData(*of_table, digests=table_digests(table, cache_folder(settings.cache_dir)))
+    return PictureData(table, shape, classes, number, pixels.depth.note, settings.caption_column, columns)

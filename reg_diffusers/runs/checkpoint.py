@@ -10,15 +10,17 @@ the manifest detects damage on the disk.
 from __future__ import annotations
 
 import json
+import math
 import shutil
 import sys
 import uuid
 from pathlib import Path
 from typing import Protocol
 
+import numpy as np
 import torch
 from accelerate import Accelerator
-from accelerate.utils import broadcast_object_list
+from accelerate.utils import broadcast_object_list, set_seed
 
 from ..runtime.errors import UsageError
 from ..runtime.machines import bring_files, check_folder
@@ -38,16 +40,28 @@ class Progress:
     Attributes:
         step: number of optimizer steps taken.
         epoch: number of epochs completed.
-        batch: number of batches of the current epoch processed, in each process.
+        batch: number of batches of the current epoch processed, in each process, by the current division.
+        divisions: how the images of the current epoch were divided before another number of processes continued the
+            run, oldest first: (number of processes, images per batch, number of batches in each process).
     """
 
     def __init__(self):
         self.step = self.epoch = self.batch = 0
+        self.divisions: list[tuple[int, int, int]] = []
 
-    def state_dict(self) -> dict[str, int]:
+    def divide_again(self, processes: int, batch_size: int) -> None:
+        """Leaves the rest of the epoch to another division, after one with these numbers."""
+        self.divisions.append((processes, batch_size, self.batch))
+        self.batch = 0
+
+    def images_drawn(self) -> int:
+        """Returns the number of images of the current epoch that were drawn by earlier divisions."""
+        return sum(map(math.prod, self.divisions))
+
+    def state_dict(self) -> dict:
         return dict(vars(self))
 
-    def load_state_dict(self, state: dict[str, int]) -> None:
+    def load_state_dict(self, state: dict) -> None:
         vars(self).update(state)
 
 
@@ -61,6 +75,7 @@ def endless_batches(accelerator: Accelerator, dataloader, progress: Progress):
             yield batch
         progress.epoch += 1
         progress.batch = 0
+        progress.divisions = []
 
 
 class Stateful(Protocol):
@@ -77,8 +92,9 @@ class Checkpoints:
     Args:
         accelerator: the accelerator, with everything prepared.
         output_dir: the folder of the checkpoints.
-        states: the states that are equal in all processes, by name, including "lr_scheduler"; tensors and plain
-            values. They are not registered with accelerate, which would load them as pickles that can run code.
+        states: the states that are equal in all processes, by name, including "lr_scheduler" and "progress"; tensors
+            and plain values. They are not registered with accelerate, which would load them as pickles that can run
+            code.
         settings: the settings that affect the mathematics, as JSON; each checkpoint stores them, see
             `changed_settings`.
         limit: the number of checkpoints to keep; None keeps all.
@@ -112,6 +128,9 @@ class Checkpoints:
         All processes load the checkpoint that the main process found. New settings override those in the checkpoint.
         If the flags name a checkpoint, later checkpoints of the abandoned branch are set aside.
 
+        Another number of processes may have saved it. Then Accelerate reshards sharded weights and their optimizer,
+        the rest of the epoch is divided among these processes, and their noise is new.
+
         Raises:
             UsageError: if the named checkpoint is damaged, or if another machine does not see it.
         """
@@ -134,10 +153,12 @@ class Checkpoints:
         manifest = read_manifest(folder)
         if manifest["settings"] != self._settings:
             _keep_hyperparameters(lr_scheduler, new)
-        states = json.loads((folder / self._counters_file).read_text())
+        processes = manifest["settings"].get("processes", self._accelerator.num_processes)
+        states = json.loads((folder / _counters_file(self._accelerator.process_index % processes)).read_text())
         for name, counter in self._counters.items():
             if name in states:  # not in a checkpoint of an older version
                 counter.load_state_dict(states[name])
+        self._divide_again(manifest)
         origin = {"run": manifest.get("run"), "step": manifest["step"], "checkpoint": folder.name}
         self._resumed_from = [*(manifest.get("resumed_from") or []), origin]
         if not is_named(output, self._output_dir):
@@ -180,7 +201,20 @@ class Checkpoints:
             if self._accelerator.is_main_process:
                 torch.save(content, unfinished / f"{name}.bin")
         states = {name: counter.state_dict() for name, counter in self._counters.items()}
-        (unfinished / self._counters_file).write_text(json.dumps(states))
+        (unfinished / _counters_file(self._accelerator.process_index)).write_text(json.dumps(states))
+
+    def _divide_again(self, manifest: dict) -> None:
+        """Adapts to another number of processes or batch size than that of the checkpoint."""
+        before, now = (
+            (settings.get("processes"), settings.get("--train_batch_size"))
+            for settings in (manifest["settings"], self._settings)
+        )
+        if before != now and None not in before and not self._settings.get("--streaming"):  # it has places of its own
+            self._states["progress"].divide_again(*before)
+        if before[0] not in (None, now[0]):
+            # The saved states belong to other processes, and the seed itself would repeat the noise of the first step.
+            seeds = np.random.SeedSequence([self._settings["--seed"], manifest["step"], now[0]])
+            set_seed(int(seeds.generate_state(1)[0]), device_specific=True)
 
     def _load_states(self, folder: Path) -> None:
         for name, state in self._states.items():
@@ -206,9 +240,9 @@ class Checkpoints:
             for old in before[: max(len(before) - (self._limit - 1), 0)]:
                 _remove(old)
 
-    @property
-    def _counters_file(self) -> str:
-        return f"counters_{self._accelerator.process_index}.json"
+
+def _counters_file(process: int) -> str:
+    return f"counters_{process}.json"
 
 
 def _remove_unfinished(folder: Path) -> None:

@@ -19,7 +19,6 @@ from ..networks.autoencoders import autoencoder_sha256, load_autoencoder
 from ..networks.build import GivenModel, load_given_model
 from ..networks.families import FAMILIES, Embeddings, Family, family_of
 from ..networks.lora import frozen_sha256
-from ..runs.lineage import CONTENT
 from ..runtime.errors import UsageError, warn
 from ..sampling.sampler import add_weights
 from ..settings.data import DataSettings
@@ -65,7 +64,6 @@ class Loaded:
         vae: autoencoder of the latents, or None.
         family: family of a text-to-image pipeline, or None.
         previews: embeddings of the texts of the previews, (P, ...) by name; None without texts.
-        prompts_shown: these texts.
         see: turns further images, like `images`, into what the network sees; holds the encoders. None later.
         held_out: images that are held out, or None.
     """
@@ -76,14 +74,12 @@ class Loaded:
     vae: nn.Module | None = None
     family: Family | None = None
     previews: dict[str, Tensor] | None = None
-    prompts_shown: tuple[str, ...] = ()
     see: Callable[[TrainingData], TrainingData] | None = lambda images: images
     held_out: HeldOut | None = None
 
     def frozen_parts(self) -> dict[str, str]:
         """Returns hashes of what decides the result but is in no checkpoint, by name: files may change in place."""
         found = {
-            CONTENT: self.images.content[:16],
             "autoencoder": self.vae and autoencoder_sha256(self.vae),
             "frozen weights": self.given.unet and frozen_sha256(self.given.unet),
             "texts": self.data.prompts and self.data.prompts.fingerprint,
@@ -149,12 +145,12 @@ def load_model_and_data(
             with_images=with_images,
         )
 
-    latents, previews, shown = see(images, mirrored=data.random_flip), None, ()
+    latents, previews = see(images, mirrored=data.random_flip), None
     if family is not None:
-        shown = tuple(validation_prompts or dict.fromkeys(latents.prompts.texts[:_TEXTS_SHOWN]))
+        shown = list(validation_prompts or dict.fromkeys(latents.prompts.texts[:_TEXTS_SHOWN]))
         embedded = [family.embed(encoder, [text]) for text in shown]
         previews = {name: torch.cat([one[name] for one in embedded]).cpu() for name in null}
-    return Loaded(given, images, latents, vae, family, previews, shown, see)
+    return Loaded(given, images, latents, vae, family, previews, see)
 
 
 def _check_texts(

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
@@ -20,8 +20,9 @@ import torch
 from accelerate import PartialState
 from accelerate.utils import broadcast_object_list
 
-from ..data.training_data import TrainingData, Wanted
-from ..hub.lora_card import write_card_of_run
+from ..data.training_data import TrainingData, Wanted, batches_per_epoch
+from ..hub.card import write_card
+from ..hub.lora_card import write_lora_card
 from ..hub.uploads import Uploads, check_upload
 from ..networks.autoencoders import cast_decoder, decoded_view
 from ..networks.build import GivenModel, build_noise_scheduler, build_unet
@@ -33,7 +34,7 @@ from ..runs.manifest import read_manifest
 from ..runs.run_folder import CARD_FILE, PLAIN_FOLDER
 from ..runtime.engine import check_engine
 from ..runtime.errors import UsageError
-from ..runtime.hardware import choose_mixed_precision, frozen_precision, keep_freed_memory, set_threads
+from ..runtime.hardware import allow_tf32, choose_mixed_precision, frozen_precision, keep_freed_memory, set_threads
 from ..runtime.interruption import Interruption
 from ..runtime.launch import resume_command
 from ..runtime.messages import say, show_messages
@@ -68,7 +69,6 @@ from .terms import (
     weight_rules,
     with_weights,
 )
-from .trackers import Trackers
 
 __all__ = ["Launch", "Run", "launched", "open_run"]
 
@@ -89,7 +89,6 @@ class Run:
         interruption: whether the run must end before its last step; a context manager that handles signals.
         uploads: uploads to the Hub by the main process; None without uploads.
         repo_id: repository of the uploads.
-        loggers: those of the trainings so far; the first one gets the comparison.
     """
 
     settings: Settings
@@ -103,7 +102,6 @@ class Run:
     interruption: Interruption
     uploads: Uploads | None
     repo_id: str | None
-    loggers: list[Trackers] = field(default_factory=list)
 
     @property
     def data(self) -> TrainingData:
@@ -127,7 +125,7 @@ class Run:
     def prepare(self, output_dir: Path) -> Training:
         """Builds one training; each call gives the same."""
         settings = self.settings
-        training = prepare(
+        return prepare(
             self.data,
             output_dir,
             self.ending,
@@ -141,8 +139,6 @@ class Run:
             workers=settings.data.dataloader_num_workers,
             hyperparameters=settings.kept(),
         )
-        self.loggers.append(training.trackers)
-        return training
 
     def rules(self, terms: tuple[Term, ...]) -> dict[str, WeightRule]:
         """Returns the rule that sets the weight of each of these terms, by name."""
@@ -175,7 +171,6 @@ class Run:
         if self.state.is_main_process and is_measured and not self.interruption:
             compare(
                 self.loaded.images,
-                self.data,
                 self.settings.loss,
                 of_images(terms),
                 plain,
@@ -183,7 +178,6 @@ class Run:
                 self.output_dir,
                 self.interruption,
                 self.ending,
-                self.loggers[0],
                 seed=self.settings.optimization.seed,
                 steps=self.settings.output.ddpm_num_inference_steps,
             )
@@ -197,7 +191,9 @@ class Run:
         if not self.interruption:
             name = self.repo_id or self.settings.output.output_dir
             license = self.settings.hub.hub_license
-            card = partial(write_card_of_run, output_dir, name, uploads and uploads.old_card, license)
+            card = partial(write_card, output_dir, name, uploads and uploads.old_card, license)
+            if self.loaded.family is not None:
+                card = partial(write_lora_card, output_dir, name, license)
             self.ending.attempt(f"{output_dir / CARD_FILE}", "--resume auto writes it again", card)
         print(describe_result(output_dir, self.interruption, self.ending.command))
         if uploads and not uploads.finish(output_dir, interrupted=bool(self.interruption)):
@@ -249,7 +245,7 @@ def open_run(launch: Launch) -> Run:
     check_engine(state, machine.mixed_precision, machine.compile, optimization.max_grad_norm)
     check_balance(loss, machine.compile, state.distributed_type)
     set_threads(machine.num_threads)
-    keeps_memory = keep_freed_memory(state.device)
+    keeps_memory, uses_tf32 = keep_freed_memory(state.device), allow_tf32(state.device, machine.mixed_precision)
     likely_precision = choose_mixed_precision(machine.mixed_precision)
     repo_id = on_main_process(state, lambda: check_upload(settings.hub, output.output_dir))
     terms = together(state, lambda: build_terms(loss, settings.data))
@@ -275,7 +271,8 @@ def open_run(launch: Launch) -> Run:
     (computation,) = broadcast_object_list([computation])
     mathematics = mathematical_settings(settings, data, state, computation.recorded)
     mathematics |= loaded.frozen_parts()
-    on_main_process(state, lambda: check_settings(output, optimization.lr_scheduler, mathematics))
+    batches = batches_per_epoch(data, optimization.train_batch_size, state.num_processes)
+    on_main_process(state, lambda: check_settings(output, optimization, mathematics, batches))
     ending.command = resume_command(argv, state)
     uploads = on_main_process(state, lambda: Uploads(settings.hub, repo_id, output) if repo_id else None)
     if state.is_main_process:
@@ -290,12 +287,12 @@ def open_run(launch: Launch) -> Run:
             mixed_precision=computation.mixed_precision.value,
             base_model=settings.model.pretrained_model_name_or_path,
             vae=settings.model.vae,
-            data=record_of_data(settings.data, loaded.images, loaded.held_out, loaded.prompts_shown),
+            data=record_of_data(settings.data, loaded.images, loaded.held_out),
             objective=record_of_objective(
                 *(loss, terms, noise_scheduler), is_picture=data.is_picture, is_decoded=vae is not None
             ),
         )
-        lines = describe_machine(machine, state, computation, keeps_memory)
+        lines = describe_machine(machine, state, computation, keeps_memory, uses_tf32)
         data_and_model = data, loaded.images, settings.data.source, unet, noise_scheduler
         estimates = describe_needs(settings, state, data, given, unet, noise_scheduler, terms, computation, vae)
         held_out = loaded.held_out and loaded.held_out.describe()
@@ -316,6 +313,10 @@ def _load(settings: Settings, state: PartialState, wanted: list[Wanted], *, with
     frozen, shown = frozen_precision(settings.machine.mixed_precision), settings.output.validation_prompts
     given = settings.model, settings.data, state.device, shown, frozen, wanted
     loaded = load_model_and_data(*given, with_images=with_images)
+    if loaded.family is not None and settings.loss.compare:
+        raise UsageError("--compare is not supported for text-to-image models: drop the flag, or pass --no-compare")
+    if loaded.family is not None and settings.hub.push_to_hub:
+        raise UsageError("--push_to_hub is not supported for LoRA: upload the folder by hf upload")
     loaded = hold_out(loaded, settings.validation, settings.data, settings.optimization.seed, wanted)
     if loaded.family is not None:
         cast_decoder(loaded.vae, frozen)
