@@ -139,7 +139,7 @@ class DecodedImage(nn.Module):
         if dtype not in ("auto", vae.dtype):
             vae = nn.Module.to(copy.deepcopy(vae), dtype)  # the loop may still encode with the original
         if checkpointing and _has_blocks_to_checkpoint(vae):
-            vae.enable_gradient_checkpointing()
+            vae.enable_gradient_checkpointing(_recomputed)  # by a function that pickle finds, so the loss can be saved
         self.networks = FrozenNetworks([vae])
         self.checkpointing = checkpointing
         self.chunk = chunk
@@ -258,6 +258,10 @@ class DecodedImage(nn.Module):
 
     def _call_decoder(self, latents: Tensor) -> Tensor:
         return self.vae.decode(latents, return_dict=False)[0]
+
+
+def _recomputed(module: nn.Module, *inputs):
+    return checkpoint(module, *inputs, use_reentrant=False)
 
 
 def latent_coordinates(vae: nn.Module) -> tuple[Affine, tuple[int, int] | None]:

@@ -1,7 +1,9 @@
 """train_reg.py --lora_rank on each family of text-to-image pipelines, by tiny random ones."""
 
 import gc
+import json
 import shutil
+from pathlib import Path
 
 import numpy as np
 import PIL.Image
@@ -9,7 +11,7 @@ import pytest
 import torch
 from diffusers import DDIMScheduler, DiffusionPipeline, FluxPipeline
 from huggingface_hub import ModelCard
-from runs import differ, metrics
+from runs import differ, metrics, refusal
 from safetensors.torch import load_file
 from tiny_pipelines import (
     save_flux,
@@ -195,3 +197,38 @@ def test_a_loss_calls_the_network_as_the_pipeline_does(name, tmp_path):
     with torch.no_grad():
         (output,) = called(unpacked, timestep.reshape(-1), **family.embed(pipeline, ["a cat"]))
     torch.testing.assert_close(output, family.unpacked(expected, 8, 12))
+
+
+# What is refused or counted
+
+
+@pytest.mark.parametrize("name", ["StableDiffusion3Pipeline"])
+def test_what_does_not_fit_a_family_is_refused_in_one_line(name, fine_tune, capsys, tmp_path):
+    def refused(*flags):
+        return refusal(fine_tune, capsys, *flags)
+
+    assert "no layer ends in to_nothing)" in refused("--lora_target_modules", "to_q", "to_nothing")
+    assert "sides must be multiples of 4, such as 16 or 20" in refused("--resolution", 18)
+    index = Path("base", "model_index.json")
+    whole = json.loads(index.read_text())
+    index.write_text(json.dumps({**whole, "text_encoder_3": [None, None], "tokenizer_3": [None, None]}))
+    assert refused().endswith("no readable text encoder: the pipeline was saved without text_encoder_3, tokenizer_3")
+    index.write_text(json.dumps({**whole, "vae": [None, None]}))
+    assert refused().endswith("it has no autoencoder: name one by --vae")
+    index.write_text(json.dumps(whole))
+    save_stable_diffusion("other", tmp_path / "scratch")
+    shutil.rmtree(Path("base", "vae"))
+    shutil.copytree(Path("other", "vae"), Path("base", "vae"))
+    assert "the autoencoder gives latents of 4 channels, but the given model has 16" in refused()
+    shutil.rmtree(Path("base", "tokenizer_3"))
+    shutil.copytree(Path("other", "vae"), Path("base", "tokenizer_3"))
+    assert not Path("out").exists()
+
+
+@pytest.mark.parametrize("name", ["FluxPipeline"])
+def test_texts_that_any_tokenizer_cuts_off_are_counted_in_one_warning(name, fine_tune, capsys):
+    write_photos(texts=["a cat", "abcdefghi", "abcdefgh abcdefgh", "dog"])
+    fine_tune("--max_train_steps", 1)
+    (warning,) = [line for line in capsys.readouterr().err.splitlines() if "cuts off" in line]
+    assert "cuts off the end of 4 of 8 texts, such as 'abcdefghi', which is 3 tokens too long" in warning
+    assert "tokenizer 2 of them, at 12 tokens, tokenizer_2 4 of them, at 8 tokens" in warning

@@ -69,7 +69,7 @@ def _measure(vae: nn.Module, dtype: str, setting: str) -> dict[str, float]:
     for pixels in PIXELS:
         x0_hat = torch.empty(1, 4, pixels // LATENT_SIDE, pixels // LATENT_SIDE, device="meta", requires_grad=True)
         found[f"saved {pixels}"] = _saved(vae, view, x0_hat) / GIB
-        with _Occupied() as occupied:
+        with Occupied() as occupied:
             view(x0_hat).sum().backward()
         found[f"peak {pixels}"] = occupied.peak / GIB
     return found
@@ -91,8 +91,8 @@ def _saved(vae: nn.Module, view: nn.Module, x0_hat: torch.Tensor) -> int:
     return sum(storage.nbytes() for storage in storages.values())
 
 
-class _Occupied(TorchDispatchMode):
-    """Follows the bytes of all tensors that are computed inside."""
+class Occupied(TorchDispatchMode):
+    """Follows the bytes of all tensors that are computed inside; views of others, such as weights, have none."""
 
     def __init__(self):
         super().__init__()
@@ -101,10 +101,11 @@ class _Occupied(TorchDispatchMode):
         self._storages = weakref.WeakSet()
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        given = {tensor.untyped_storage()._cdata for tensor in tree_iter((args, kwargs)) if _is_tensor(tensor)}
         results = function(*args, **(kwargs or {}))
         for tensor in tree_iter(results):
-            storage = tensor.untyped_storage() if isinstance(tensor, torch.Tensor) else None
-            if storage is not None and storage not in self._storages:
+            storage = tensor.untyped_storage() if _is_tensor(tensor) else None
+            if storage is not None and storage not in self._storages and storage._cdata not in given:
                 self._storages.add(storage)
                 self._add(storage.nbytes())
                 weakref.finalize(storage, self._add, -storage.nbytes())
@@ -113,6 +114,10 @@ class _Occupied(TorchDispatchMode):
     def _add(self, change: int) -> None:
         self._now += change
         self.peak = max(self.peak, self._now)
+
+
+def _is_tensor(value) -> bool:
+    return isinstance(value, torch.Tensor)
 
 
 def _table(rows: list[dict]) -> str:

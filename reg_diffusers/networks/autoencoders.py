@@ -70,7 +70,7 @@ def decoded_view(vae: nn.Module, mixed_precision: str) -> DecodedImage:
 def cast_decoder(vae: nn.Module, dtype: torch.dtype) -> None:
     """Converts an autoencoder that only decodes from now on, and is not saved; one that would overflow is kept."""
     if not _overflows(vae, dtype):
-        vae.to(dtype)
+        nn.Module.to(vae, dtype)
 
 
 def _overflows(vae: nn.Module, dtype: torch.dtype | str) -> bool:

@@ -44,7 +44,7 @@ class ModelSettings:
     )
     lora_target_modules: tuple[str, ...] | None = flag(
         None,
-        "layers with adapters, by the end of their names; default: the attention, to_q to_k to_v to_out.0",
+        "layers with adapters, by the end of their names; default: those of diffusers' script for this pipeline",
         metavar="NAME",
         many=True,
     )

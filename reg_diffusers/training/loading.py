@@ -184,9 +184,9 @@ def _check_texts(
 def _load_encoder(family: Family, base: str, cache_dir: str | None, device: torch.device, dtype: torch.dtype):
     """Returns the pipeline that embeds texts, and its embedding of no text."""
     try:
-        encoder = family.load_encoder(base, cache_dir, dtype).to(device)
-        if missing := family.missing_parts(encoder):
+        if missing := family.missing_parts(base, cache_dir):
             raise ValueError(f"the pipeline was saved without {', '.join(missing)}")
+        encoder = family.load_encoder(base, cache_dir, dtype).to(device)
         return encoder, family.null(encoder)  # some missing files are noticed only when they are used
     except Exception as error:  # of any type, because the files may be corrupt
         reason = " ".join(str(error).split()) or type(error).__name__

@@ -80,17 +80,22 @@ class Family:
         left_out = {self.component: None, "vae": None, **self.without}
         return loaded_in(dtype, self.pipeline_class, path, cache_dir=cache_dir, use_safetensors=True, **left_out)
 
-    def missing_parts(self, pipeline: DiffusionPipeline) -> list[str]:
-        """Returns the text encoders and tokenizers that a pipeline of `load_encoder` lacks."""
-        names = (name for name in pipeline.components if name.startswith(("text_encoder", "tokenizer")))
-        return sorted(name for name in names if getattr(pipeline, name) is None)
+    def missing_parts(self, path: str, cache_dir: str | None) -> list[str]:
+        """Returns the text encoders and tokenizers that a saved pipeline lacks."""
+        saved = DiffusionPipeline.load_config(path, cache_dir=cache_dir)
+        wanted = (name for name in self._required if name.startswith(("text_encoder", "tokenizer")))
+        return sorted(name for name in wanted if (saved.get(name) or [None])[0] is None)
 
     def assemble(self, network, scheduler, vae) -> DiffusionPipeline:
         """Builds the pipeline that samples from embeddings."""
-        parameters = inspect.signature(self.pipeline_class.__init__).parameters.items()
-        required = [name for name, one in parameters if name != "self" and one.default is one.empty]
         given = {self.component: network, "scheduler": scheduler, "vae": vae, **self.without}
-        return self.pipeline_class(**(dict.fromkeys(required) | given))
+        return self.pipeline_class(**(dict.fromkeys(self._required) | given))
+
+    @property
+    def _required(self) -> list[str]:
+        """The arguments of the pipeline class without a default."""
+        parameters = inspect.signature(self.pipeline_class).parameters.items()
+        return [name for name, one in parameters if one.default is one.empty]
 
     def lost_tokens(self, pipeline: DiffusionPipeline, text: str) -> dict[str, int]:
         """Returns how many tokens of a text each tokenizer cuts off, without those that cut off none."""
