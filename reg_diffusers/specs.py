@@ -131,12 +131,14 @@ def _bound(found, values: list, keywords: dict, kind: str, spec: str):
         return _instance(found, values, keywords, kind, spec)
     if not (values or keywords):
         return found
-    name, signature = name_of(spec), inspect.signature(found).replace(return_annotation=inspect.Signature.empty)
+    signature = inspect.signature(found)
+    usage = _usage(name_of(spec), signature)
     own = [parameter.name for parameter in signature.parameters.values() if parameter.kind is parameter.KEYWORD_ONLY]
     if values:
-        raise ValueError(f"{kind} {spec!r}: give the arguments by name: {name}{signature}")
+        raise ValueError(f"{kind} {spec!r}: give the arguments by name: {usage}")
     if unknown := [keyword for keyword in keywords if keyword not in own]:
-        raise ValueError(f"{kind} {spec!r}: no argument {unknown[0]!r}: it is {name}{signature}")
+        raise ValueError(f"{kind} {spec!r}: no argument {unknown[0]!r}: it is {usage}")
+    _check_numbers(signature, keywords, kind, spec)
     return partial(found, **keywords)
 
 
@@ -162,12 +164,31 @@ def _parameters(found: Callable) -> str:
     return f"({', '.join(inspect.signature(found).parameters)})" if isinstance(found, type) else ""
 
 
+def _usage(name: str, signature: inspect.Signature) -> str:
+    """Returns how a spec is written, such as "warmup(steps)"."""
+    bare = [parameter.replace(annotation=parameter.empty) for parameter in signature.parameters.values()]
+    return f"{name}{inspect.Signature(bare)}"
+
+
+def _check_numbers(signature: inspect.Signature, given: Mapping, kind: str, spec: str) -> None:
+    """Raises ValueError for a text where a number is expected, and the reverse, as far as annotations say so."""
+    for name, value in given.items():
+        parameter = signature.parameters.get(name)
+        annotation = parameter.annotation if parameter is not None else None
+        wanted = {part.strip() for part in getattr(annotation, "__name__", str(annotation)).split("|")}
+        if wanted & {"int", "float"} and wanted <= {"int", "float", "None"} and isinstance(value, str):
+            raise ValueError(f"{kind} {spec!r}: {name} must be a number, not {value!r}")
+        if wanted <= {"str", "None"} and wanted & {"str"} and isinstance(value, int | float):
+            raise ValueError(f"{kind} {spec!r}: {name} must be a text, not {value!r}")
+
+
 def _instance(found: Callable, values: list, keywords: dict, kind: str, spec: str):
-    name, signature = name_of(spec), inspect.signature(found).replace(return_annotation=inspect.Signature.empty)
+    signature = inspect.signature(found)
+    usage = _usage(name_of(spec), signature)
     try:
         bound = signature.bind_partial(*values, **keywords).arguments
     except TypeError as error:
-        raise ValueError(f"{kind} {spec!r}: {error}; it is {name}{signature}") from None
+        raise ValueError(f"{kind} {spec!r}: {error}; it is {usage}") from None
     missing = [
         parameter.name
         for parameter in signature.parameters.values()
@@ -176,7 +197,8 @@ def _instance(found: Callable, values: list, keywords: dict, kind: str, spec: st
         and parameter.name not in bound
     ]
     if missing:
-        raise ValueError(f"{kind} {spec!r} needs the arguments {', '.join(missing)}; it is {name}{signature}")
+        raise ValueError(f"{kind} {spec!r} needs {', '.join(missing)}: it is {usage}")
+    _check_numbers(signature, bound, kind, spec)
     instance = found(*values, **keywords)
     if not callable(instance):
         raise ValueError(f"{kind} {spec!r} is a {found.__name__}, which cannot be called")

@@ -101,7 +101,7 @@ def test_what_is_no_classifier_is_refused(tmp_path, file, monkeypatch):
     for name, message in (("missing", "does not exist: write it with"), ("text", "is not a classifier .*: write it")):
         with pytest.raises(ValueError, match=message):
             load_regularizer(f"classifier('{tmp_path / name}.safetensors')")
-    with pytest.raises(ValueError, match=r"needs the arguments file; it is classifier\(file"):
+    with pytest.raises(ValueError, match=r"needs file: it is classifier\(file"):
         load_regularizer("classifier")
     with pytest.raises(ValueError, match="kind must be one of features, cross_entropy, not 'logit'"):
         Classifier.loss(file, kind="logit")

@@ -189,7 +189,7 @@ MISTAKES = {
     "unknown regularizer": lambda scheduler: load_regularizer("no_such_regularizer"),
     "no module": lambda scheduler: load_regularizer("no_such_module:attribute"),
     "has no": lambda scheduler: load_regularizer("math:no_such_function"),
-    "needs the arguments in_features, out_features": lambda scheduler: load_regularizer("torch.nn:Linear"),
+    "needs in_features, out_features": lambda scheduler: load_regularizer("torch.nn:Linear"),
     "which cannot be called": lambda scheduler: load_regularizer("math:pi"),
 }
 

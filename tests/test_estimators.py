@@ -357,7 +357,7 @@ def test_names_of_the_command_line():
 @pytest.mark.parametrize(
     "spec, message",
     [
-        ("ddim", "needs the arguments steps"),
+        ("ddim", "needs steps"),
         ("ddim(0)", "at least 1, not 0; 0 would be one_step"),
         ("ddim(1.5)", "whole number"),
         ("ddim(1, 'first')", "'last' or 'all'"),

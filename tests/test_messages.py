@@ -5,10 +5,14 @@ import logging
 import re
 import sys
 
+import diffusers.utils.logging
+import huggingface_hub.utils
 import numpy as np
 import pytest
+from diffusers import DDPMScheduler
 from tqdm import tqdm
 
+from reg_diffusers import RegDDPMPipeline
 from reg_diffusers.cli import main
 from reg_diffusers.runtime.errors import warn
 from reg_diffusers.runtime.messages import bars_are_hidden, detail, say, show_messages
@@ -103,3 +107,16 @@ def test_a_message_does_not_cut_a_progress_bar(monkeypatch):
         say("in between")
     assert "in between\n" in terminal.getvalue()
     assert all(line.strip() == "in between" for line in re.split(r"[\r\n]", terminal.getvalue()) if "between" in line)
+
+
+def test_quiet_hides_the_bars_of_diffusers(tiny_unet, tmp_path, capsys):
+    RegDDPMPipeline(tiny_unet(), DDPMScheduler()).save_pretrained(tmp_path)
+    RegDDPMPipeline.from_pretrained(tmp_path)
+    assert "Loading pipeline components" in capsys.readouterr().err
+    try:
+        show_messages(quiet=True)
+        RegDDPMPipeline.from_pretrained(tmp_path)
+        assert capsys.readouterr().err == ""
+    finally:
+        diffusers.utils.logging.enable_progress_bar()
+        huggingface_hub.utils.enable_progress_bars()

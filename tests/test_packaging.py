@@ -3,6 +3,7 @@
 import ast
 import configparser
 import re
+import runpy
 from pathlib import Path
 
 import pytest
@@ -67,3 +68,18 @@ def test_the_workflow_runs_the_checks_of_this_repository():
     steps = workflow["jobs"]["checks"]["steps"]
     (command,) = (step["run"] for step in steps if "run" in step)
     assert (ROOT / command).is_file()
+
+
+def test_the_description_for_an_index_has_no_relative_links(metadata):
+    absolute = runpy.run_path(str(ROOT / "setup.py"))["with_absolute_links"]
+    readme, address = (ROOT / "README.md").read_text(), metadata["url"]
+    text = absolute(readme, address)
+    links = re.findall(r"(!?)\[[^\]]*\]\(([^)\s]+)\)", text)
+    assert len(links) > 20 and all(path.startswith("https://") for _, path in links)
+    own = [(mark, path.removeprefix(address)) for mark, path in links if path.startswith(address)]
+    assert {path.split("/")[1] for mark, path in own if mark} == {"raw"}
+    assert [path for _, path in own if not (ROOT / path.split("/main/")[1]).exists()] == []
+    assert absolute("[a](#b) ![c](https://d/e.png) [f](g.md)", "https://h") == (
+        "[a](#b) ![c](https://d/e.png) [f](https://h/blob/main/g.md)"
+    )
+    assert "file:" not in metadata.get("long_description", "")  # setup.py writes it

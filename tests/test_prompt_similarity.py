@@ -127,9 +127,7 @@ def test_what_is_left_out_or_wrong_is_said(folder):
         ours(torch.zeros(1, 4, 8, 8), prompt="a cat")
     with pytest.raises(TypeError, match="needs a CLIPModel of transformers, not Identity"):
         PromptSimilarity(torch.nn.Identity(), ours.tokenizer, NUMBERS)
-    with pytest.raises(
-        ValueError, match=r"needs the arguments name_or_folder; it is prompt_similarity\(name_or_folder"
-    ):
+    with pytest.raises(ValueError, match=r"needs name_or_folder: it is prompt_similarity\(name_or_folder"):
         load_regularizer("prompt_similarity")
     assert load_regularizer(f"prompt_similarity('{folder}', prompt='a cat')").prompt == "a cat"
 

@@ -11,7 +11,7 @@ import transformers
 from reg_diffusers import regularizers, weighting
 from reg_diffusers.cli.judging import recorded_regularizers
 from reg_diffusers.regularizers import Perceptual, regularizer_name
-from reg_diffusers.specs import load_regularizer, load_weighting, name_of
+from reg_diffusers.specs import load_regularizer, load_schedule, load_weighting, name_of
 
 pytestmark = pytest.mark.loss
 
@@ -212,7 +212,7 @@ def test_perceptual_is_loaded_by_the_name_of_its_network(tmp_path):
     transformers.BitImageProcessor().save_pretrained(tmp_path)
     found = load_regularizer(f"perceptual('{tmp_path}', layers=(0, -1), size=16)")
     assert isinstance(found, Perceptual) and found.layers == (0, -1) and found.needs == ("original_samples",)
-    with pytest.raises(ValueError, match=r"'perceptual' needs the arguments name_or_folder; it is perceptual\(name"):
+    with pytest.raises(ValueError, match=r"'perceptual' needs name_or_folder: it is perceptual\(name"):
         load_regularizer("perceptual")
     with pytest.raises(ValueError, match="unexpected keyword argument 'sizes'"):
         load_regularizer("perceptual('net', sizes=16)")
@@ -231,3 +231,18 @@ def test_the_record_of_a_model_cannot_load_a_network(tmp_path):
     record = {"objective": {"terms": [{"regularizer": spec} for spec in specs]}}
     (tmp_path / "reg_config.json").write_text(json.dumps(record))
     assert recorded_regularizers([str(tmp_path)]) == ["total_variation"]
+
+
+@pytest.mark.parametrize(
+    ("load", "spec", "message"),
+    [
+        (load_regularizer, "near_background(background='x')", "background must be a number, not 'x'"),
+        (load_regularizer, "mean_intensity(target='0.2')", "target must be a number, not '0.2'"),
+        (load_weighting, "gated('low')", "min_snr must be a number, not 'low'"),
+        (load_schedule, "warmup('10')", "steps must be a number, not '10'"),
+        (load_schedule, "warmup", r"'warmup' needs steps: it is warmup\(steps\)$"),
+    ],
+)
+def test_an_argument_of_the_wrong_kind_is_named(load, spec, message):
+    with pytest.raises(ValueError, match=message):
+        load(spec)

@@ -74,7 +74,7 @@ def test_specs_are_schedules_and_wrong_ones_list_the_signatures():
     for wrong in ("warm(4)", "warmup(4) * nothing", "constant * warmup(4)", ""):
         with pytest.raises(ValueError, match=f"unknown schedule .*{known}"):
             load_schedule(wrong)
-    with pytest.raises(ValueError, match=r"needs the arguments end; it is linear_decay\(start.*end"):
+    with pytest.raises(ValueError, match=r"needs end: it is linear_decay\(start.*end"):
         load_schedule("linear_decay(4)")
     with pytest.raises(ValueError, match="the arguments must be numbers"):
         load_schedule("every(len('four'))")
@@ -250,7 +250,7 @@ def test_each_regularizer_has_its_own_schedule_and_steps_are_those_of_the_optimi
             "--reg_schedule warm(5)",
             "--reg_schedule: unknown schedule 'warm'; known: warmup(steps), linear_decay(start",
         ),
-        ("--reg_schedule linear_decay(9)", "needs the arguments end; it is linear_decay"),
+        ("--reg_schedule linear_decay(9)", "needs end: it is linear_decay"),
         ("--reg_schedule every(0)", "--reg_schedule: steps must be an integer of at least 1, not 0"),
         ("--regularizer none --reg_schedule every(2)", "--reg_schedule every(2) needs a regularizer"),
         ("--reg_schedule every(2) every(3)", "--reg_schedule has 2 entries for 1 regularizers"),

@@ -227,7 +227,7 @@ def build_unet(
             " from the config; --class_conditional trains with class labels"
         )
     halvings = len(unet.config.block_out_channels) - 1
-    reason = f"the network halves the resolution {halvings} times"
+    reason = f"the network halves the resolution {halvings} time{'s' if halvings != 1 else ''}"
     check_sides(2**halvings, data, reason, "; or name a shallower network by --model_config_name_or_path")
     return _prepared(unet, machine)
 

@@ -39,12 +39,24 @@ def show_messages(*, quiet: bool = False, verbose: bool = False) -> None:
     _logger.setLevel(logging.WARNING if quiet else logging.DEBUG if verbose else logging.INFO)
     if quiet:
         os.environ.setdefault(_OF_DATASETS, "1")  # for a later import
+        _hide_bars_of_diffusers()
     if "datasets" in sys.modules:
         datasets = sys.modules["datasets"]
         if quiet:
             datasets.disable_progress_bars()
         elif not datasets.config.HF_DATASETS_DISABLE_PROGRESS_BARS:
             datasets.enable_progress_bars()
+
+
+def _hide_bars_of_diffusers() -> None:
+    """Hides "Loading pipeline components" of diffusers, and the bars of transformers and of the client of the Hub."""
+    import diffusers.utils.logging
+    import huggingface_hub.utils
+
+    huggingface_hub.utils.disable_progress_bars()
+    diffusers.utils.logging.disable_progress_bar()
+    if "transformers" in sys.modules:  # imported later, it asks the client of the Hub
+        sys.modules["transformers"].utils.logging.disable_progress_bar()
 
 
 def say(message: str) -> None:

@@ -17,6 +17,7 @@ from diffusers import (
 
 from ..pipeline import RegDDPMPipeline
 from ..prediction import image_channels, output_for_step, prediction_type
+from ..runtime.messages import detail
 
 __all__ = ["fitting_samplers"]
 
@@ -80,5 +81,7 @@ def _takes_output_of(pipeline: RegDDPMPipeline, sampler) -> bool:
     try:
         output = output_for_step(sampler, output, sample)
         return sampler.step(output, t, sample).prev_sample.shape == sample.shape
-    except (NotImplementedError, ValueError, RuntimeError):
+    except (NotImplementedError, ValueError, RuntimeError) as error:
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        detail(f"samplers    {type(sampler).__name__} cannot draw from this model: {reason}")
         return False
