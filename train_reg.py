@@ -88,7 +88,8 @@ def fit(run: Run, output_dir, terms=()):
     )
     saves = Saves(run, training, monitors, output_dir)
     flips, dropout = settings.data.random_flip, settings.data.condition_dropout
-    batches = batches_of(training, data, random_flip=flips, condition_dropout=dropout)
+    seed = settings.optimization.seed
+    batches = batches_of(training, data, random_flip=flips, condition_dropout=dropout, crop_seed=seed)
     unet.train()
     with monitors.start(progress.step):
         while progress.step < training.max_train_steps:

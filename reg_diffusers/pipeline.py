@@ -72,6 +72,9 @@ class RegDDPMPipeline(ImageSpace, ConditionedNetwork, DiffusionPipeline):
             a network for images. It is frozen.
         class_names: name of each class of a class-conditional network, in the order of its labels. If the network has
             one class embedding more than names, the last one stands for no class, for classifier-free guidance.
+        white: for pictures of more than 8 bits, the stored value of white, such as 65535: the depth in which
+            `reg-diffusers sample` writes them. The samples here are in [0, 1] as for all pictures, and "pil" has 8
+            bits.
     """
 
     model_cpu_offload_seq = "unet->vqvae"
@@ -85,10 +88,11 @@ class RegDDPMPipeline(ImageSpace, ConditionedNetwork, DiffusionPipeline):
         normalization: dict | None = None,
         vqvae: ModelMixin | None = None,
         class_names: list[str] | None = None,
+        white: int | None = None,
     ):
         super().__init__()
         self.register_modules(unet=unet, scheduler=scheduler, vqvae=vqvae)
-        self.register_to_config(normalization=normalization, class_names=class_names)
+        self.register_to_config(normalization=normalization, class_names=class_names, white=white)
         if class_names is not None:
             check_class_names(class_names, self._class_embeddings)
         self._interrupt = False
@@ -331,5 +335,5 @@ class RegDDPMPipeline(ImageSpace, ConditionedNetwork, DiffusionPipeline):
 
 # diffusers reads the components' classes from these annotations, and up to 0.35 does not resolve strings.
 RegDDPMPipeline.__init__.__annotations__.update(
-    unet=UNet2DModel, scheduler=SchedulerMixin, normalization=dict, vqvae=ModelMixin, class_names=list
+    unet=UNet2DModel, scheduler=SchedulerMixin, normalization=dict, vqvae=ModelMixin, class_names=list, white=int
 )

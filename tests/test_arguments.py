@@ -160,7 +160,6 @@ def test_one_weight_serves_all_and_none_means_none():
         ("--reg_target total_variation=1e300", "--reg_target: 1e300 is above 1e+30"),
         (f"--seed {2**70}", f"--seed: '{2**70}' is not a whole number from 0 to 4294901760"),
         ("--ddpm_num_steps 1", "--ddpm_num_steps: '1' is not a whole number of at least 2"),
-        ("--preserve_input_precision", "--preserve_input_precision: images are read with 8 bits per channel"),
     ],
 )
 def test_what_cannot_work_is_one_line_with_the_flag_and_status_2(capsys, argv, message):

@@ -53,7 +53,7 @@ def test_12_bits_in_16_are_reported_with_the_fix(load, tmp_path, capsys, streami
     assert values_of(data).amax((1, 2, 3)).tolist() == [0, 2000 >> 8, 15]
     said = capsys.readouterr().err
     assert f"--train_data_dir {folder}: 16-bit images use 12 bits only: the largest value in 3 images is 4,095" in said
-    assert "become 0 to 15 of 255. Multiply them by 16, or store them as an .npy array" in said
+    assert "become 0 to 15 of 255. Multiply them by 16, or pass --preserve_input_precision" in said
     assert data.note == "16-bit images are scaled by 65535: they keep their upper 8 bits"
     fixed = write(tmp_path / "fixed", [np.full((8, 8), 16 * value, np.uint16) for value in (0, 2000, 4095)])
     data = load("--train_data_dir", fixed, "--resolution", 8, *streaming)

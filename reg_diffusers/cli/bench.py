@@ -33,7 +33,7 @@ def load_models(names: list[str], device, titles: list[str] | None = None, *, mi
     (first, one), *others = models.items()
     for title, other in others:
         for what, of_one, of_other in zip(
-            ("images", "normalization", "condition channels"), _kind(one), _kind(other), strict=True
+            ("images", "normalization", "condition channels", "white"), _kind(one), _kind(other), strict=True
         ):
             if of_one != of_other:
                 raise UsageError(
@@ -61,7 +61,7 @@ def _titles(names: list[str]) -> list[str]:
 
 
 def _kind(pipeline) -> tuple:
-    return pipeline.image_shape, pipeline.config.normalization, pipeline.condition_channels
+    return pipeline.image_shape, pipeline.config.normalization, pipeline.condition_channels, pipeline.config.white
 
 
 def _shape(what) -> str:
@@ -168,7 +168,7 @@ def load_data(args: argparse.Namespace, title: str, pipeline, by_class: bool):
     from ..runtime.errors import UsageError
     from ..settings.data import DataSettings
 
-    (channels, height, width), saved, condition_channels = _kind(pipeline)
+    (channels, height, width), saved, condition_channels, white = _kind(pipeline)
     normalization = Normalization(tuple(saved["offset"]), tuple(saved["scale"])) if saved else None
     naming = Naming("--data", f"--model {title}")
     given = {name: getattr(args, name) for name in DATA_FLAGS if getattr(args, name)}
@@ -177,7 +177,8 @@ def load_data(args: argparse.Namespace, title: str, pipeline, by_class: bool):
 
     def load(class_conditional: bool):
         settings = DataSettings(**given, class_conditional=class_conditional)
-        return load_training_data(settings, channels, (height, width), normalization, condition_channels, naming)
+        model_of = (channels, (height, width), normalization, condition_channels)
+        return load_training_data(settings, *model_of, naming, white=white)
 
     try:
         data = _with_labels_if_there(load, by_class or args.label_column or args.features == "classifier")

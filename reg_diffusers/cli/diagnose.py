@@ -267,7 +267,8 @@ def _load_data(settings: DataSettings, model: str | None, given, pipeline):
         if pipeline.config.normalization:
             offset, scale = (tuple(pipeline.config.normalization[name]) for name in ("offset", "scale"))
             normalization = Normalization(offset, scale)
-    return load_training_data(settings, channels, size, normalization, given.condition_channels)
+    white = given.white if pipeline is None else pipeline.config.white
+    return load_training_data(settings, channels, size, normalization, given.condition_channels, white=white)
 
 
 def _images(wanted: int, data):

@@ -11,6 +11,7 @@ __all__ = ["DATA_FLAGS", "NUM_IMAGES", "add_judging_flags", "add_measuring_flags
 
 NUM_IMAGES = 2048
 DATA_FLAGS = ("dataset_config_name", "image_column", "label_column", "conditioning_image_column", "cache_dir")
+DATA_FLAGS += ("random_crop",)
 
 
 def add_judging_flags(parser: argparse.ArgumentParser) -> None:
@@ -37,6 +38,11 @@ def _add_data_flags(parser: argparse.ArgumentParser) -> None:
         "--conditioning_image_column",
         metavar="NAME",
         help="column of the conditioning images, for an image-conditioned model",
+    )
+    add(
+        "--random_crop",
+        action="store_true",
+        help="compare with the central windows of the images, as --random_crop trains on (default: as recorded)",
     )
     add("--cache_dir", metavar="FOLDER", help="folder for decoded images (default: the Hugging Face cache)")
 

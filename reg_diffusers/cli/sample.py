@@ -223,10 +223,10 @@ def _store(args: argparse.Namespace, sampler):
     path = Path(args.output)
     try:
         if _is_array_file(args):
-            return ArrayFile(path, sampler.is_field, sampler.settings.class_labels)
+            return ArrayFile(path, sampler.is_field, sampler.settings.class_labels, sampler.white)
         if not sampler.is_picture:
             raise ValueError(f"{path}: samples of this model are not images: name a file, such as {path}.npz")
-        return PictureFolder(path)
+        return PictureFolder(path, sampler.white)
     except ValueError as error:
         raise UsageError(f"--output {error}") from error
 

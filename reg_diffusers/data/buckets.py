@@ -59,7 +59,7 @@ class Buckets(torch.utils.data.Dataset):
         note: a line to print at the start, next to the number and shape of the data.
         number: number of images.
         examples: the images of the most frequent size, for repeated use.
-        normalization, is_picture, prompts, classes, condition_channels, columns: as in `PictureData`.
+        normalization, is_picture, prompts, classes, condition_channels, columns, white: as in `PictureData`.
 
     Args:
         parts: the images of each size; none is empty.
@@ -74,7 +74,7 @@ class Buckets(torch.utils.data.Dataset):
         self.examples = max(self.parts, key=len)
         self.shape, self.normalization = self.examples.shape, self.examples.normalization
         self.classes, self.condition_channels = self.examples.classes, self.examples.condition_channels
-        self.columns = self.examples.columns
+        self.columns, self.white = self.examples.columns, self.examples.white
         self.fingerprint = " ".join(part.fingerprint for part in self.parts)
         self._ends = np.cumsum([len(part) for part in self.parts])
         numbers = ", ".join(f"{name}: {number:,}" for name, number in self.numbers().items())

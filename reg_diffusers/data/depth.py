@@ -8,10 +8,33 @@ from dataclasses import dataclass
 import numpy as np
 import PIL.Image
 
-__all__ = ["WHITE_16", "Depth", "eight_bits", "look_at_depth"]
+__all__ = ["EIGHT_BITS", "FLOATS", "SIXTEEN_BITS", "WHITE_16", "Depth", "Form", "eight_bits", "look_at_depth"]
 
 WHITE_16 = 2**16 - 1
+EIGHT_BITS, SIXTEEN_BITS, FLOATS = "8-bit", "16-bit", "floating-point"
 _IMAGES_DECODED = 64
+
+
+@dataclass(frozen=True)
+class Form:
+    """How the images of a data set are decoded.
+
+    Attributes:
+        channels: their channels: 1 for grey, 3 for RGB, 4 for RGBA; with all bits kept, any number.
+        white: the value of a 32-bit integer image that becomes 255, see `Depth`.
+        depth: EIGHT_BITS; if all bits are kept, also SIXTEEN_BITS or FLOATS.
+        keeps_bits: whether all bits are kept, see `deep.decode_deep`.
+    """
+
+    channels: int
+    white: int = WHITE_16
+    depth: str = EIGHT_BITS
+    keeps_bits: bool = False
+
+    @property
+    def dtype(self) -> str:
+        """The type of the decoded values."""
+        return {EIGHT_BITS: "uint8", SIXTEEN_BITS: "uint16", FLOATS: "float32"}[self.depth]
 
 
 @dataclass(frozen=True)
@@ -49,7 +72,7 @@ class Depth:
         return (
             f"16-bit images use {bits} bits only: the largest value in {self.decoded} images is {self.largest:,} of"
             f" {WHITE_16:,}, so they become 0 to {self.largest >> 8} of 255. Multiply them by {2 ** (16 - bits):,}, or"
-            " store them as an .npy array (N, C, H, W) of fields, which keeps every bit"
+            " pass --preserve_input_precision, which keeps every bit and uses their range"
         )
 
 

@@ -36,6 +36,7 @@ class FieldData(torch.utils.data.Dataset):
 
     is_picture = False
     prompts = None
+    white = None
     classes = None
     condition_channels = 0
     columns = ()
@@ -44,7 +45,7 @@ class FieldData(torch.utils.data.Dataset):
         self._array = array
         self.shape = tuple(array.shape[1:])
         self.normalization = field_normalization(array, normalization, field_scale)
-        self.note = f"offset {_shown(self.normalization.offset)} + scale {_shown(self.normalization.scale)} * sample"
+        self.note = self.normalization.note
 
     def __len__(self) -> int:
         return len(self._array)
@@ -139,9 +140,3 @@ def _from_archive(path: Path) -> np.ndarray:
         )
     with np.load(path, allow_pickle=False) as archive:
         return archive[archive.files[0]]
-
-
-def _shown(numbers: tuple[float, ...]) -> str:
-    """Formats one number per channel, or the first four."""
-    shown = ", ".join(f"{number:.10g}" for number in numbers[:4])
-    return f"({shown}{', ...' if len(numbers) > 4 else ''})"

@@ -11,6 +11,7 @@ from tqdm.auto import tqdm
 
 from ..runtime.errors import UsageError
 from ..runtime.messages import bars_are_hidden
+from .crops import Uncropped
 
 __all__ = ["Part", "digest_of", "split_rows", "without_twins"]
 
@@ -25,8 +26,8 @@ class Part(torch.utils.data.Dataset):
         rows: the rows of its images.
 
     Attributes:
-        shape, normalization, is_picture, classes, condition_channels, columns, prompts, note, downsampling: as of the
-            whole.
+        shape, normalization, white, is_picture, classes, condition_channels, columns, prompts, note: as of the whole.
+        downsampling, is_cropped: as of the whole.
         number: number of images.
         examples: images for repeated use: all of them.
     """
@@ -35,7 +36,8 @@ class Part(torch.utils.data.Dataset):
         self._whole, self._rows = whole, rows
         self.shape, self.normalization, self.is_picture = whole.shape, whole.normalization, whole.is_picture
         self.classes, self.condition_channels, self.prompts = whole.classes, whole.condition_channels, whole.prompts
-        self.columns = whole.columns
+        self.columns, self.white = whole.columns, whole.white
+        self.is_cropped = getattr(whole, "is_cropped", False)
         self.note, self.downsampling = whole.note, getattr(whole, "downsampling", 1)
 
     def __len__(self) -> int:
@@ -48,6 +50,11 @@ class Part(torch.utils.data.Dataset):
     @property
     def examples(self) -> Part:
         return self
+
+    @property
+    def uncropped(self) -> Uncropped:
+        """The same images in the size in which they are stored."""
+        return Uncropped(self._whole.uncropped.__getitems__, self._rows)
 
     def __getitems__(self, indices: list[int]) -> dict[str, Tensor]:
         """Reads the batch of these indices, as the whole does."""

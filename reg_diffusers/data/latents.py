@@ -40,6 +40,7 @@ class LatentData(torch.utils.data.Dataset):
         classes: names of the classes, or None.
         condition_channels: 0.
         columns: columns that regularizers need, in the size of the images.
+        white: that of the images.
         downsampling: pixels of an image per pixel of its latents, along each axis.
         note: a line to print at the start, next to the number and shape of the data.
         number: number of images.
@@ -64,7 +65,7 @@ class LatentData(torch.utils.data.Dataset):
         self._latents = latents  # (N, 1 or 2, c, h, w): of the image, of its mirror image
         self.prompts = prompts
         self.shape = tuple(self._latents.shape[2:])
-        self.classes = images.classes
+        self.classes, self.white = images.classes, images.white
         self.downsampling = images.shape[1] // self.shape[1]
         some = self._latents[np.linspace(0, len(self) - 1, min(len(self), _LOOKED_AT)).astype(int), 0]
         self.deviation = float(some.std())

@@ -12,7 +12,7 @@ from torch import Tensor
 from ..runtime.errors import UsageError, warn
 from ..views import Affine
 
-__all__ = ["PICTURES", "Normalization", "field_normalization"]
+__all__ = ["PICTURES", "Normalization", "field_normalization", "of_white"]
 
 _FAR = 3  # in scales of the given model: fields further from its offset are likely in other units
 _FINEST = 2**-7  # in scales of a channel: numbers with a coarser resolution form steps
@@ -32,10 +32,15 @@ class Normalization:
 
     def normalize(self, values: Tensor) -> Tensor:
         """Converts stored values (B, C, H, W) of any dtype to float32 samples; computes fields in float64."""
-        is_exact = values.dtype == torch.uint8 or values.device.type == "mps"  # MPS lacks float64
+        is_exact = not values.is_floating_point() or values.device.type == "mps"  # pictures; MPS lacks float64
         dtype = torch.float32 if is_exact else torch.float64
         offset, scale = (_per_channel(numbers, values.device, dtype) for numbers in (self.offset, self.scale))
         return ((values.to(dtype) - offset) / scale).float()
+
+    @property
+    def note(self) -> str:
+        """Describes it in a line."""
+        return f"offset {_shown(self.offset)} + scale {_shown(self.scale)} * sample"
 
     @property
     def units(self) -> Affine:
@@ -49,6 +54,17 @@ def _per_channel(numbers: tuple[float, ...], device: torch.device, dtype: torch.
 
 
 PICTURES = Normalization(offset=(127.5,), scale=(127.5,))
+
+
+def _shown(numbers: tuple[float, ...]) -> str:
+    """Formats one number per channel, or the first four."""
+    shown = ", ".join(f"{number:.10g}" for number in numbers[:4])
+    return f"({shown}{', ...' if len(numbers) > 4 else ''})"
+
+
+def of_white(white: int) -> Normalization:
+    """Returns the map from 0..white to [-1, 1]."""
+    return Normalization(offset=(white / 2,), scale=(white / 2,))
 
 
 def field_normalization(array: np.ndarray, given: Normalization | None, field_scale: str) -> Normalization:

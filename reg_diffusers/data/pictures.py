@@ -9,7 +9,6 @@ import math
 import os
 import warnings
 import zipfile
-from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import numpy as np
@@ -19,18 +18,17 @@ import PIL.Image
 import PIL.ImageOps
 
 from .. import __version__
-from ..runtime.errors import DataError, UsageError, warn
-from .depth import WHITE_16, Depth, eight_bits, look_at_depth
+from ..runtime.errors import DataError, UsageError
+from .deep import decode_deep
+from .depth import WHITE_16, Form, eight_bits
 from .source import Source
 
-__all__ = ["BadImage", "decode", "decode_stored", "decode_table", "depth_of", "depth_of_table", "extensions"]
-__all__ += ["has_colour", "is_grey", "size_of", "sizes_of_table"]
+__all__ = ["BadImage", "decode", "decode_stored", "decode_table", "extensions", "file_of", "open_file", "open_stored"]
+__all__ += ["size_of", "sizes_of_table"]
 
 # Formats that Pillow decodes itself. Others start programs, such as EPS, or are rarely used and poorly maintained.
 _KINDS = "AVIF BMP DIB GIF ICO JPEG JPEG2000 PCX PNG PPM QOI SGI TGA TIFF WEBP XBM".split()
 _OPTIONAL = {"AVIF": "avif", "JPEG2000": "jpg_2000", "WEBP": "webp"}  # Pillow may be built without them
-_GREY_MODES = ("1", "L", "LA", "La", "I", "I;16", "I;16B", "I;16L", "I;16N")
-_IMAGES_LOOKED_AT = 1000
 _IMAGES_PER_PROCESS = 5000
 _LYING = (5, 6, 7, 8)  # EXIF orientations that exchange width and height
 
@@ -38,27 +36,28 @@ _LYING = (5, 6, 7, 8)  # EXIF orientations that exchange width and height
 def decode(image: PIL.Image.Image, size: tuple[int, int], channels: int, white: int = WHITE_16) -> np.ndarray:
     """Converts an image to (C, H, W) uint8: upright, resized (bilinear, antialiased) to cover it, center-cropped.
 
-    Transparency is composited on white; 16-bit images keep their upper 8 bits.
+    Grey is the luma 0.299 R + 0.587 G + 0.114 B. Transparency is composited on white, unless 4 channels keep it; then
+    colours where an image is fully transparent are black. 16-bit images keep their upper 8 bits.
 
     Args:
         image: a PIL image of any mode.
         size: height and width of the result.
-        channels: 1 for grayscale, 3 for RGB.
+        channels: 1 for grayscale, 3 for RGB, 4 for RGBA.
         white: the value of a 32-bit integer image that becomes 255, see `Depth`.
 
     Raises:
         ValueError: for floating-point pixels, which have no known range, and for integers outside 0 to white.
     """
     if image.mode == "F":
-        raise ValueError("floating-point pixels: store such images as an .npy array (N, C, H, W) instead")
+        raise ValueError("its pixels are floating-point numbers: pass --preserve_input_precision")
     kind = image.format  # a rotated image lacks it
     image = PIL.ImageOps.exif_transpose(image)
     if image.mode.startswith("I"):
         image = eight_bits(image, kind, white)
-    if image.has_transparency_data:
+    if image.has_transparency_data and channels != 4:
         image = image.convert("RGBA")
         image = PIL.Image.alpha_composite(PIL.Image.new("RGBA", image.size, "white"), image)
-    image = image.convert("L" if channels == 1 else "RGB")
+    image = image.convert({1: "L", 3: "RGB", 4: "RGBA"}[channels])
     image = PIL.ImageOps.fit(image, size[::-1], PIL.Image.Resampling.BILINEAR)
     pixels = np.asarray(image)
     return pixels[None] if channels == 1 else pixels.transpose(2, 0, 1)
@@ -76,17 +75,14 @@ class BadImage(DataError):
         self.problem = problem
 
 
-def decode_stored(
-    stored: dict | None, row: str, size: tuple[int, int], channels: int, white: int, source: Source
-) -> np.ndarray:
-    """Decodes a stored image, {"bytes", "path"}, to (C, H, W) uint8; see `decode`.
+def decode_stored(stored: dict | None, row: str, size: tuple[int, int], form: Form, source: Source) -> np.ndarray:
+    """Decodes a stored image, {"bytes", "path"}, to (C, H, W); see `decode` and, if all bits are kept, `decode_deep`.
 
     Args:
         stored: the content of the file, or its path.
         row: the name of the row, for the message.
         size: height and width of the result.
-        channels: 1 or 3.
-        white: the white value of integers, see `Depth`.
+        form: how it is decoded.
         source: the source that files must lie in.
 
     Raises:
@@ -95,8 +91,10 @@ def decode_stored(
     """
     path = (stored or {}).get("path")
     try:
-        with _open(stored, source) as image:
-            return decode(image, size, channels, white)
+        if form.keeps_bits:
+            return decode_deep(file_of(stored, source), open_file, size, form.channels, form.depth)
+        with open_stored(stored, source) as image:
+            return decode(image, size, form.channels, form.white)
     except UsageError:
         raise
     except Exception as error:  # Pillow raises many types on damaged files
@@ -110,23 +108,21 @@ def decode_table(
     column: str,
     into: str,
     size: tuple[int, int],
-    channels: int,
-    white: int,
+    form: Form,
     source: Source,
     cache_dir: Path,
     *,
     skip_bad_images: bool,
     keep: bool = False,
 ):
-    """Replaces the image column of a table by a memory-mapped column of flattened (C, H, W) uint8.
+    """Replaces the image column of a table by a memory-mapped column of flattened (C, H, W) in the type of the form.
 
     Args:
         table: a `datasets.Dataset` with an undecoded image column ({"bytes", "path"}).
         column: the image column.
         into: the name of the new column.
         size: height and width of the result.
-        channels: 1 or 3.
-        white: the white value of integers, see `Depth`.
+        form: how they are decoded.
         source: the source that image files must lie in.
         cache_dir: the folder that keeps the result for the next run; never the folder of the data.
         skip_bad_images: whether to skip images that cannot be decoded and print their number, instead of raising.
@@ -139,12 +135,11 @@ def decode_table(
     from datasets import Features, List, Value
 
     features = {name: feature for name, feature in table.features.items() if keep or name != column}
-    features[into] = List(Value("uint8"), length=channels * math.prod(size))
+    features[into] = List(Value(form.dtype), length=form.channels * math.prod(size))
     features["readable"] = Value("bool")
     # The fingerprint identifies the rows, the other settings their processing. It comes with the data and must not
     # become a file name.
-    settings = (table._fingerprint, column, into, size, channels, white, skip_bad_images, source.roots)
-    settings += (__version__,)
+    settings = (table._fingerprint, column, into, size, form, skip_bad_images, source.roots, __version__)
     cache_name = hashlib.sha256(repr(settings).encode()).hexdigest()
     cache_dir.mkdir(parents=True, exist_ok=True)
     processes = min(os.cpu_count() or 1, len(table) // _IMAGES_PER_PROCESS)
@@ -155,8 +150,7 @@ def decode_table(
             "column": column,
             "into": into,
             "size": size,
-            "channels": channels,
-            "white": white,
+            "form": form,
             "source": source,
             "skip_bad_images": skip_bad_images,
         },
@@ -194,62 +188,22 @@ def sizes_of_table(table, column: str, source: Source, cache_dir: Path) -> np.nd
     return np.stack([columns["height"], columns["width"]], axis=1)
 
 
-def is_grey(table, column: str, source: Source) -> bool:
-    """Whether a thousand evenly spaced images of the table are all grayscale, by their headers.
-
-    Unreadable images do not count.
-    """
-    colours = {has_colour(table[row][column], source) for row in _looked_at(table)} - {None}
-    return colours == {False}
-
-
-def depth_of_table(table, column: str, source: Source) -> Depth:
-    """Returns the depth of a thousand evenly spaced images, see `look_at_depth`; warns if upper bits are empty."""
-    return _depth([lambda row=row: _open(table[row][column], source) for row in _looked_at(table)], source)
-
-
-def depth_of(stored: Iterable[dict | None], source: Source) -> Depth:
-    """Returns the depth of stored images, see `look_at_depth`; warns if upper bits are empty."""
-    return _depth([functools.partial(_open, one, source) for one in stored], source)
-
-
-def has_colour(stored: dict | None, source: Source) -> bool | None:
-    """Whether an image has colour, by its header; None if it cannot be read (decoding will report that)."""
-    try:
-        with _open(stored, source) as image:
-            return image.mode not in _GREY_MODES
-    except Exception:
-        return None
-
-
-def _depth(openers: list[Callable[[], PIL.Image.Image]], source: Source) -> Depth:
-    depth = look_at_depth(openers)
-    if depth.warning:
-        warn(f"{source.flag}: {depth.warning}")
-    return depth
-
-
-def _looked_at(table) -> list[int]:
-    return np.linspace(0, len(table) - 1, min(len(table), _IMAGES_LOOKED_AT)).astype(int).tolist()
-
-
 def _decode_row(
     row: dict,
     index: int,
     column: str,
     into: str,
     size: tuple[int, int],
-    channels: int,
-    white: int,
+    form: Form,
     source: Source,
     skip_bad_images: bool,
 ) -> dict:
     try:
-        pixels = decode_stored(row[column], f"row {index}", size, channels, white, source)
+        pixels = decode_stored(row[column], f"row {index}", size, form, source)
     except BadImage:
         if not skip_bad_images:
             raise
-        return {into: np.zeros(channels * math.prod(size), np.uint8), "readable": False}
+        return {into: np.zeros(form.channels * math.prod(size), form.dtype), "readable": False}
     return {into: pixels.reshape(-1), "readable": True}
 
 
@@ -269,7 +223,7 @@ def size_of(stored: dict | None, source: Source) -> tuple[int, int]:
     Raises:
         Exception: if it cannot be read; of any type, because the file may hold anything.
     """
-    with _open(stored, source) as image:
+    with open_stored(stored, source) as image:
         return _upright_size(image)
 
 
@@ -278,10 +232,20 @@ def _upright_size(image: PIL.Image.Image) -> tuple[int, int]:
     return (width, height) if image.getexif().get(PIL.ExifTags.Base.Orientation) in _LYING else (height, width)
 
 
-def _open(stored: dict | None, source: Source) -> PIL.Image.Image:
+def open_stored(stored: dict | None, source: Source) -> PIL.Image.Image:
+    """Opens a stored image, {"bytes", "path"}; its pixels are not read yet."""
+    return open_file(file_of(stored, source))
+
+
+def file_of(stored: dict | None, source: Source) -> Path | io.BytesIO:
+    """Returns the file of a stored image, {"bytes", "path"}."""
     if stored is None:
         raise ValueError("no image in this row")
-    file = io.BytesIO(stored["bytes"]) if stored["bytes"] is not None else _file(stored["path"], source)
+    return io.BytesIO(stored["bytes"]) if stored["bytes"] is not None else _file(stored["path"], source)
+
+
+def open_file(file: Path | io.BytesIO) -> PIL.Image.Image:
+    """Opens a file by Pillow, if it is of a known kind and not too large."""
     with warnings.catch_warnings():
         warnings.simplefilter("error", PIL.Image.DecompressionBombWarning)
         return PIL.Image.open(file, formats=_kinds())

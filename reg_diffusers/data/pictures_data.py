@@ -11,17 +11,21 @@ from torch import Tensor
 
 from .column_values import numbers_of, seen_image
 from .columns import Column
-from .normalization import PICTURES
+from .crops import Uncropped, central
+from .normalization import PICTURES, Normalization, of_white
 
 __all__ = ["PictureData"]
 
 
 class PictureData(torch.utils.data.Dataset):
-    """Images as uint8, with class labels and conditioning images if requested.
+    """Decoded images, with class labels and conditioning images if requested.
 
     Attributes:
         shape: (C, H, W).
-        normalization: from 0..255 to [-1, 1], also for the conditioning images.
+        normalization: from 0..255 to [-1, 1], from 0..white, or of fields.
+        white: white of pictures with all their bits; None for those of 8 bits.
+        is_picture: whether they are pictures, and not fields of floating-point numbers.
+        is_cropped: whether they are stored larger, for random windows; `examples` are the central ones.
         classes: names of the classes, or None.
         condition_channels: channels K of the conditioning images, 0 without.
         note: a line to print at the start, next to the number and shape of the data.
@@ -33,6 +37,7 @@ class PictureData(torch.utils.data.Dataset):
 
     normalization = PICTURES
     is_picture = True
+    white = None
     prompts = None
 
     def __init__(
@@ -44,10 +49,13 @@ class PictureData(torch.utils.data.Dataset):
         note: str = "",
         caption: str | None = None,
         columns: Sequence[Column] = (),
+        stored: tuple[int, int] | None = None,
     ):
         self.fingerprint = table._fingerprint
         self._table = table.with_format("arrow")
         self.shape = shape
+        self._size = stored or tuple(shape[1:])
+        self.is_cropped = self._size != tuple(shape[1:])
         self.classes = classes
         self.condition_channels = condition_channels
         self.note = note
@@ -69,13 +77,22 @@ class PictureData(torch.utils.data.Dataset):
     def __getitems__(self, indices: list[int]) -> dict[str, Tensor]:
         """Reads the batch of these indices at once.
 
-        {"values": (B, C, H, W) uint8, "ids": (B,), "condition": (B, K, H, W) uint8, "class_labels": (B,)}; with
-        columns that regularizers need, also "columns" by their names, see `column_values`.
+        {"values": (B, C, H, W) uint8 (all bits: int32, fields: float32), "ids": (B,), "condition": (B, K, H, W) uint8,
+        "class_labels": (B,)}; with columns that regularizers need, also "columns" by their names, see `column_values`.
         """
+        batch = self._read(indices)
+        return central(batch, self.shape[1:]) if self.is_cropped else batch
+
+    @property
+    def uncropped(self) -> Uncropped:
+        """The same data set in the size in which the images are stored."""
+        return Uncropped(self._read, range(len(self)))
+
+    def _read(self, indices: list[int]) -> dict[str, Tensor]:
         rows = self._table[indices]
-        batch = {"values": _pixels(rows["pixels"], self.shape), **self._belonging(rows, indices)}
+        batch = {"values": _pixels(rows["pixels"], (self.shape[0], *self._size)), **self._belonging(rows, indices)}
         if self.condition_channels:
-            batch["condition"] = _pixels(rows["condition"], (self.condition_channels, *self.shape[1:]))
+            batch["condition"] = _pixels(rows["condition"], (self.condition_channels, *self._size))
         return batch
 
     def labels(self, indices: list[int]) -> dict:
@@ -106,10 +123,27 @@ class PictureData(torch.utils.data.Dataset):
 
     def _values(self, column: Column, rows, indices: list[int]) -> Tensor | list[str]:
         if column.is_image:
-            return seen_image(column, _pixels(rows[column.place], (column.channels, *self.shape[1:])))
+            return seen_image(column, _pixels(rows[column.place], (column.channels, *self._size)))
         if column.kind == "number":
             return self._numbers[column.name][indices]
         return [column.text] * len(indices) if column.text is not None else rows[column.source].to_pylist()
+
+    @property
+    def stored(self) -> _Stored:
+        """The values of all images, to read a slice at a time."""
+        return _Stored(self)
+
+    def largest(self) -> int:
+        """Returns the largest value of all images."""
+        return max(int(self.stored[start : start + 1000].max()) for start in range(0, len(self), 1000))
+
+    def become_deep(self, white: int, note: str) -> None:
+        """Sets the white of pictures with all their bits."""
+        self.white, self.normalization, self.note = white, of_white(white), note
+
+    def become_fields(self, normalization: Normalization) -> None:
+        """Makes images of floating-point pixels fields."""
+        self.is_picture, self.normalization, self.note = False, normalization, normalization.note
 
     @property
     def captions(self) -> list[str | None]:
@@ -122,6 +156,22 @@ class PictureData(torch.utils.data.Dataset):
         return torch.from_numpy(np.array(column))
 
 
+class _Stored:
+    """The values of a data set as an array (N, C, H, W) that is read a slice at a time."""
+
+    dtype = np.dtype(np.float32)  # of fields
+
+    def __init__(self, data: PictureData):
+        self._data = data
+
+    def __len__(self) -> int:
+        return len(self._data)
+
+    def __getitem__(self, part: slice) -> np.ndarray:
+        return self._data.__getitems__(list(range(*part.indices(len(self)))))["values"].numpy()
+
+
 def _pixels(column, shape: tuple[int, int, int]) -> Tensor:
     """Converts a column of flattened images to a tensor (B, *shape)."""
-    return torch.from_numpy(column.combine_chunks().flatten().to_numpy().copy()).reshape(-1, *shape)
+    values = column.combine_chunks().flatten().to_numpy()
+    return torch.from_numpy(values.astype(np.int32 if values.dtype == np.uint16 else values.dtype)).reshape(-1, *shape)

@@ -12,8 +12,11 @@ from torch import Tensor
 from ..runtime.errors import DataError, UsageError, warn
 from .column_values import misshapen, row_value, seen_image
 from .columns import Column
-from .normalization import PICTURES
-from .pictures import BadImage, decode_stored, depth_of, has_colour, size_of
+from .crops import central
+from .depth import FLOATS, SIXTEEN_BITS, WHITE_16, Form
+from .looks import Wish, look_at
+from .normalization import PICTURES, of_white
+from .pictures import BadImage, decode_stored, size_of
 from .source import Source
 
 __all__ = ["ROWS_OF_A_PIECE", "RowDecoder", "StreamedPictures", "bytes_of", "unreadable"]
@@ -29,20 +32,24 @@ class StreamedPictures:
 
     Args:
         rows: the stream, with the columns below and images as {"bytes", "path"}.
-        images: for "pixels", "condition" and the places of `columns`, the name of the column and its channels (None:
-            detect them from the first images).
+        wishes: for "pixels", "condition" and the places of `columns`, what is wanted; the first images decide the
+            rest.
         columns: the columns that regularizers need.
         label: the column of the class labels, integers.
         classes: the names of the classes.
         size: height and width of the images.
         number: the number of rows, if known.
         source: the source that image files must lie in.
+        white: white of pictures with all their bits; by default 65535, because their largest value is unknown.
+        stored: height and width in which images are decoded, at least `size`, for random windows.
         skip_bad_images: whether to skip images that cannot be decoded.
 
     Attributes:
         rows, source, number, classes: see the arguments.
         shape: (C, H, W).
-        normalization: from 0..255 to [-1, 1], also for the conditioning images.
+        normalization: from 0..255 to [-1, 1], or from 0..white.
+        white: white of pictures with all their bits; None for those of 8 bits.
+        is_cropped: whether `decoder` returns larger images, for random windows; `examples` are the central ones.
         condition_channels: channels K of the conditioning images, 0 without.
         note: a line to print at the start, next to the number and shape of the data.
         columns: the columns that regularizers need.
@@ -50,17 +57,16 @@ class StreamedPictures:
         examples: the first images, for repeated use of the same images.
 
     Raises:
-        UsageError: if there are no rows, or if they cannot be read.
+        UsageError: if there are no rows, if they cannot be read, or if their pixels are floating-point numbers.
     """
 
-    normalization = PICTURES
     is_picture = True
     prompts = None
 
     def __init__(
         self,
         rows,
-        images: dict[str, tuple[str, int | None]],
+        wishes: dict[str, Wish],
         columns: Sequence[Column],
         label: str | None,
         classes: list[str] | None,
@@ -68,30 +74,38 @@ class StreamedPictures:
         number: int | None,
         source: Source,
         *,
+        white: int | None,
+        stored: tuple[int, int],
         skip_bad_images: bool,
     ):
         self.rows, self.source, self.number, self.classes = rows, source, number, classes
         first = _first_rows(rows, source)
-        channels = {
-            into: wanted or (3 if any(has_colour(row[name], source) for _, row in first) else 1)
-            for into, (name, wanted) in images.items()
-        }
-        self.shape = (channels["pixels"], *size)
+        rows_of_first = [lambda row=row: row for _, row in first]
+        looks = {into: look_at(rows_of_first, wish, source) for into, wish in wishes.items()}
+        form = looks["pixels"].form
+        if form.depth == FLOATS:
+            raise UsageError(
+                "--streaming: the range of floating-point pixels is known only when all are read; drop the flag"
+            )
+        channels = {into: look.form.channels for into, look in looks.items()}
+        self.shape = (form.channels, *size)
         self.condition_channels = channels.get("condition", 0)
-        depths = {into: depth_of([row[name] for _, row in first], source) for into, (name, _) in images.items()}
-        self.note = depths["pixels"].note
+        self.white = (white or WHITE_16) if form.depth == SIXTEEN_BITS else None
+        self.normalization = of_white(self.white) if self.white else PICTURES
+        self.note = f"all bits are kept, white is {self.white:,}" if self.white else looks["pixels"].note
         self.columns = tuple(replace(one, channels=channels.get(one.place, 0)) for one in columns)
-        found = {into: (name, channels[into], depths[into].white) for into, (name, _) in images.items()}
-        self.decoder = RowDecoder(found, self.columns, label, size, source, skip_bad_images=skip_bad_images)
-        self.examples = _Examples(first, self.decoder)
+        images = {into: (look.column, look.form) for into, look in looks.items()}
+        self.is_cropped = stored != size
+        self.decoder = RowDecoder(images, self.columns, label, stored, source, skip_bad_images=skip_bad_images)
+        self.examples = _Examples(first, self.decoder, size)
 
 
 class RowDecoder(torch.utils.data.Dataset):
     """Decodes batches of rows (id, {column: value}); a `DataLoader` passes the rows as indices.
 
     Args:
-        images: for "pixels", "condition" and the places of `columns`, the name of the column, its channels, and the
-            white value of integers, see `Depth`.
+        images: for "pixels", "condition" and the places of `columns`, the name of the column and the form of its
+            images.
         columns: the columns that regularizers need.
         label: the column of the class labels.
         size: height and width of the images.
@@ -101,7 +115,7 @@ class RowDecoder(torch.utils.data.Dataset):
 
     def __init__(
         self,
-        images: dict[str, tuple[str, int, int]],
+        images: dict[str, tuple[str, Form]],
         columns: Sequence[Column],
         label: str | None,
         size: tuple[int, int],
@@ -141,10 +155,8 @@ class RowDecoder(torch.utils.data.Dataset):
         where = f"row {id % ROWS_OF_A_PIECE} of piece {id // ROWS_OF_A_PIECE}"
         try:
             found = {
-                {"pixels": "values"}.get(into, into): decode_stored(
-                    row[name], where, self._size, channels, white, self._source
-                )
-                for into, (name, channels, white) in self._images.items()
+                {"pixels": "values"}.get(into, into): decode_stored(row[name], where, self._size, form, self._source)
+                for into, (name, form) in self._images.items()
             }
         except BadImage as error:
             if not self._skip:
@@ -176,14 +188,14 @@ class _Examples:
 
     normalization = PICTURES
 
-    def __init__(self, rows: list[tuple[int, dict]], decoder: RowDecoder):
-        self._rows, self._decoder = rows, decoder
+    def __init__(self, rows: list[tuple[int, dict]], decoder: RowDecoder, size: tuple[int, int]):
+        self._rows, self._decoder, self._size = rows, decoder, size
 
     def __len__(self) -> int:
         return len(self._rows)
 
     def __getitems__(self, indices: list[int]) -> dict[str, Tensor]:
-        return self._decoder.stack([self._readable(index) for index in indices])
+        return central(self._decoder.stack([self._readable(index) for index in indices]), self._size)
 
     def _readable(self, index: int) -> dict[str, np.ndarray]:
         """Decodes the row; if bad images are skipped, the next row that can be decoded."""
@@ -194,7 +206,10 @@ class _Examples:
 
 
 def _stack(values: list[np.ndarray] | list[str]) -> Tensor | list[str]:
-    return values if isinstance(values[0], str) else torch.from_numpy(np.stack(values))
+    if isinstance(values[0], str):
+        return values
+    stacked = np.stack(values)
+    return torch.from_numpy(stacked.astype(np.int32) if stacked.dtype == np.uint16 else stacked)
 
 
 def _column_of(column: Column, values: Tensor | list[str]) -> Tensor | list[str]:

@@ -17,10 +17,11 @@ __all__ = [
     "own_entries",
     "saved_class_names",
     "saved_normalization",
+    "saved_white",
 ]
 
 _PRIVATE_KEY = "_reg_diffusers"
-_OWN_ENTRIES = ("normalization", "class_names")
+_OWN_ENTRIES = ("normalization", "class_names", "white")
 MOST_TIMESTEPS = 1_000_000  # of a training schedule: a thousand times the usual number, with tables of 4 MB
 
 
@@ -48,6 +49,18 @@ def saved_normalization(config: dict) -> dict | None:
 def saved_class_names(config: dict) -> list[str] | None:
     """Returns the names of the classes in a model_index.json, or None."""
     return own_entries(config)["class_names"]
+
+
+def saved_white(config: dict) -> int | None:
+    """Returns the white value of pictures of more than 8 bits in a model_index.json, or None.
+
+    Raises:
+        ValueError: it is none.
+    """
+    white = own_entries(config)["white"]
+    if white is not None and not (isinstance(white, int) and 255 < white < 2**16):
+        raise ValueError(f"model_index.json: white must be from 256 to 65535, not {white!r}")
+    return white
 
 
 def check_components(config: dict) -> None:

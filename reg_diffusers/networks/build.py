@@ -13,7 +13,14 @@ import torch
 from diffusers import DDPMScheduler, DiffusionPipeline, FlowMatchEulerDiscreteScheduler, UNet2DModel
 
 from ..data.training_data import Normalization, TrainingData
-from ..hub.model_index import MOST_TIMESTEPS, check_schedule, check_weights, saved_class_names, saved_normalization
+from ..hub.model_index import (
+    MOST_TIMESTEPS,
+    check_schedule,
+    check_weights,
+    saved_class_names,
+    saved_normalization,
+    saved_white,
+)
 from ..prediction import image_channels, prediction_type, refuse_zero_terminal_snr
 from ..runtime.errors import UsageError
 from ..settings.machine import MachineSettings
@@ -37,6 +44,7 @@ class GivenModel:
         scheduler: the noise scheduler saved with it.
         config: the config of a network to train from scratch.
         normalization: the field normalization of the pipeline.
+        white: the white of its pictures, if they have more than 8 bits.
         class_names: the names of the classes that the pipeline records, if any.
         is_large: whether a new network is the large one for the size of the images.
         family: family of the text-to-image pipeline that the network belongs to.
@@ -46,6 +54,7 @@ class GivenModel:
     scheduler: DDPMScheduler | FlowMatchEulerDiscreteScheduler | None = None
     config: dict | None = None
     normalization: Normalization | None = None
+    white: int | None = None
     class_names: list[str] | None = None
     is_large: bool = False
     family: Family | None = None
@@ -127,6 +136,7 @@ def _load(settings: ModelSettings, cache_dir: str | None, frozen: torch.dtype, n
                 unet=_given_unet(path, cache_dir, subfolder="unet"),
                 scheduler=_given_scheduler(path, cache_dir),
                 normalization=_given_normalization(path, cache_dir),
+                white=saved_white(DiffusionPipeline.load_config(path, cache_dir=cache_dir)),
                 class_names=saved_class_names(DiffusionPipeline.load_config(path, cache_dir=cache_dir)),
             )
         path = settings.model_config_name_or_path

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from ..conditioning import takes_condition
+from ..data.normalization import PICTURES
 from ..data.training_data import TrainingData
 from ..settings.data import DataSettings
 
@@ -89,7 +90,7 @@ class ConditioningImage(Condition):
         return network["in_channels"] > channels
 
     def from_batch(self, stored: Tensor, data: TrainingData) -> Tensor:
-        return data.normalization.normalize(stored)
+        return PICTURES.normalize(stored)
 
     def flipped(self, values: Tensor, mask: Tensor) -> Tensor:
         return torch.where(mask, values.flip(-1), values)

@@ -37,6 +37,8 @@ def model_sha256(pipeline: RegDDPMPipeline) -> str:
         dtype = units(torch.zeros(1, len(units.scale), 1, 1)).dtype
         configs += [str(dtype)] if dtype != torch.float32 else []  # earlier versions rounded them to float32
     digest.update(json.dumps([type(pipeline.scheduler).__name__, *configs], sort_keys=True, default=str).encode())
+    if pipeline.config.white:
+        digest.update(str(pipeline.config.white).encode())
     add_weights(digest, pipeline.unet)
     if pipeline.vqvae is not None:
         digest.update(json.dumps(_public(pipeline.vqvae.config), sort_keys=True, default=str).encode())
@@ -73,6 +75,7 @@ class Sampler:
         settings: the settings, with the steps limited to the number of noise levels of the schedule.
         is_field: whether samples are arrays in physical units or in those of the network, not images.
         is_picture: whether samples can be saved as image files, such as PNG.
+        white: the stored value of white of such images.
 
     Raises:
         ValueError: if a setting does not fit the model; the message begins with the name of the setting.
@@ -94,6 +97,7 @@ class Sampler:
         self.settings = settings
         self.is_field = normalization is not None or settings.output_type == "latent"
         self.is_picture = not self.is_field and self._pipeline.image_shape[0] in (1, 3, 4)
+        self.white = pipeline.config.white or 255
         self._check_steps()
         self._check_class_labels()
         self._check_condition()

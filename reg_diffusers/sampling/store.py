@@ -15,6 +15,7 @@ import PIL.Image
 from torch import Tensor
 
 from ..runtime.files import write_whole
+from .png import encode_png
 
 __all__ = ["ArrayFile", "PictureFolder", "SampleStore"]
 
@@ -53,16 +54,18 @@ class PictureFolder:
 
     Args:
         path: the folder.
+        white: the value of white; above 255, the files have 16 bits.
 
     Raises:
         ValueError: if the path is a file.
     """
 
-    def __init__(self, path: Path):
+    def __init__(self, path: Path, white: int = 255):
         if path.exists() and not path.is_dir():
             raise ValueError(f"{path} is a file: name a folder, or an .npz file")
         self.path = path
         self.settings_file = path / "sample_settings.json"
+        self._white = white
         self._files = _NumberedFiles(path, ".png")
 
     def file(self, index: int) -> Path:
@@ -79,7 +82,11 @@ class PictureFolder:
         self._files.prepare()
 
     def write(self, index: int, sample: Tensor) -> None:
-        pixels = _pixels(sample)
+        pixels = _pixels(sample, self._white)
+        if pixels.dtype == np.uint16:
+            content = encode_png(pixels)
+            self._files.write(index, lambda path: path.write_bytes(content))
+            return
         picture = PIL.Image.fromarray(pixels[:, :, 0] if pixels.shape[2] == 1 else pixels)
         self._files.write(index, picture.save)
 
@@ -90,25 +97,27 @@ class PictureFolder:
 class ArrayFile:
     """One .npz file; until it is complete, a folder next to it holds its parts.
 
-    Images are stored as arr_0 (N, H, W, C) uint8, and those of a class-conditional model have their labels in arr_1
-    (N,): the format of guided-diffusion's evaluation (Dhariwal and Nichol 2021, arXiv:2105.05233). Fields are stored
-    as arr_0 (N, C, H, W) float32, or float64 if float32 loses them to rounding: a format that train_reg.py reads.
+    Images are stored as arr_0 (N, H, W, C) uint8, or uint16 if white is above 255. Those of a class-conditional model
+    have their labels in arr_1 (N,): the format of guided-diffusion's evaluation (Dhariwal and Nichol 2021,
+    arXiv:2105.05233). Fields are stored as arr_0 (N, C, H, W) float32, or float64 if float32 loses them to rounding: a
+    format that train_reg.py reads.
 
     Args:
         path: the file.
         is_field: whether to store the values unchanged.
         class_labels: sample i has the label `class_labels[i % n]`; fields have no labels.
+        white: the value of white of an image.
 
     Raises:
         ValueError: if the path is a folder.
     """
 
-    def __init__(self, path: Path, is_field: bool = False, class_labels: Sequence[int] = ()):
+    def __init__(self, path: Path, is_field: bool = False, class_labels: Sequence[int] = (), white: int = 255):
         if path.is_dir():
             raise ValueError(f"{path} is a folder: name an .npz file")
         self.path = path
         self.settings_file = path.with_name(f"{path.name}.json")
-        self._is_field = is_field
+        self._is_field, self._white = is_field, white
         self._class_labels = () if is_field else tuple(class_labels)
         self._parts = _NumberedFiles(path.with_name(f"{path.name}.parts"), ".npy")
 
@@ -122,7 +131,7 @@ class ArrayFile:
         self._parts.prepare()
 
     def write(self, index: int, sample: Tensor) -> None:
-        values = sample.numpy() if self._is_field else _pixels(sample)
+        values = sample.numpy() if self._is_field else _pixels(sample, self._white)
 
         def save(path: Path) -> None:
             with path.open("wb") as file:
@@ -213,9 +222,9 @@ class _NumberedFiles:
         write_whole(self.file(index), save)
 
 
-def _pixels(sample: Tensor) -> np.ndarray:
-    """Converts an image (C, H, W) in [0, 1] to (H, W, C) uint8, with the rounding of diffusers."""
-    return (sample.permute(1, 2, 0).numpy() * 255).round().astype(np.uint8)
+def _pixels(sample: Tensor, white: int) -> np.ndarray:
+    """Converts an image (C, H, W) in [0, 1] to (H, W, C) uint8 or uint16, with the rounding of diffusers."""
+    return (sample.permute(1, 2, 0).numpy() * white).round().astype(np.uint8 if white <= 255 else np.uint16)
 
 
 def _read_header(stream) -> tuple:

@@ -60,6 +60,11 @@ class DataSettings:
         "accepted for compatibility: images are decoded once, so the crop is always central",
         mathematics=False,
     )
+    random_crop: bool = flag(
+        False,
+        "train on a random window of each image in each epoch: images are decoded once, a seventh larger; previews and"
+        " measurements show the central window",
+    )
     random_flip: bool = flag(False, "flip each image left to right with probability 1/2 in each epoch")
     conditioning_image_column: str | None = flag(
         None, "column of a second image per row; the network learns to generate the first image from it"
@@ -87,8 +92,17 @@ class DataSettings:
         "read images on demand instead of storing all of them decoded: for data that fit neither memory nor disk, such"
         " as a large data set on the Hub. Needs --max_train_steps if the number of images is unknown",
     )
+    channels: int | None = flag(
+        None,
+        "convert images to this number of channels: 1 is grey (luma), 3 RGB (transparency on white), 4 RGBA; default:"
+        " that of a given model, else 1 if all images looked at are grey, else 3",
+        parse=positive_int,
+        choices=[1, 3, 4],
+    )
     preserve_input_precision: bool = flag(
-        False, "not supported: images are read with 8 bits per channel; use .npy fields to keep all bits"
+        False,
+        "keep all bits of 16-bit and floating-point images, and all channels of TIFF files, where images are otherwise"
+        " read with 8 bits; samples are written in the same depth",
     )
     skip_bad_images: bool = flag(False, "skip images that cannot be decoded, and report their number")
     dataloader_num_workers: int = flag(
@@ -96,16 +110,13 @@ class DataSettings:
     )
 
     def __post_init__(self):
+        if self.random_crop and self.center_crop:
+            raise UsageError("--random_crop and --center_crop exclude each other")
         if self.prompt is not None and self.caption_column is not None:
             raise UsageError("--prompt and --caption_column exclude each other")
         names = [renamed.partition("=")[0] for renamed in self.reg_columns or ()]
         if doubled := [name for name in names if names.count(name) > 1]:
             raise UsageError(f"--reg_columns names {doubled[0]} twice")
-        if self.preserve_input_precision:
-            raise UsageError(
-                "--preserve_input_precision: images are read with 8 bits per channel; store deeper data as float"
-                " fields, an .npy array (N, C, H, W), and pass --train_data_dir fields.npy without this flag"
-            )
 
     @property
     def has_no_class(self) -> bool:

@@ -10,6 +10,8 @@ import torch
 from torch import Tensor
 
 from ..data.column_values import flipped
+from ..data.crops import drawn
+from ..data.streaming import StreamedPictures
 from ..data.training_data import TrainingData
 from ..networks.conditions import Conditions
 from ..runs.checkpoint import endless_batches
@@ -64,7 +66,7 @@ class Batch:
 
 
 def batches_of(
-    training: Training, data: TrainingData, *, random_flip: bool, condition_dropout: float = 0.0
+    training: Training, data: TrainingData, *, random_flip: bool, condition_dropout: float = 0.0, crop_seed: int = 0
 ) -> Iterator[Batch]:
     """Yields batches without end, from the current position of the training.
 
@@ -73,9 +75,15 @@ def batches_of(
         data: data of the training.
         random_flip: whether to flip each image left to right with probability 1/2.
         condition_dropout: probability that an image has neither text nor class label.
+        crop_seed: seed of the windows of --random_crop. They are new in each epoch; in a stream, whose epochs have no
+            number, in each batch.
     """
+    is_cropped, progress = getattr(data, "is_cropped", False), training.progress
     absent = Conditions.absent(data)
     for batch in endless_batches(training.accelerator, training.dataloader, training.progress):
+        if is_cropped:
+            epoch = progress.batch if isinstance(data, StreamedPictures) else progress.epoch
+            batch = drawn(batch, data.shape[1:], crop_seed, epoch)
         original_samples = data.normalization.normalize(batch["values"])
         context = Context.of_batch(data, batch)
         if random_flip:

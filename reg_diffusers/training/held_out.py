@@ -93,14 +93,14 @@ def _load(images: TrainingData, folder: str, data: DataSettings, wanted: Sequenc
     flag = f"--validation_data_dir {folder}"
     field = "train_data_dir" if data.dataset_name is None else "dataset_name"
     named = {"dataset_name": None, "dataset_config_name": None, "train_data_dir": None, field: folder}
-    size = as_setting(images.shape[1:]) if images.is_picture else None
-    # The normalization of fields is given.
-    settings = replace(data, **named, streaming=False, buckets=None, resolution=size, field_scale="channel")
+    # Size, channels and the range of fields are those of the training.
+    alike = {"resolution": None, "channels": None, "field_scale": "channel"}
+    settings = replace(data, **named, **alike, streaming=False, buckets=None)
     normalization = None if images.is_picture else images.normalization
     naming = Naming("--validation_data_dir", "the training")
     try:
-        model_of = (images.shape[0], None, normalization, images.condition_channels)
-        found = load_training_data(settings, *model_of, naming, wanted)
+        model_of = (images.shape[0], images.shape[1:], normalization, images.condition_channels)
+        found = load_training_data(settings, *model_of, naming, wanted, white=images.white)
         if found.shape != images.shape:
             sizes = [" x ".join(map(str, shape)) for shape in (found.shape, images.shape)]
             raise UsageError(f"{flag}: {sizes[0]}, but the training data are {sizes[1]}")

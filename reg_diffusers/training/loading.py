@@ -117,8 +117,9 @@ def load_model_and_data(
     if vae is None and family is not None:
         raise UsageError(f"--pretrained_model_name_or_path {base}: it has no autoencoder: name one by --vae")
     if vae is None:
-        model_of = (given.channels, given.size, given.normalization, given.condition_channels)
-        images = load_training_data(data, *model_of, wanted=wanted)
+        channels = None if data.channels and given.unet is None else given.channels  # those of a config are replaced
+        model_of = (channels, given.size, given.normalization, given.condition_channels)
+        images = load_training_data(data, *model_of, wanted=wanted, white=given.white)
         return Loaded(given, images, images)
     factor = downsampling(vae)
     _check_data_of_latents(data, factor, f"--vae {model.vae}" if model.vae else f"the autoencoder of {base}")
@@ -128,7 +129,7 @@ def load_model_and_data(
             f" {given.channels}: use the autoencoder that it was trained with"
         )
     size = given.size and tuple(factor * side for side in given.size)
-    images = load_training_data(data, vae.config.in_channels, size, None, 0, wanted=wanted)
+    images = load_training_data(data, vae.config.in_channels, size, None, 0, wanted=wanted, white=given.white)
     if not images.is_picture:
         fix = "drop --vae" if model.vae else f"{base} needs images"
         raise UsageError(f"an autoencoder encodes images, but the data are fields: {fix}")
@@ -238,6 +239,11 @@ def _check_data_of_latents(data: DataSettings, factor: int, autoencoder: str) ->
         raise UsageError(f"--streaming: images are encoded once for {autoencoder}, not on demand; drop --streaming")
     if data.buckets:
         raise UsageError(f"--buckets is not supported in latents, here of {autoencoder}; drop it")
+    if data.random_crop:
+        raise UsageError(
+            f"--random_crop: images are encoded once for {autoencoder}, and a window of their latents is not the"
+            " latents of a window; drop the flag"
+        )
     if data.conditioning_image_column:
         raise UsageError(f"--conditioning_image_column is not supported in latents, here of {autoencoder}; drop it")
     size = sides(data.resolution or factor)

@@ -38,11 +38,11 @@ _INK, _GREY = (32, 32, 32), (110, 110, 110)
 
 
 def sampling_pipeline(unet, noise_scheduler, data: TrainingData, vae=None) -> RegDDPMPipeline:
-    """Builds the pipeline to save: network, training scheduler, autoencoder, a field's normalization, class names."""
+    """Builds the pipeline to save: network, training scheduler, autoencoder, and what is known of the data."""
     normalization = None
     if not data.is_picture:
         normalization = {"offset": list(data.normalization.offset), "scale": list(data.normalization.scale)}
-    pipeline = RegDDPMPipeline(unet, noise_scheduler, normalization, vae, data.classes)
+    pipeline = RegDDPMPipeline(unet, noise_scheduler, normalization, vae, data.classes, data.white)
     pipeline.set_progress_bar_config(disable=True)
     return pipeline
 
@@ -148,9 +148,12 @@ def _values(samples: Tensor, terms: tuple[Term, ...], conditions: Conditions) ->
 
 
 def grid(samples: Tensor, gap: int = 1) -> PIL.Image.Image:
-    """Arranges samples (N, C, H, W) in [-1, 1] in a nearly square picture: 3 channels in color, else the first."""
+    """Arranges samples (N, C, H, W) in [-1, 1] in a nearly square picture: RGB, RGBA on white, else channel 0."""
     number, channels, height, width = samples.shape
-    samples = samples if channels == 3 else samples[:, :1].expand(-1, 3, -1, -1)
+    if channels == 4:
+        opacity = ((samples[:, 3:] + 1) / 2).clamp(0, 1)
+        samples = samples[:, :3] * opacity + 1 - opacity
+    samples = samples if channels in (3, 4) else samples[:, :1].expand(-1, 3, -1, -1)
     columns = math.ceil(math.sqrt(number))
     rows = math.ceil(number / columns)
     cells = torch.ones(rows * columns, 3, height + gap, width + gap)
