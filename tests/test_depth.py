@@ -110,7 +110,7 @@ def test_pictures_of_8_bits_are_left_without_a_word(load, tmp_path, capsys):
 
 def test_conditions_for_sampling_follow_one_rule(tmp_path, capsys):
     folder = write(tmp_path / "maps", [np.full((8, 8), value, np.int32) for value in (200, 300)], "tif")
-    conditions = ConditionFolder(folder, 8, 1)
+    conditions = ConditionFolder(folder, (8, 8), 1)
     assert [condition.max().item() for condition in (conditions[0], conditions[1])] == pytest.approx(
         [-1, 1 / 127.5 - 1]
     )

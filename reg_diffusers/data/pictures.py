@@ -49,7 +49,10 @@ def decode(image: PIL.Image.Image, size: tuple[int, int], channels: int, white: 
         ValueError: for floating-point pixels, which have no known range, and for integers outside 0 to white.
     """
     if image.mode == "F":
-        raise ValueError("its pixels are floating-point numbers: pass --preserve_input_precision")
+        raise ValueError(
+            "its pixels are floating-point numbers, without a known range: pass --preserve_input_precision, which reads"
+            " such images to train on"
+        )
     kind = image.format  # a rotated image lacks it
     image = PIL.ImageOps.exif_transpose(image)
     if image.mode.startswith("I"):
