@@ -50,8 +50,8 @@ def decode(image: PIL.Image.Image, size: tuple[int, int], channels: int, white: 
     """
     if image.mode == "F":
         raise ValueError(
-            "its pixels are floating-point numbers, without a known range: pass --preserve_input_precision, which reads"
-            " such images to train on"
+            "its pixels are floating-point numbers, without a known range: pass --preserve_input_precision, which"
+            " reads such images to train on"
         )
     kind = image.format  # a rotated image lacks it
     image = PIL.ImageOps.exif_transpose(image)
