@@ -1,6 +1,7 @@
 """Decoded latents as the view of a loss: the pipelines' numbers, dtypes, memory, crops, and what is refused."""
 
 import copy
+import pickle
 import warnings
 
 import pytest
@@ -13,6 +14,7 @@ from diffusers import (
     AutoencoderKLQwenImage,
     AutoencoderKLWan,
     AutoencoderTiny,
+    DDPMScheduler,
     Flux2Pipeline,
     LTXPipeline,
     UNet2DModel,
@@ -371,6 +373,17 @@ def test_checkpointing_is_left_to_the_blocks_of_a_decoder_that_has_several():
         DecodedImage(autoencoder)
     assert vae.is_gradient_checkpointing
     assert not small.is_gradient_checkpointing
+
+
+def test_a_pickled_loss_has_the_same_gradient():
+    vae, scheduler = kl(), DDPMScheduler()
+    loss = X0Regularization(scheduler, [Term(mean_square, 1.0, weighting.constant, view=DecodedImage(vae))])
+    gradients = []
+    for one in (loss, pickle.loads(pickle.dumps(loss))):
+        output = images(2, 4, 8, 8, dtype=torch.float32).requires_grad_()
+        one(output, torch.tensor([10, 500]), torch.zeros(2, 4, 8, 8)).loss.backward()
+        gradients.append(output.grad)
+    assert gradients[0].any() and torch.equal(*gradients)
 
 
 def test_a_crop_decodes_one_window_of_all_images():

@@ -136,12 +136,12 @@ def test_frozen_parts_are_in_half_precision_and_adapters_in_float32(name, fine_t
     trained = []
     train_of_script = train.script.train
     monkeypatch.setattr(train.script, "train", lambda *given: trained.append(train_of_script(*given)))
-    out = fine_tune("--mixed_precision", "bf16", "--max_train_steps", 2)
+    out = fine_tune("--mixed_precision", "bf16", "--max_train_steps", 2, "--validation_split", 0.25)
     assert found["dtypes"] == {(False, torch.bfloat16), (True, torch.float32)}
     assert found["encoders"] == 0 and found["networks"] == 1  # nothing that is not needed stays in memory
     assert trained[0].vae.dtype == torch.bfloat16
     assert {value.dtype for value in adapters(out).values()} == {torch.float32}
-    assert np.isfinite(metrics(out)[-1]["total_variation"])
+    assert np.isfinite(metrics(out)[-1]["validation/raw/total_variation"])
 
 
 # Texts and guidance, by the functions of a family
@@ -228,7 +228,8 @@ def test_what_does_not_fit_a_family_is_refused_in_one_line(name, fine_tune, caps
 @pytest.mark.parametrize("name", ["FluxPipeline"])
 def test_texts_that_any_tokenizer_cuts_off_are_counted_in_one_warning(name, fine_tune, capsys):
     write_photos(texts=["a cat", "abcdefghi", "abcdefgh abcdefgh", "dog"])
-    fine_tune("--max_train_steps", 1)
-    (warning,) = [line for line in capsys.readouterr().err.splitlines() if "cuts off" in line]
+    fine_tune("--max_train_steps", 1, "--validation_prompts", "dog", "abcdefghi")
+    warning, of_prompts = [line for line in capsys.readouterr().err.splitlines() if "cuts off" in line]
+    assert "cuts off the end of 1 of 2 --validation_prompts, such as 'abcdefghi'" in of_prompts
     assert "cuts off the end of 4 of 8 texts, such as 'abcdefghi', which is 3 tokens too long" in warning
     assert "tokenizer 2 of them, at 12 tokens, tokenizer_2 4 of them, at 8 tokens" in warning

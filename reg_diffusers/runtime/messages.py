@@ -10,10 +10,12 @@ from __future__ import annotations
 import logging
 import os
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 from tqdm.auto import tqdm
 
-__all__ = ["bars_are_hidden", "detail", "say", "show_messages", "warn"]
+__all__ = ["bars_are_hidden", "detail", "errors_only", "say", "show_messages", "warn"]
 
 _OF_DATASETS = "HF_DATASETS_DISABLE_PROGRESS_BARS"
 _logger = logging.getLogger("reg_diffusers")
@@ -62,6 +64,20 @@ def _hide_bars_of_diffusers() -> None:
 def say(message: str) -> None:
     """Says what happens."""
     _logger.info(message)
+
+
+@contextmanager
+def errors_only(*libraries: str) -> Iterator[None]:
+    """Hides the messages of other libraries, except errors, in a block whose own message says the same."""
+    loggers = [logging.getLogger(name) for name in libraries]
+    before = [logger.level for logger in loggers]
+    for logger in loggers:
+        logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        for logger, level in zip(loggers, before, strict=True):
+            logger.setLevel(level)
 
 
 def detail(message: str) -> None:

@@ -20,6 +20,7 @@ from ..networks.build import GivenModel, load_given_model
 from ..networks.families import FAMILIES, Embeddings, Family, family_of
 from ..networks.lora import frozen_sha256
 from ..runtime.errors import UsageError, warn
+from ..runtime.messages import errors_only
 from ..sampling.sampler import add_weights
 from ..settings.data import DataSettings
 from ..settings.model import ModelSettings
@@ -149,7 +150,10 @@ def load_model_and_data(
     latents, previews = see(images, mirrored=data.random_flip), None
     if family is not None:
         shown = list(validation_prompts or dict.fromkeys(latents.prompts.texts[:_TEXTS_SHOWN]))
-        embedded = [family.embed(encoder, [text]) for text in shown]
+        if validation_prompts:
+            _warn_of_cuts(shown, "--validation_prompts", family, encoder)
+        with errors_only("diffusers", "transformers"):
+            embedded = [family.embed(encoder, [text]) for text in shown]
         previews = {name: torch.cat([one[name] for one in embedded]).cpu() for name in null}
     return Loaded(given, images, latents, vae, family, previews, see)
 
@@ -209,16 +213,23 @@ def _prompts(
             f"--caption_column {data.caption_column}: {len(missing)} of {len(texts)} images have no text, the first is"
             f" row {missing[0]}: add texts, or give one for all by --prompt"
         )
+    _warn_of_cuts(texts, "texts", family, encoder)
+    with errors_only("diffusers", "transformers"):  # which print a line for each text that is cut off
+        return Prompts(texts, partial(family.embed, encoder), null, _sha256(encoder), folder)
+
+
+def _warn_of_cuts(texts: list[str], named: str, family: Family, encoder) -> None:
+    """Warns once of all texts that a tokenizer cuts off."""
     lost = {text: cut for text in set(texts) if (cut := family.lost_tokens(encoder, text))}
     if too_long := [text for text in texts if text in lost]:
         limits = family.token_limits(encoder)
         of_each = {name: sum(name in lost[text] for text in too_long) for name in limits}
         counts = ", ".join(f"{name} {number} of them, at {limits[name]} tokens" for name, number in of_each.items())
         warn(
-            f"the tokenizer cuts off the end of {len(too_long)} of {len(texts)} texts, such as {too_long[0][:60]!r},"
-            f" which is {max(lost[too_long[0]].values())} tokens too long{f'; {counts}' if len(limits) > 1 else ''}"
+            f"the tokenizer cuts off the end of {len(too_long)} of {len(texts)} {named}, such as"
+            f" {too_long[0][:60]!r}, which is {max(lost[too_long[0]].values())} tokens too long"
+            f"{f'; {counts}' if len(limits) > 1 else ''}"
         )
-    return Prompts(texts, partial(family.embed, encoder), null, _sha256(encoder), folder)
 
 
 def _sha256(encoder) -> str:

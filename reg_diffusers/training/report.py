@@ -131,7 +131,7 @@ def describe_machine(
 
 def _frozen(network) -> str:
     dtype = str(frozen_dtype(network)).removeprefix("torch.")
-    return f"the others frozen in {dtype}"
+    return f"the rest frozen in {dtype}"
 
 
 def _by(schedule: str) -> str:

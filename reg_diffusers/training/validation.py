@@ -146,12 +146,13 @@ class Validation:
         """Measures a network: the denoising loss, and L' of each term over the images where it is active."""
         device, names = self._training.accelerator.device, self._loss_fn.regularization.names
         values: dict[str, list[Tensor]] = {"denoising": [], **{name: [] for name in names}}
+        called = _WithoutGradient(self._training.as_called(network))
         with random_numbers_as_before(device):
             torch.manual_seed(self._seed)  # of estimators and views that draw
             for rows, timesteps, noise in self._batches():
                 batch = send_to_device(self._data.__getitems__(rows), device)
                 context = Context.of_batch(self._data, batch)
-                model, arguments = context.conditions.bind(_WithoutGradient(network))
+                model, arguments = context.conditions.bind(called)
                 output = self._loss_fn(
                     model,
                     self._data.normalization.normalize(batch["values"]),
