@@ -28,14 +28,8 @@ from reg_diffusers import AffineSchedule, RegularizedLoss, Term
 from reg_diffusers.recipes import pbfm, pidm
 from reg_diffusers.regularizers import equality
 
-FIELDS, BATCH, RATE, CLOSEST, SAMPLES, EULER = (
-    10_000,
-    64,
-    1e-3,
-    0.05,
-    512,
-    50,
-)  # images of a seed, Adam's rate, least 1 - t
+FIELDS, BATCH, SAMPLES = 10_000, 64, 512  # data, shared by the seeds; of each seed
+CLOSEST, EULER = 0.05, 50  # least 1 - t in the loss; steps of sampling
 UNROLLED = (1, 2, 3, 4)  # Euler steps of PBFM in each quarter of the training
 FLOW = AffineSchedule(
     lambda t: t, lambda t: 1 - t, "sample", denoising_weight=lambda t: (1 - t).clamp(min=CLOSEST) ** -2
@@ -52,6 +46,7 @@ class Problem:
         judge: (samples, data) -> numbers by name.
         methods: rows of the table.
         width: of the hidden layers.
+        rate: of Adam, at the start.
         seconds: CPU time of a row for each seed.
     """
 
@@ -60,6 +55,7 @@ class Problem:
     judge: Callable[[Tensor, Tensor], dict[str, float]]
     methods: Sequence[Method]
     width: int
+    rate: float
     seconds: float
 
 
@@ -148,11 +144,11 @@ def ddpm() -> DDPMScheduler:
 
 def train(network: Network, method: Method, problem: Problem, data: Tensor, seeds, budget: float) -> int:
     """Trains for `budget` seconds of CPU time, for 0 a step of each objective; returns the number of steps."""
-    optimizer = torch.optim.Adam(network.parameters(), lr=RATE, fused=True)
+    optimizer = torch.optim.Adam(network.parameters(), fused=True)
     streams = [torch.Generator().manual_seed(seed) for seed in seeds]
     parts, start, steps = losses(method, problem.residual), time.process_time(), 0
     while (spent := (time.process_time() - start) / budget if budget else steps / len(parts)) < 1:
-        optimizer.param_groups[0]["lr"] = RATE * math.cos(math.pi / 2 * spent) ** 2
+        optimizer.param_groups[0]["lr"] = problem.rate * math.cos(math.pi / 2 * spent) ** 2
         fields, noise, times = draw(data, streams)
         timesteps = (times * STEPS).long() if is_ddpm(method) else times
         loss_fn = parts[min(int(spent * len(parts)), len(parts) - 1)]
