@@ -177,6 +177,7 @@ class RegDDPMPipeline(ImageSpace, ConditionedNetwork, DiffusionPipeline):
         check_output_type(output_type, self.image_shape[0])
         view = self._view
         steering = Guidance(guidance, regularizer_scale, guidance_method, guidance_samples, view)
+        guidance_scale = self.default_guidance_scale if guidance_scale is None else guidance_scale
         context, without = self._contexts(
             batch_size, guidance_scale, class_labels=class_labels, condition=condition, **kwargs
         )
@@ -185,8 +186,8 @@ class RegDDPMPipeline(ImageSpace, ConditionedNetwork, DiffusionPipeline):
         callback = StepCallback(callback_on_step_end, callback_on_step_end_tensor_inputs)
 
         shape = (batch_size, self._channels, *self._size)
-        sample = randn_tensor(shape, generator=generator, device=self._execution_device, dtype=self.unet.dtype)
-        self.scheduler.set_timesteps(available_steps(self.scheduler, num_inference_steps, _logger.warning))
+        sample = randn_tensor(shape, generator=generator, device=self._execution_device, dtype=self._sample_dtype)
+        self.set_timesteps(available_steps(self.scheduler, num_inference_steps, _logger.warning))
         sample = sample * self.scheduler.init_noise_sigma if hasattr(self.scheduler, "init_noise_sigma") else sample
         step_kwargs = self._step_kwargs(generator, eta)
         wants_x0_hat = return_x0_hat or callback.wants("x0_hat")
@@ -215,6 +216,10 @@ class RegDDPMPipeline(ImageSpace, ConditionedNetwork, DiffusionPipeline):
         if not return_dict:
             return (images, scores, trajectory) if return_x0_hat else (images, scores)
         return RegDDPMPipelineOutput(images=images, scores=scores, x0_hat=trajectory)
+
+    def set_timesteps(self, steps: int) -> None:
+        """Sets the timesteps of the scheduler for a number of steps."""
+        self.scheduler.set_timesteps(steps)
 
     def with_parts(self, **parts) -> RegDDPMPipeline:
         """Returns a copy with other components, such as `scheduler=`; the remaining ones are shared."""

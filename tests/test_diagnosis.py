@@ -548,3 +548,16 @@ def test_a_model_is_diagnosed_on_the_data_that_it_was_trained_on(folder, tiny_un
     (folder / "trained" / "reg_settings.yaml").write_text("dataset_name: null\ntrain_data_dir: fields.npy\n")
     main([*command, "--output", "recorded"])
     assert "fields from fields.npy, the training data of trained" in capsys.readouterr().out.splitlines()[0]
+
+
+def test_arguments_of_a_model_follow_their_images(gaussian):
+    """A network that is given the images themselves guesses each of them exactly."""
+    images = gaussian[0][:60]
+
+    def knowing(noisy_samples, timesteps, *, originals):
+        alpha_bar = EPSILON.alphas_cumprod[timesteps].reshape(-1, 1, 1, 1)
+        return (noisy_samples - alpha_bar.sqrt() * originals) / (1 - alpha_bar).sqrt()
+
+    term = Term(regularizers.gradient_energy, 0.1)
+    found = diagnose(EPSILON, term, images, model=knowing, model_kwargs={"originals": images}, num_levels=3)
+    assert all(level.model.error < 1e-6 < level.best.error for level in found.levels)

@@ -12,8 +12,8 @@ import pytest
 import torch
 from diffusers import DDPMScheduler
 
-from reg_diffusers import conflict_free, weighting
-from reg_diffusers.regularizers import physics
+from reg_diffusers import Term, conflict_free, noise_level, weighting
+from reg_diffusers.regularizers import physics, total_variation
 
 pytestmark = pytest.mark.project
 
@@ -24,7 +24,7 @@ FOLDER = Path(__file__).parents[1] / "docs" / "benchmarks" / "rivals"
 @pytest.fixture
 def rivals(monkeypatch):
     """The modules of the benchmark, by name."""
-    names = ("circle", "ensemble", "methods", "fields", "heat", "darcy")
+    names = ("circle", "ensemble", "methods", "fields", "heat", "darcy", "pictures")
     monkeypatch.syspath_prepend(str(FOLDER))
     yield {name: importlib.import_module(name) for name in names}
     for name in names:
@@ -149,6 +149,35 @@ def test_the_pairs_of_the_darcy_case_solve_its_equation(rivals):
     assert darcy.wasserstein(fields[:, 0] + 0.5, fields[:, 0]) == pytest.approx(
         0.5 / fields[:, 0].std().item(), rel=1e-4
     )
+
+
+@pytest.mark.parametrize("name", ["flow", "noise"])
+def test_samples_of_a_network_that_knows_one_picture_are_that_picture(rivals, name):
+    pictures = rivals["pictures"]
+    schedule = pictures.flow() if name == "flow" else pictures.diffusion("epsilon")
+    picture = torch.rand(1, 1, 4, 4, generator=torch.Generator().manual_seed(0)) - 0.5
+
+    def network(x, timesteps):
+        level = noise_level(schedule, timesteps)
+        alpha, sigma = (part.reshape(-1, 1, 1, 1) for part in (level.alpha, level.sigma))
+        return picture.expand(x.shape) if name == "flow" else (x - alpha * picture) / sigma
+
+    samples = pictures.sample(network, torch.empty(3, 1, 4, 4), schedule, seed=0)
+    torch.testing.assert_close(samples, picture.expand(3, -1, -1, -1), rtol=0, atol=1e-3)
+
+
+def test_rows_of_pictures_train_from_the_same_draws(rivals):
+    """A loss of weight 0 leaves the training of the plain row, bit for bit; one with a weight does not."""
+    pictures = rivals["pictures"]
+    known = torch.rand(20, 1, 4, 4, generator=torch.Generator().manual_seed(0)) * 2 - 1
+    trained = []
+    for term in (None, Term(total_variation, 0.0), Term(total_variation, 1.0)):
+        torch.manual_seed(0)
+        network = pictures.Network(4, width=8, local=2)
+        pictures.train(network, known, pictures.diffusion("v_prediction"), term, 5, 1e-2, seed=0)
+        trained.append(torch.cat([value.flatten() for value in network.state_dict().values()]))
+    assert torch.equal(trained[0], trained[1])
+    assert (trained[0] - trained[2]).abs().max() > 1e-4
 
 
 @pytest.mark.slow

@@ -19,8 +19,7 @@ pytestmark = pytest.mark.training
 
 def events_of(folder):
     accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
-    (file,) = folder.glob("logs/train_reg/events.out.tfevents.*")
-    return accumulator.EventAccumulator(str(file)).Reload()
+    return accumulator.EventAccumulator(str(folder / "logs" / "train_reg")).Reload()
 
 
 def test_tensorboard_gets_pictures_and_settings_of_both_trainings(train):
@@ -36,6 +35,10 @@ def test_tensorboard_gets_pictures_and_settings_of_both_trainings(train):
         (settings,) = folder.glob("logs/train_reg/*/hparams.yml")
         text = settings.read_text()
         assert "hf_secret" not in text and yaml.safe_load(text)["regularizer"] == "near_background"
+    (comparison,) = events_of(out).Images("comparison")
+    with PIL.Image.open(out / "comparison.png") as saved:
+        assert (comparison.width, comparison.height) == saved.size and comparison.step == 2
+    assert events_of(out / "plain").Tags()["images"] == ["samples"]
     known = set(files_left(out, lambda left: True))
     assert known == {path for path in out.rglob("*") if path.is_file()}
 
@@ -45,6 +48,13 @@ class Tracker:
 
     def __init__(self, name, fails=False):
         self.name, self.fails, self.got = name, fails, []
+        self.init_kwargs, self.tracker, self.begun = {}, SimpleNamespace(id="x7"), []
+
+    def start(self):
+        self.begun.append(dict(self.init_kwargs))
+
+    def finish(self):
+        self.got.append("finished")
 
     def log(self, values, step):
         self.got.append((values, step))
@@ -58,7 +68,10 @@ class Tracker:
 def trackers_of(tracker, tmp_path, folder="out", project="train_reg"):
     begun = []
     accelerator = SimpleNamespace(
-        trackers=[tracker], init_trackers=lambda *given: begun.append(given), state=PartialState()
+        trackers=[tracker],
+        init_trackers=lambda *given: begun.append(given),
+        state=PartialState(),
+        log=tracker.log,
     )
     settings = {"seed": 3, "reg_weight": (0.1, 0.2), "cache_dir": None}
     ending = Ending("a command")
@@ -94,6 +107,22 @@ def test_trackio_gets_pictures_of_its_own_kind(tmp_path, monkeypatch):
     trackers, *_ = trackers_of(tracker, tmp_path)
     trackers.log_picture("samples", PICTURE, 7)
     assert tracker.got == [({"samples": ("image", (3, 4, 3))}, 7)]
+
+
+@pytest.mark.parametrize(
+    "name, again", [("wandb", {"id": "x7", "resume": "allow"}), ("trackio", {"resume": "allow"}), ("tensorboard", {})]
+)
+def test_the_comparison_goes_to_the_finished_run(tmp_path, monkeypatch, name, again):
+    monkeypatch.setitem(sys.modules, "trackio", SimpleNamespace(Image=lambda pixels: pixels))
+    tracker = Tracker(name)
+    tracker.log_images = lambda values, step, **_: tracker.log(values, step)
+    trackers, *_ = trackers_of(tracker, tmp_path)
+    trackers.log({"denoising": 1.0}, 9)
+    trackers.finish()
+    trackers.log_picture_afterwards("comparison", PICTURE)
+    assert tracker.begun == [again]
+    _, finished, (values, step), finished_again = tracker.got
+    assert list(values) == ["comparison"] and step == 9 and finished == finished_again == "finished"
 
 
 def test_a_logger_that_fails_at_a_picture_is_left_out(tmp_path, capsys):

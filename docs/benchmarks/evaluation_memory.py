@@ -28,7 +28,7 @@ from reg_diffusers.evaluation.images import Images
 from reg_diffusers.regularizers import total_variation
 
 RESULT = Path(__file__).with_suffix(".txt")
-NUMBERS = (2_500, 5_000, 10_000, 20_000, 50_000)
+NUMBERS = (2_500, 5_000, 10_000, 50_000)
 SHAPE = (1, 32, 32)
 DIMENSIONS = 64
 

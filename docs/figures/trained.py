@@ -25,6 +25,7 @@ sys.path.insert(0, str(RIVALS))
 import circle  # noqa: E402
 from methods import METHODS  # noqa: E402
 
+SHOWN = (("plain", 0), ("matched", 1), ("matched", 5), ("gated(3)", 1), ("constant", 1))
 HALVINGS = 40
 
 
@@ -83,8 +84,8 @@ def shifts(predict, exact, scheduler, data):
 
 def main():
     found = json.loads((RIVALS / "results" / "weighted_circle.json").read_text())
-    rows = [method for method in METHODS if method.kind == "ours"]
     trained = {(row["method"], row["weight"]): row for row in found["rows"]}
+    rows = [method for method in METHODS if (method.name, method.weight) in SHOWN]
     trained = [trained[method.name, method.weight] for method in rows]
     best = formula(found["seeds"], rows)
     titles = [method.name + (f", {method.weight:g}" if method.weight else "") for method in rows]

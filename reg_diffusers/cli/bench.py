@@ -79,6 +79,7 @@ class Bench:
         number: the number of images in each half, and of samples.
         reference: the reference images, (N, C, H, W) in [-1, 1], read when they are needed; see `Images`.
         other: the other half, (N, C, H, W).
+        texts: the text of each reference image, (N,), for text-to-image models; else empty.
         conditions: the conditions of each sample, equal to those of its reference image: class_labels (N,), condition.
         other_conditions: the conditions of the other half.
         sha256: a hash of both halves.
@@ -91,6 +92,7 @@ class Bench:
     number: int
     reference: object
     other: object
+    texts: list[str] = field(default_factory=list)
     conditions: dict = field(default_factory=dict)
     other_conditions: dict = field(default_factory=dict)
     sha256: str = ""
@@ -123,6 +125,7 @@ def open_bench(args: argparse.Namespace, models: dict) -> Bench:
 
     check_num_images(args.num_images)
     title, pipeline = next(iter(models.items()))
+    _check_texts(args, models)
     by_class = any(model.num_classes is not None for model in models.values())
     data = load_data(args, title, pipeline, by_class)
     source = args.data or "embedded Fashion-MNIST"
@@ -133,11 +136,11 @@ def open_bench(args: argparse.Namespace, models: dict) -> Bench:
         fix = f"; use --num_images {total // 2}" if total >= 4 * GROUPS else ""
         raise UsageError(f"--data {source}: {total:,} images are too few: two halves need {least:,}{fix}")
     order = torch.randperm(total, generator=torch.Generator().manual_seed(args.seed)).tolist()
-    bench = Bench(data, source, order, number, None, None)
+    bench = Bench(data, source, order, number, None, None, _texts(args, data, order[:number]))
     bench.searched = min(total, max(2 * number, _SEARCHED))
     bench.reference = Images(number, bench.images)
     bench.other = Images(number, lambda places: bench.images(range(number + places.start, number + places.stop)))
-    networks = [(model.unet.config, model._channels) for model in models.values()]
+    networks = [(model.unet.config, model._channels) for model in models.values() if not model.takes_prompts]
     digest = hashlib.sha256()
     for half, into in ((order[:number], bench.conditions), (order[number : 2 * number], bench.other_conditions)):
         conditions = []
@@ -152,6 +155,35 @@ def open_bench(args: argparse.Namespace, models: dict) -> Bench:
         if classes is not None and bench.conditions["class_labels"].max() >= classes:
             raise UsageError(f"--model {name} has {classes} classes, but the data have {len(data.classes)}")
     return bench
+
+
+def _check_texts(args: argparse.Namespace, models: dict) -> None:
+    """Raises `UsageError` if texts are missing for a text-to-image model, or given without one."""
+    from ..runtime.errors import UsageError
+
+    given = next((flag for flag in ("caption_column", "prompt") if getattr(args, flag) is not None), None)
+    title = next((title for title, model in models.items() if model.takes_prompts), None)
+    if title is not None and given is None:
+        raise UsageError(
+            f"--model {title} is conditioned on texts: name their column by --caption_column, or give --prompt"
+        )
+    if title is None and given is not None:
+        raise UsageError(f"--{given}: no model is conditioned on texts; drop the flag")
+
+
+def _texts(args: argparse.Namespace, data, indices: list[int]) -> list[str]:
+    """Returns the texts of these images; empty if no flag names them."""
+    from ..runtime.errors import UsageError
+
+    if args.prompt is not None:
+        return [args.prompt] * len(indices)
+    if args.caption_column is None:
+        return []
+    captions = data.captions
+    texts = [captions[index] or "" for index in indices]
+    if missing := [index for index, text in zip(indices, texts, strict=True) if not text.strip()]:
+        raise UsageError(f"--caption_column {args.caption_column}: image {missing[0]} has no text: add it")
+    return texts
 
 
 def _images(data, indices: list[int]):

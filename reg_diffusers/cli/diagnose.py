@@ -102,10 +102,12 @@ def run(args: argparse.Namespace) -> None:
     pipeline = _pipeline(args)
     _check_not_latent(settings)
     given = load_given_model(settings.model, settings.data.cache_dir)
-    data = _load_data(settings.data, args.model, given, pipeline)
-    terms = in_units(terms, data, loss.reg_units)
+    pictures = _load_data(settings.data, args.model, given, pipeline)
+    data, decoder = _in_latents(pictures, pipeline, settings.data.cache_dir)
+    terms = in_units(terms, data, loss.reg_units, decoder)
     scheduler = pipeline.scheduler if pipeline else build_noise_scheduler(settings.model, given)
-    images, context = _images(args.num_images, data)
+    rows, images, context = _images(args.num_images, data)
+    guessing = {} if pipeline is None else _guessing(pipeline, settings.data, pictures, rows, context)
     source = settings.data.source or "embedded Fashion-MNIST"
     say(
         f"data: {len(images):,} of {data.number:,} {'images' if data.is_picture else 'fields'} from {source}{reason}\n"
@@ -119,7 +121,7 @@ def run(args: argparse.Namespace) -> None:
             _report_unusable(args, term.name, str(error), output)
             continue
         try:
-            _diagnose(args, loss.snr_gamma, term, weight, scheduler, images, context, pipeline, output)
+            _diagnose(args, loss.snr_gamma, term, weight, scheduler, images, context, guessing, output)
         except TermError as error:
             _report_unusable(args, term.name, str(error), output)
 
@@ -149,7 +151,7 @@ def _find_data(args) -> str:
     return f", the training data of {args.model}"
 
 
-def _diagnose(args, snr_gamma, term, weight, scheduler, images, context: dict, pipeline, output: Path) -> None:
+def _diagnose(args, snr_gamma, term, weight, scheduler, images, context: dict, guessing: dict, output: Path) -> None:
     from tqdm.auto import tqdm
 
     from ..diagnosis import diagnose, judge
@@ -160,7 +162,7 @@ def _diagnose(args, snr_gamma, term, weight, scheduler, images, context: dict, p
     from ..weight_rules import rule_of
 
     settings = {
-        "model": pipeline.unet if pipeline else None,
+        **guessing,
         "snr_gamma": snr_gamma,
         "num_levels": args.num_levels,
         "seed": args.seed,
@@ -247,22 +249,19 @@ def _pipeline(args):
 def _load_data(settings: DataSettings, model: str | None, given, pipeline):
     """Loads the data at the size and with the channels of the model."""
     from ..data.training_data import Normalization, load_training_data
-    from ..prediction import image_channels
     from ..runtime.errors import UsageError
     from ..settings.size import shown, sides
 
     channels, size, normalization = given.channels, given.size, given.normalization
     if pipeline is not None:
-        config = pipeline.unet.config
-        if pipeline.vqvae is not None:
-            raise UsageError(f"--model {model} draws latents, which a diagnosis does not support: drop the flag")
-        channels = image_channels(config.out_channels, pipeline.scheduler.config)
-        if config.num_class_embeds or config.in_channels != channels:
+        channels, *size = pipeline.image_shape
+        if pipeline.condition_channels:
             raise UsageError(
-                f"--model {model} is conditional, but only unconditional models can be diagnosed: drop the flag"
+                f"--model {model} is conditioned on images, which a diagnosis does not support: drop the flag"
             )
-        size = pipeline.image_shape[1:]
-        if settings.resolution is not None and sides(settings.resolution) != size:
+        if pipeline.num_classes and not settings.class_conditional:
+            raise UsageError(f"--model {model} is class-conditional: add --class_conditional")
+        if settings.resolution is not None and sides(settings.resolution) != tuple(size):
             raise UsageError(f"--resolution {settings.resolution}: --model {model} draws images {shown(size)}")
         if pipeline.config.normalization:
             offset, scale = (tuple(pipeline.config.normalization[name]) for name in ("offset", "scale"))
@@ -271,12 +270,59 @@ def _load_data(settings: DataSettings, model: str | None, given, pipeline):
     return load_training_data(settings, channels, size, normalization, given.condition_channels, white=white)
 
 
+def _in_latents(pictures, pipeline, cache_dir: str | None):
+    """Returns the data as the model sees them, and the view that decodes them; the same data for a model of images."""
+    from functools import partial
+
+    from ..autoencoder import encoded
+    from ..data.latents import latents_of
+    from ..data.training_data import cache_folder
+    from ..networks.autoencoders import autoencoder_sha256, decoded_view
+
+    vae = None if pipeline is None else pipeline.vqvae
+    if vae is None:
+        return pictures, None
+    key, folder = autoencoder_sha256(vae), cache_folder(cache_dir)
+    latents = latents_of(pictures, partial(encoded, vae), key, folder, vae.device, mirrored=False)
+    return latents, decoded_view(vae, "no")
+
+
+def _guessing(pipeline, settings: DataSettings, pictures, rows: list[int], context) -> dict:
+    """Returns the network whose guesses are measured, and its arguments for each image, as arguments of `diagnose`.
+
+    Raises:
+        UsageError: the model needs texts, or has other classes than the data.
+    """
+    import torch
+
+    from ..runtime.errors import UsageError
+
+    network = pipeline.as_in_loss()
+    if pipeline.num_classes:
+        if len(pictures.classes) != pipeline.num_classes:
+            raise UsageError(
+                f"the model has {pipeline.num_classes} classes, but the data have {len(pictures.classes)}"
+            )
+        return {"model": network, "model_kwargs": {"class_labels": context["class_labels"]}}
+    if not pipeline.takes_prompts:
+        return {"model": network}
+    if settings.prompt is None and settings.caption_column is None:
+        raise UsageError("--model is conditioned on texts: name their column by --caption_column, or give --prompt")
+    texts = [settings.prompt] * len(pictures) if settings.caption_column is None else pictures.captions
+
+    def with_texts(samples, timesteps, *, rows):
+        return network(samples, timesteps, **pipeline.embeddings([texts[row] or "" for row in rows.tolist()]))
+
+    return {"model": with_texts, "model_kwargs": {"rows": torch.tensor(rows)}}
+
+
 def _images(wanted: int, data):
-    """Returns evenly spaced images of the data (M, C, H, W) in [-1, 1], and their conditions for the regularizers."""
+    """Returns the rows of evenly spaced images, these (M, C, H, W) in [-1, 1], and their conditions for the losses."""
     import numpy as np
 
     from ..networks.conditions import Conditions
 
     number = min(wanted, len(data.examples))
-    batch = data.examples.__getitems__(np.linspace(0, len(data.examples) - 1, number).astype(int).tolist())
-    return data.normalization.normalize(batch["values"]), Conditions.of_batch(data, batch)
+    rows = np.linspace(0, len(data.examples) - 1, number).astype(int).tolist()
+    batch = data.examples.__getitems__(rows)
+    return rows, data.normalization.normalize(batch["values"]), Conditions.of_batch(data, batch)

@@ -118,6 +118,8 @@ def _find_data(args: argparse.Namespace) -> None:
     args.data_reason = ""
     if args.data is None:
         args.data, recorded = recorded_data(args.model, "--data")
+        if args.prompt is not None or args.caption_column is not None:
+            recorded.prompt = recorded.caption_column = None
         for name, value in vars(recorded).items():
             setattr(args, name, getattr(args, name) or value)
         args.data_reason = f", the training data of {args.model[0]}"
@@ -172,6 +174,7 @@ def _settings(args: argparse.Namespace, samplers: dict, bench, specs: list[str],
                 "model_sha256": sampler.settings.model_sha256,
                 "scheduler": sampler.settings.scheduler,
                 "num_inference_steps": sampler.settings.num_inference_steps,
+                **_guidance_scale(sampler),
             }
             for title, (sampler, *_) in samplers.items()
         },
@@ -185,6 +188,11 @@ def _settings(args: argparse.Namespace, samplers: dict, bench, specs: list[str],
         "features": features.description if features else "",
         "fid": args.fid,
     }
+
+
+def _guidance_scale(sampler) -> dict:
+    scale = sampler.settings.guidance_scale
+    return {} if scale is None else {"guidance_scale": scale}
 
 
 def _keep_settings(args: argparse.Namespace, output: Path, settings: dict) -> None:
@@ -310,7 +318,7 @@ def _settings_shown(settings: dict, note: str, command: str) -> list[tuple[str, 
     from .. import __version__
 
     models = "; ".join(
-        f"{title} ({model['scheduler']}, {model['num_inference_steps']} steps)"
+        f"{title} ({model['scheduler']}, {model['num_inference_steps']} steps{_scaled(model)})"
         for title, model in settings["models"].items()
     )
     return [
@@ -326,12 +334,16 @@ def _settings_shown(settings: dict, note: str, command: str) -> list[tuple[str, 
     ]
 
 
+def _scaled(model: dict) -> str:
+    return f", guidance scale {model['guidance_scale']:g}" if "guidance_scale" in model else ""
+
+
 def _command(args: argparse.Namespace) -> str:
     """Returns the command line that reproduces the results."""
     words = ["reg-diffusers", "evaluate"]
     names = ("model", "regularizer", "data", "dataset_config_name", "image_column", "label_column")
-    names += ("conditioning_image_column", "num_images", "features", "num_inference_steps", "scheduler", "seed")
-    names += ("mixed_precision", "reg_units")
+    names += ("conditioning_image_column", "caption_column", "prompt", "num_images", "features")
+    names += ("num_inference_steps", "guidance_scale", "scheduler", "seed", "mixed_precision", "reg_units")
     for name in names:
         value = getattr(args, name)
         if value not in (None, []):

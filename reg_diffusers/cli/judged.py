@@ -87,11 +87,12 @@ def judge_models(
     for title in titles:
         loss = None
         if with_denoising_loss:
-            some = {name: value[:_IMAGES_OF_LOSS].to(device) for name, value in bench.conditions.items()}
             pipeline = models[title]
+            some = {name: value[:_IMAGES_OF_LOSS].to(device) for name, value in bench.conditions.items()}
+            some |= pipeline.embeddings(bench.texts[:_IMAGES_OF_LOSS]) if pipeline.takes_prompts else {}
             some |= {name: getattr(args, name) for name in ("snr_gamma", "loss_weighting", "timestep_sampling")}
             encoded = pipeline.encode(halves[0][:_IMAGES_OF_LOSS])
-            losses = denoising_losses(pipeline.unet, pipeline.scheduler, encoded, args.seed, **some)
+            losses = denoising_losses(pipeline.as_in_loss(), pipeline.scheduler, encoded, args.seed, **some)
             loss = losses.mean().item()
         rows[title] = row(title, drawn[title], bench.conditions, 0, loss)
     if args.fid:

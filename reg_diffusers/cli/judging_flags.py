@@ -10,8 +10,8 @@ from .sampling_flags import add_machine_flags, add_sampler_flags
 __all__ = ["DATA_FLAGS", "NUM_IMAGES", "add_judging_flags", "add_measuring_flags"]
 
 NUM_IMAGES = 2048
-DATA_FLAGS = ("dataset_config_name", "image_column", "label_column", "conditioning_image_column", "cache_dir")
-DATA_FLAGS += ("random_crop",)
+DATA_FLAGS = ("dataset_config_name", "image_column", "label_column", "conditioning_image_column", "caption_column")
+DATA_FLAGS += ("prompt", "cache_dir", "random_crop")
 
 
 def add_judging_flags(parser: argparse.ArgumentParser) -> None:
@@ -40,6 +40,12 @@ def _add_data_flags(parser: argparse.ArgumentParser) -> None:
         help="column of the conditioning images, for an image-conditioned model",
     )
     add(
+        "--caption_column",
+        metavar="NAME",
+        help="column of the texts, for a text-to-image model: each sample has the text of an image",
+    )
+    add("--prompt", metavar="TEXT", help="one text for all samples, in place of --caption_column")
+    add(
         "--random_crop",
         action="store_true",
         help="compare with the central windows of the images, as --random_crop trains on (default: as recorded)",
@@ -67,5 +73,10 @@ def add_measuring_flags(parser: argparse.ArgumentParser) -> None:
     )
     add("--fid", action="store_true", help="also compute the Inception FID; needs pip install 'reg_diffusers[fid]'")
     add_sampler_flags(parser)
-    add("--batch_size", type=positive_int, default=64, metavar="N", help="images per batch (default: %(default)s)")
+    add(
+        "--batch_size",
+        type=positive_int,
+        metavar="N",
+        help="images per batch (default: 64; 1 for a text-to-image model)",
+    )
     add_machine_flags(parser)

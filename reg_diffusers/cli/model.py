@@ -15,7 +15,7 @@ def add_model_flag(parser) -> None:
 
 
 def load_pipeline(model: str, device=None, *, mixed_precision: str = "no"):
-    """Loads a pipeline and freezes its network.
+    """Loads a pipeline, or LoRA weights with the pipeline that they record as their base, and freezes its network.
 
     Args:
         model: a folder or Hub id.
@@ -35,18 +35,16 @@ def load_pipeline(model: str, device=None, *, mixed_precision: str = "no"):
     from ..runtime.errors import UsageError
     from ..runtime.hardware import keep_freed_memory
 
-    if Path(model, LORA_FILE).is_file():
-        raise UsageError(
-            f"--model {model} holds LoRA weights, which this command does not read: load the pipeline that was"
-            f" fine-tuned in diffusers, then pipeline.load_lora_weights({model!r})"
-        )
+    pipeline = _lora_pipeline(model) if Path(model, LORA_FILE).is_file() else None
     try:
-        pipeline = RegDDPMPipeline.from_pretrained(model)
+        pipeline = pipeline or RegDDPMPipeline.from_pretrained(model)
     except (OSError, ValueError) as error:
-        reason = " ".join(str(error).split())
-        raise UsageError(
-            f"--model {model}: no folder or Hub id with a pipeline (train_reg.py saves one): {reason}"
-        ) from error
+        pipeline = None if Path(model).exists() else _lora_pipeline(model, missing_ok=True)
+        if pipeline is None:
+            reason = " ".join(str(error).split())
+            raise UsageError(
+                f"--model {model}: no folder or Hub id with a pipeline (train_reg.py saves one): {reason}"
+            ) from error
     if device is None:
         device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else "cpu"
     if pipeline.vqvae is not None:
@@ -54,6 +52,28 @@ def load_pipeline(model: str, device=None, *, mixed_precision: str = "no"):
     pipeline.unet.requires_grad_(False)  # guidance needs the gradient of the image only
     device = torch.device(device)
     keep_freed_memory(device)
-    if prefers_explicit_attention(pipeline.unet, _TYPICAL_BATCH, device.type, mixed_precision):
+    if not pipeline.takes_prompts and prefers_explicit_attention(
+        pipeline.unet, _TYPICAL_BATCH, device.type, mixed_precision
+    ):
         use_explicit_attention(pipeline.unet)
     return pipeline.to(device)
+
+
+def _lora_pipeline(model: str, *, missing_ok: bool = False):
+    """Loads LoRA weights and their base; None if there are none and that is allowed.
+
+    Raises:
+        UsageError: they cannot be loaded.
+    """
+    from ..networks.lora_pipeline import load_lora_pipeline
+    from ..runtime.errors import UsageError
+
+    try:
+        return load_lora_pipeline(model)
+    except UsageError as error:
+        raise UsageError(f"--model {model}: {error}") from error
+    except Exception as error:  # of any type, because the files may be corrupt
+        if missing_ok and isinstance(error, OSError):
+            return None
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise UsageError(f"--model {model}: its LoRA weights cannot be loaded: {reason}") from error

@@ -39,6 +39,8 @@ def samplers_of(args: argparse.Namespace, models: dict, names: dict, bench: Benc
             seed=args.seed,
             mixed_precision=args.mixed_precision,
             class_labels=tuple(labels.tolist()) if by_class else (),
+            prompts=tuple(bench.texts) if pipeline.takes_prompts else (),
+            guidance_scale=_guidance_scale(args, pipeline),
             condition_sha256=hashlib.sha256(conditions.numpy()).hexdigest() if conditions is not None else "",
             output_type="latent",
         )
@@ -53,6 +55,10 @@ def samplers_of(args: argparse.Namespace, models: dict, names: dict, bench: Benc
         except ValueError as error:
             raise UsageError(f"--output {error}") from error
     return found
+
+
+def _guidance_scale(args: argparse.Namespace, pipeline) -> float | None:
+    return pipeline.default_guidance_scale if args.guidance_scale is None else args.guidance_scale
 
 
 def draw_samples_of(args: argparse.Namespace, samplers: dict, state) -> None:
@@ -71,17 +77,18 @@ def draw_samples_of(args: argparse.Namespace, samplers: dict, state) -> None:
     for title, (sampler, store, missing) in samplers.items():
         if not missing:
             continue
+        batch_size = args.batch_size or sampler.typical_batch
         if state.is_main_process:
             say(f"sampling    {title}: {len(missing):,} images")
         try:
-            draw_missing(sampler, store, missing, args.batch_size, state)
+            draw_missing(sampler, store, missing, batch_size, state)
         except torch.OutOfMemoryError as error:
-            raise UsageError(f"--batch_size {args.batch_size}: too large for the memory of {state.device}") from error
+            raise UsageError(f"--batch_size {batch_size}: too large for the memory of {state.device}") from error
         except PermissionError as error:
             raise UsageError(f"--output {store.path} cannot be written: {error.strerror}") from error
 
 
-def _time(samplers: dict, batch_size: int, processes: int) -> str:
+def _time(samplers: dict, batch_size: int | None, processes: int) -> str:
     """Returns a line about the time that the missing samples take; empty if none is missing."""
     import torch
 
@@ -93,7 +100,7 @@ def _time(samplers: dict, batch_size: int, processes: int) -> str:
         if not share:
             continue
         numbers.append(f"{len(missing):,}")
-        batch = share[:batch_size]
+        batch = share[: batch_size or sampler.typical_batch]
         try:
             of_an_image = sampler.seconds_per_step(batch) / len(batch)
         except torch.OutOfMemoryError:  # reported where the samples are drawn

@@ -19,6 +19,7 @@ __all__ = ["add_parser", "run"]
 _GUIDANCE_SCALES = {"mpgd": 0.05, "dps": 2.0, "lgd": 2.0}
 _OF_THE_PICTURES = (
     *("model", "num_images", "num_inference_steps", "scheduler", "seed", "class_labels", "condition_dir", "guidance"),
+    *("prompts", "negative_prompt"),
     *("regularizer_scale", "guidance_method", "guidance_scale", "reg_units", "mixed_precision"),
 )
 
@@ -39,9 +40,8 @@ def add_parser(subparsers) -> argparse.ArgumentParser:
     add(
         "--batch_size",
         type=positive_int,
-        default=64,
         metavar="N",
-        help="images per batch in each process (default: %(default)s)",
+        help="images per batch in each process (default: 64; 1 for a text-to-image model)",
     )
     add(
         "--output",
@@ -56,6 +56,8 @@ def add_parser(subparsers) -> argparse.ArgumentParser:
         metavar="LABEL",
         help="classes to cycle through, by name or number, for a class-conditional model (default: all classes)",
     )
+    add("--prompts", nargs="+", metavar="TEXT", help="texts to cycle through, for a text-to-image model")
+    add("--negative_prompt", metavar="TEXT", help="what classifier-free guidance leads away from (default: no text)")
     add(
         "--condition_dir",
         metavar="FOLDER",
@@ -161,7 +163,9 @@ def _sampler(args: argparse.Namespace, pipeline):
         num_inference_steps=args.num_inference_steps,
         seed=args.seed,
         class_labels=tuple(labels),
-        guidance_scale=args.guidance_scale,
+        prompts=tuple(args.prompts or ()),
+        negative_prompt=args.negative_prompt,
+        guidance_scale=pipeline.default_guidance_scale if args.guidance_scale is None else args.guidance_scale,
         condition_sha256=conditions.sha256 if conditions is not None else "",
         guidance=tuple(args.guidance),
         regularizer_scale=scale if args.guidance else 0.0,
@@ -248,12 +252,13 @@ def _draw(args: argparse.Namespace, sampler, store, missing: list[int], state) -
     from ..sampling.drawing import draw_missing
     from ..term import TermError
 
+    batch_size = args.batch_size or sampler.typical_batch
     try:
-        draw_missing(sampler, store, missing, args.batch_size, state)
+        draw_missing(sampler, store, missing, batch_size, state)
     except TermError as error:
         raise UsageError(f"--guidance: {error}") from error
     except torch.OutOfMemoryError as error:
-        raise UsageError(f"--batch_size {args.batch_size}: too large for the memory of {state.device}") from error
+        raise UsageError(f"--batch_size {batch_size}: too large for the memory of {state.device}") from error
     except PermissionError as error:
         raise UsageError(f"--output {args.output} cannot be written: {error.strerror}") from error
 

@@ -145,8 +145,6 @@ def _check_training(training: Settings) -> None:
     for name in _NOT_OVERRIDDEN:
         if training.values()[name]:
             raise UsageError(f"--{name} {_DECIDED}; remove it from the YAML file")
-    if training.model.lora_rank:
-        raise UsageError("--lora_rank after --: a sweep cannot measure LoRA weights yet; train one run per weight")
     if not training.loss.regularizer:
         raise UsageError("--regularizer none leaves nothing to weight: name a loss after --")
 
@@ -167,6 +165,7 @@ def _settings(args: argparse.Namespace) -> dict:
         "training": args.training,
         "num_inference_steps": args.num_inference_steps,
         "scheduler": args.scheduler,
+        **({} if args.guidance_scale is None else {"guidance_scale": args.guidance_scale}),
         "seed": args.seed,
         "mixed_precision": args.mixed_precision,
     }
@@ -194,9 +193,11 @@ def _keep_settings(output: Path, settings: dict) -> None:
 
 def _is_finished(folder: Path) -> bool:
     """Whether the training finished: the card is the last file that it writes."""
-    from ..runs.run_folder import CARD_FILE
+    from ..runs.run_folder import CARD_FILE, LORA_FILE
 
-    return (folder / CARD_FILE).is_file() and (folder / "model_index.json").is_file()
+    return (folder / CARD_FILE).is_file() and any(
+        (folder / name).is_file() for name in ("model_index.json", LORA_FILE)
+    )
 
 
 def _train(args: argparse.Namespace, folder: Path, weighting: str, weight: float) -> None:

@@ -52,6 +52,7 @@ def diagnose(
     original_samples: Tensor,
     *,
     model: Callable | None = None,
+    model_kwargs: dict[str, Tensor] | None = None,
     snr_gamma: float | None = None,
     num_levels: int = 20,
     timesteps: Tensor | None = None,
@@ -66,7 +67,8 @@ def diagnose(
         term: the term, with the weight and weighting to examine.
         original_samples: (M, C, H, W) images in [-1, 1]; the term sees them through its view. Of a large set, about
             2^25 values are used.
-        model: a trained network, `(noisy_samples, timesteps)` -> output; its guesses are measured, too.
+        model: a trained network, `(noisy_samples, timesteps, **model_kwargs)` -> output, to measure its guesses, too.
+        model_kwargs: further arguments of the model for each image, (M, ...), such as `class_labels`.
         snr_gamma: gamma of the min-SNR weight of the denoising loss; None without it.
         num_levels: number of timesteps, evenly spaced in log SNR.
         timesteps: (N,) as the training draws them, for example 10,000 draws of a loop of your own. Default: uniform
@@ -90,7 +92,9 @@ def diagnose(
         raise ValueError(f"{len(original_samples)} images are too few: diagnose needs at least {_FEWEST_IMAGES}")
     generator = torch.Generator().manual_seed(seed)
     known, held_out = _divided(original_samples, generator)
-    context = {name: tensor[held_out] for name, tensor in context.items()}
+    context, given = (
+        {name: tensor[held_out] for name, tensor in values.items()} for values in (context, model_kwargs or {})
+    )
     known, held_out = original_samples[known].float(), original_samples[held_out].float()
     evaluate = LossOnImages(term, {**context, "original_samples": held_out})
     evaluate.check(held_out)
@@ -115,7 +119,7 @@ def diagnose(
         best = _guesses(source, guesses[source], held_out, values, clean_gradient, evaluate, *gradients)
         of_model = None
         if model is not None:
-            x0_hat = _model_guesses(scheduler, model, noisy_samples, level.timesteps[index])
+            x0_hat = _model_guesses(scheduler, model, noisy_samples, level.timesteps[index], given)
             of_model = _guesses("model", x0_hat, held_out, values, clean_gradient, evaluate, *gradients)
         path = response(evaluate, guesses[source], data_spread)
         found.append((best, of_model))
@@ -262,11 +266,12 @@ def _guesses(
 
 
 @torch.no_grad()
-def _model_guesses(scheduler, model: Callable, noisy_samples: Tensor, timestep: Tensor) -> Tensor:
+def _model_guesses(scheduler, model: Callable, noisy_samples: Tensor, timestep: Tensor, given: dict) -> Tensor:
     guesses = []
-    for samples in noisy_samples.split(64):
-        timesteps = timestep.expand(len(samples))
-        output = model(scale_model_input(scheduler, samples, timesteps), timesteps)
+    for part in torch.arange(len(noisy_samples)).split(64):
+        samples, timesteps = noisy_samples[part], timestep.expand(len(part))
+        model_kwargs = {name: values[part] for name, values in given.items()}
+        output = model(scale_model_input(scheduler, samples, timesteps), timesteps, **model_kwargs)
         output = output if isinstance(output, Tensor) else output[0]
         guesses.append(predict_original_sample(scheduler, output, timesteps, samples))
     return torch.cat(guesses)

@@ -19,7 +19,7 @@ from huggingface_hub.errors import HfHubHTTPError
 from huggingface_hub.utils import get_session
 
 from ..runtime.links import check_links
-from .card import write_card
+from .lora_card import write_card_of_run
 from .repository import STALE, remote_card
 
 __all__ = ["Upload", "reason"]
@@ -131,7 +131,7 @@ def main() -> int:
 
     def upload() -> None:
         get_session().timeout = _SILENCE
-        write_card(folder, repo_id, remote_card(api, repo_id), task["license"])
+        write_card_of_run(folder, repo_id, remote_card(api, repo_id), task["license"])
         api.upload_folder(
             repo_id=repo_id,
             folder_path=folder,

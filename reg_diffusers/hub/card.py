@@ -30,8 +30,8 @@ from .card_text import CardFacts, card_text
 from .model_index import saved_class_names, saved_normalization
 
 __all__ = [
-    *("BEGIN", "END", "as_card", "copy_evidence", "merge_cards", "model_card", "read_card", "read_json"),
-    *("shown_pictures", "write_card", "write_merged"),
+    *("BEGIN", "END", "as_card", "copy_evidence", "facts_of", "merge_cards", "model_card", "read_card"),
+    *("read_json", "results_of", "shown_pictures", "write_card", "write_merged"),
 ]
 
 BEGIN = "<!-- reg_diffusers: written anew at each upload down to the mark at its end; your own text goes outside -->"
@@ -51,7 +51,7 @@ def model_card(folder: Path, repo_id: str, license: str | None = None) -> ModelC
         repo_id: the repository that the code in the card loads.
         license: the licence for the metadata; "unknown" by default.
     """
-    facts = _facts(folder)
+    facts = facts_of(folder)
     return as_card(_metadata(facts, repo_id, license), f"{BEGIN}\n\n{card_text(facts, repo_id)}\n\n{END}")
 
 
@@ -136,7 +136,7 @@ def as_card(data: ModelCardData, text: str) -> ModelCard:
 def _metadata(facts: CardFacts, repo_id: str, license: str | None) -> ModelCardData:
     hub_id = facts.record.get("data", {}).get("hub_id")
     conditional = ["conditional-image-generation"] if facts.by_class or facts.by_image else []
-    results = _results(facts)
+    results = results_of(facts, _TASK)
     return ModelCardData(
         license=license or "unknown",
         library_name="diffusers",
@@ -149,8 +149,13 @@ def _metadata(facts: CardFacts, repo_id: str, license: str | None) -> ModelCardD
     )
 
 
-def _results(facts: CardFacts) -> list[EvalResult] | None:
-    """Returns the last row of the table, that of the model, for the model-index."""
+def results_of(facts: CardFacts, task: str) -> list[EvalResult] | None:
+    """Returns the last row of the table, that of the model, for the model-index; None without measurements.
+
+    Args:
+        facts: the facts about the model.
+        task: the task of the Hub.
+    """
     if not facts.rows:
         return None
     *_, measured = facts.rows.values()
@@ -159,7 +164,7 @@ def _results(facts: CardFacts) -> list[EvalResult] | None:
     data = facts.record.get("data", {})
     return [
         EvalResult(
-            task_type=_TASK,
+            task_type=task,
             dataset_type=data.get("hub_id") or "unpublished",
             dataset_name=data.get("name") or "unknown",
             metric_type=name.removeprefix(_LOSS).replace(" ", "_"),
@@ -172,12 +177,13 @@ def _results(facts: CardFacts) -> list[EvalResult] | None:
 
 
 def _is_foreign(result: EvalResult) -> bool:
-    """Whether a result was not written by `_results`, for this or the previous model."""
+    """Whether a result was not written by `results_of`, for this or the previous model."""
     name = result.metric_name or ""
     return not (name.startswith(_LOSS) or name in (_DISTANCE, _DENOISING))
 
 
-def _facts(folder: Path) -> CardFacts:
+def facts_of(folder: Path) -> CardFacts:
+    """Reads the facts about a model from its folder."""
     comparison, index = folder / COMPARISON_FILE, read_json(folder / "model_index.json")
     record = read_json(folder / CONFIG_FILE)
     return CardFacts(

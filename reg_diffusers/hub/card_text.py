@@ -112,7 +112,7 @@ def card_text(facts: CardFacts, repo_id: str) -> str:
         f"# {as_text(repo_id.rstrip('/').split('/')[-1])}",
         _introduction(facts),
         objective_section(facts.record.get("objective")),
-        _evidence(facts),
+        evidence_section(facts),
         _usage(facts, repo_id),
         reproduction_section(facts.record),
     ]
@@ -230,7 +230,8 @@ def _note_on_own_code(terms: list[dict]) -> str:
     return f"{named} {'is' if len(modules) == 1 else 'are'} code of the author that is not in this repository."
 
 
-def _evidence(facts: CardFacts) -> str:
+def evidence_section(facts: CardFacts) -> str:
+    """Builds the section with measurements and figures; empty without them."""
     sections = ["## Results"]
     if facts.rows:
         sections += [_how_measured(facts), markdown_table(facts.rows)]

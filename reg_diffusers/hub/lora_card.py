@@ -5,45 +5,56 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from huggingface_hub import ModelCardData
+from huggingface_hub import ModelCard, ModelCardData
 
 from ..runs.measurement import as_text
-from ..runs.run_folder import CONFIG_FILE, LORA_FILE, VALIDATION_FILE
-from .card import BEGIN, END, as_card, read_json, shown_pictures, write_merged
-from .card_text import block, objective_section, reproduction_section
-from .held_out_text import held_out_text
+from ..runs.run_folder import LORA_FILE
+from .card import BEGIN, END, as_card, facts_of, results_of, write_card, write_merged
+from .card_text import CardFacts, block, evidence_section, objective_section, reproduction_section
 
-__all__ = ["write_lora_card"]
+__all__ = ["write_card_of_run"]
+
+_TASK = "text-to-image"
 
 
-def write_lora_card(folder: Path, repo_id: str, license: str | None = None) -> None:
-    """Writes README.md: the card of the weights in this folder, merged with the present README.md.
-
-    Its metadata name the base model if that is on the Hub.
-
-    Args:
-        folder: output folder of a LoRA training.
-        repo_id: repository or folder of the weights.
-        license: licence for the metadata; "unknown" by default.
+def write_card_of_run(folder: Path, repo_id: str, old: ModelCard | None = None, license: str | None = None) -> None:
+    """Writes README.md: the card of the pipeline or of the LoRA weights in this folder; see `card.write_card`.
 
     Raises:
         ValueError: README.md is a link out of the folder, or its metadata cannot be read.
     """
-    record = read_json(folder / CONFIG_FILE)
+    if not (folder / LORA_FILE).is_file():
+        write_card(folder, repo_id, old, license)
+        return
+    facts = facts_of(folder)
+    text = f"{BEGIN}\n\n{_text(facts, repo_id)}\n\n{END}"
+    write_merged(folder, as_card(_metadata(facts, repo_id, license), text), old)
+
+
+def _metadata(facts: CardFacts, repo_id: str, license: str | None) -> ModelCardData:
+    """Returns the metadata; the base model is named if it is on the Hub."""
+    record, prompts = facts.record, _prompts(facts)
     hub_id = (record.get("data") or {}).get("hub_id")
-    data = ModelCardData(
+    results = results_of(facts, _TASK)
+    return ModelCardData(
         license=license or "unknown",
         library_name="diffusers",
-        pipeline_tag="text-to-image",
-        tags=["diffusers", "text-to-image", "lora", "reg_diffusers"],
+        pipeline_tag=_TASK,
+        tags=["diffusers", _TASK, "lora", "reg_diffusers"],
         datasets=[hub_id] if hub_id else None,
         base_model=record.get("base_model"),
+        widget=[{"text": prompt} for prompt in prompts] or None,
+        model_name=repo_id.split("/")[-1] if results else None,
+        eval_results=results,
     )
-    text = _text(record, held_out_text(read_json(folder / VALIDATION_FILE)), shown_pictures(folder), repo_id)
-    write_merged(folder, as_card(data, f"{BEGIN}\n\n{text}\n\n{END}"))
 
 
-def _text(record: dict, held_out: str, pictures: dict[str, str], repo_id: str) -> str:
+def _prompts(facts: CardFacts) -> list[str]:
+    return (facts.record.get("data") or {}).get("prompts") or []
+
+
+def _text(facts: CardFacts, repo_id: str) -> str:
+    record, prompts = facts.record, _prompts(facts)
     base, data = record.get("base_model"), record.get("data") or {}
     named = f"[{base}](https://huggingface.co/{base})" if base else "a pipeline on the author's machine"
     images = f", trained on {data['images']:,} images of {as_text(data['name'])}" if data else ""
@@ -52,16 +63,24 @@ def _text(record: dict, held_out: str, pictures: dict[str, str], repo_id: str) -
         "",
         f"pipeline = DiffusionPipeline.from_pretrained({json.dumps(base or 'the pipeline that was fine-tuned')})",
         f"pipeline.load_lora_weights({json.dumps(repo_id)})",
-        'pipeline("your text").images[0].save("sample.png")',
+        f'pipeline({json.dumps(prompts[0] if prompts else "your text")}).images[0].save("sample.png")',
+    ]
+    regularized = [
+        "from reg_diffusers import RegTextToImagePipeline",
+        "",
+        "pipeline = RegTextToImagePipeline.of(pipeline)",
+        f"output = pipeline(prompt={json.dumps(prompts[0] if prompts else 'your text')}, num_inference_steps=50)",
     ]
     sections = [
         f"# {as_text(repo_id.rstrip('/').split('/')[-1])}",
         f"LoRA weights for {named}{images}: `{LORA_FILE}`.",
         objective_section(record.get("objective")),
-        held_out,
-        *(f"![{shown}]({path})" for shown, path in pictures.items()),
+        evidence_section(facts),
         "## Usage",
         block("python", *usage),
+        "With reg_diffusers, for guidance by a loss and scores:",
+        block("python", *regularized),
+        f"Texts of the training, for example: {'; '.join(map(as_text, prompts))}." if prompts else "",
         reproduction_section(record),
     ]
     return "\n\n".join(section for section in sections if section)

@@ -30,7 +30,7 @@ from .fit import check_classes, check_sides
 from .lora import frozen_dtype, load_with_lora
 
 __all__ = ["GivenModel", "build_noise_scheduler", "build_unet", "load_given_model"]
-__all__ += ["new_unet_config"]
+__all__ += ["given_scheduler", "new_unet_config"]
 
 LARGE = "large"  # the name of the built-in config
 
@@ -128,13 +128,13 @@ def _load(settings: ModelSettings, cache_dir: str | None, frozen: torch.dtype, n
         if path is not None:
             if (family := family_of(path, cache_dir)) is not None:
                 network = load_with_lora(family, settings, cache_dir, frozen)
-                return GivenModel(unet=network, scheduler=_given_scheduler(path, cache_dir), family=family)
+                return GivenModel(unet=network, scheduler=given_scheduler(path, cache_dir), family=family)
             if not _is_pipeline(path, cache_dir):
                 return GivenModel(unet=_given_unet(path, cache_dir))
             _check_class(path, cache_dir)
             return GivenModel(
                 unet=_given_unet(path, cache_dir, subfolder="unet"),
-                scheduler=_given_scheduler(path, cache_dir),
+                scheduler=given_scheduler(path, cache_dir),
                 normalization=_given_normalization(path, cache_dir),
                 white=saved_white(DiffusionPipeline.load_config(path, cache_dir=cache_dir)),
                 class_names=saved_class_names(DiffusionPipeline.load_config(path, cache_dir=cache_dir)),
@@ -318,7 +318,7 @@ def _given_unet(path: str, cache_dir: str | None, subfolder: str = "") -> UNet2D
     return UNet2DModel.from_pretrained(path, subfolder=subfolder, cache_dir=cache_dir, use_safetensors=True)
 
 
-def _given_scheduler(path: str, cache_dir: str | None):
+def given_scheduler(path: str, cache_dir: str | None):
     """Loads the saved schedule as a training scheduler, because a pipeline may be saved with any sampler."""
     config = DDPMScheduler.load_config(path, subfolder="scheduler", cache_dir=cache_dir)
     check_schedule(config)

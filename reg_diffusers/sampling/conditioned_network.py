@@ -38,6 +38,8 @@ def classifier_free(conditional: Callable, unconditional: Callable, scale: float
 class ConditionedNetwork:
     """The part of `RegDDPMPipeline` that knows what its network is conditioned on."""
 
+    typical_batch = 64  # samples that usually fit into memory at a time
+
     @property
     def num_classes(self) -> int | None:
         """Number of classes; None for a network without classes."""
@@ -47,6 +49,29 @@ class ConditionedNetwork:
     def condition_channels(self) -> int:
         """Input channels of the network in addition to those of its samples."""
         return self.unet.config.in_channels - self._channels
+
+    @property
+    def default_guidance_scale(self) -> float | None:
+        """The guidance_scale of calls without one."""
+        return None
+
+    @property
+    def takes_prompts(self) -> bool:
+        """Whether the network is conditioned on texts."""
+        return False
+
+    @property
+    def conditions_sha256(self) -> str:
+        """Hash of what turns conditions into inputs of the network; empty if they are the inputs."""
+        return ""
+
+    def as_in_loss(self) -> Callable:
+        """Returns the network as a loss calls it: (noisy_samples, timesteps, **conditions)."""
+        return self.unet
+
+    @property
+    def _sample_dtype(self) -> torch.dtype:
+        return self.unet.dtype
 
     @property
     def _class_embeddings(self) -> int | None:

@@ -41,6 +41,11 @@ class ImageSpace:
         return image_channels(self.unet.config.out_channels, self.scheduler.config)
 
     @property
+    def learns_variance(self) -> bool:
+        """Whether the output of the network holds a variance behind the image part."""
+        return self._channels != self.unet.config.out_channels
+
+    @property
     def _view(self) -> Affine | DecodedImage | None:
         """What losses see: decoded latents, fields in their own units; None for pictures."""
         if self.vqvae is not None:

@@ -40,6 +40,7 @@ def model_sha256(pipeline: RegDDPMPipeline) -> str:
     if pipeline.config.white:
         digest.update(str(pipeline.config.white).encode())
     add_weights(digest, pipeline.unet)
+    digest.update(pipeline.conditions_sha256.encode())
     if pipeline.vqvae is not None:
         digest.update(json.dumps(_public(pipeline.vqvae.config), sort_keys=True, default=str).encode())
         add_weights(digest, pipeline.vqvae)
@@ -101,8 +102,13 @@ class Sampler:
         self._check_steps()
         self._check_class_labels()
         self._check_condition()
-        self._check_guidance_scale()
+        self._check_prompts_and_guidance_scale()
         self._guidance = [self._term(spec) for spec in settings.guidance]
+
+    @property
+    def typical_batch(self) -> int:
+        """A number of samples that usually fits into memory at a time."""
+        return self._pipeline.typical_batch
 
     def draw(self, indices: Sequence[int], after_step: Callable | None = None) -> Tensor:
         """Draws the samples with these indices, (B, C, H, W) on the CPU, in the units of `settings.output_type`.
@@ -145,10 +151,14 @@ class Sampler:
             self.draw(indices, note)
         return times[-1] - times[-2]
 
-    def _conditions_of(self, indices: Sequence[int]) -> dict[str, Tensor]:
+    def _conditions_of(self, indices: Sequence[int]) -> dict[str, Tensor | list[str] | str]:
         """What the samples of these numbers are conditioned on, by argument of the pipeline; what is given in turn."""
-        labels, images = self.settings.class_labels, self._conditions
+        labels, images, prompts = self.settings.class_labels, self._conditions, self.settings.prompts
         found = {}
+        if prompts:
+            found["prompt"] = [prompts[index % len(prompts)] for index in indices]
+        if self.settings.negative_prompt is not None:
+            found["negative_prompt"] = self.settings.negative_prompt
         if labels:
             found["class_labels"] = torch.tensor([labels[index % len(labels)] for index in indices])
         if images is not None:
@@ -169,7 +179,7 @@ class Sampler:
     def _check_steps(self) -> None:
         steps = self.settings.num_inference_steps
         try:
-            self._pipeline.scheduler.set_timesteps(steps)
+            self._pipeline.set_timesteps(steps)
         except ValueError as error:
             raise ValueError(f"num_inference_steps {steps}: {' '.join(str(error).split())}") from error
 
@@ -189,9 +199,14 @@ class Sampler:
         if not channels and self._conditions is not None:
             raise ValueError("condition is given, but the model is not conditioned on images")
 
-    def _check_guidance_scale(self) -> None:
-        if self.settings.guidance_scale is not None:
-            self._pipeline._contexts(1, self.settings.guidance_scale, **self._conditions_of([0]))
+    def _check_prompts_and_guidance_scale(self) -> None:
+        settings, pipeline = self.settings, self._pipeline
+        if settings.prompts and not pipeline.takes_prompts:
+            raise ValueError("prompts are given, but the model is not conditioned on texts")
+        if pipeline.takes_prompts and not settings.prompts:
+            raise ValueError("prompts are missing, but the model is conditioned on texts: give one or more")
+        if settings.guidance_scale is not None or settings.negative_prompt is not None:
+            pipeline._contexts(1, settings.guidance_scale, **self._conditions_of([0]))
 
 
 class _EnoughStepsError(Exception):

@@ -16,7 +16,7 @@ from diffusers import (
 )
 
 from ..pipeline import RegDDPMPipeline
-from ..prediction import image_channels, output_for_step, prediction_type
+from ..prediction import output_for_step, prediction_type
 from ..runtime.messages import detail
 
 __all__ = ["fitting_samplers"]
@@ -71,10 +71,9 @@ def _flow_sampler(kind: type, scheduler):
 
 def _takes_output_of(pipeline: RegDDPMPipeline, sampler) -> bool:
     """Whether a sampler accepts the network's output. A trial step is needed, as some fail only during sampling."""
-    network = pipeline.unet.config
-    channels = image_channels(network.out_channels, pipeline.scheduler.config)
-    output, sample = torch.zeros(1, network.out_channels, 2, 2), torch.zeros(1, channels, 2, 2)
-    sampler.set_timesteps(2)
+    outputs = pipeline._channels * (2 if pipeline.learns_variance else 1)
+    output, sample = torch.zeros(1, outputs, 2, 2), torch.zeros(1, pipeline._channels, 2, 2)
+    pipeline.with_parts(scheduler=sampler).set_timesteps(2)
     t = sampler.timesteps[0]
     if hasattr(sampler, "scale_model_input"):  # Euler warns without it
         sampler.scale_model_input(sample, t)

@@ -23,6 +23,8 @@ class SampleSettings:
         seed: the noise of sample i comes from `torch.Generator().manual_seed(seed + i)`.
         class_labels: sample i has the class `class_labels[i % n]`; empty for a network without classes.
         condition_sha256: a hash of the n conditioning images; sample i uses image i % n. "" without conditions.
+        prompts: sample i has the text `prompts[i % n]`; empty for a network that takes no texts.
+        negative_prompt: what classifier-free guidance leads away from; None for no text.
         guidance_scale: scale of classifier-free guidance; None for a network that is called once per step.
         guidance: losses that guide the sampler, as names for `specs.load_regularizer`.
         regularizer_scale: factor of all these losses, see `RegDDPMPipeline`.
@@ -39,6 +41,8 @@ class SampleSettings:
     seed: int = 0
     class_labels: tuple[int, ...] = ()
     condition_sha256: str = ""
+    prompts: tuple[str, ...] = ()
+    negative_prompt: str | None = None
     guidance_scale: float | None = None
     guidance: tuple[str, ...] = ()
     regularizer_scale: float = 0.0

@@ -65,6 +65,7 @@ class Loaded:
         vae: autoencoder of the latents, or None.
         family: family of a text-to-image pipeline, or None.
         previews: embeddings of the texts of the previews, (P, ...) by name; None without texts.
+        prompts_shown: these texts.
         see: turns further images, like `images`, into what the network sees; holds the encoders. None later.
         held_out: images that are held out, or None.
     """
@@ -75,6 +76,7 @@ class Loaded:
     vae: nn.Module | None = None
     family: Family | None = None
     previews: dict[str, Tensor] | None = None
+    prompts_shown: tuple[str, ...] = ()
     see: Callable[[TrainingData], TrainingData] | None = lambda images: images
     held_out: HeldOut | None = None
 
@@ -147,15 +149,15 @@ def load_model_and_data(
             with_images=with_images,
         )
 
-    latents, previews = see(images, mirrored=data.random_flip), None
+    latents, previews, shown = see(images, mirrored=data.random_flip), None, ()
     if family is not None:
-        shown = list(validation_prompts or dict.fromkeys(latents.prompts.texts[:_TEXTS_SHOWN]))
+        shown = tuple(validation_prompts or dict.fromkeys(latents.prompts.texts[:_TEXTS_SHOWN]))
         if validation_prompts:
             _warn_of_cuts(shown, "--validation_prompts", family, encoder)
         with errors_only("diffusers", "transformers"):
             embedded = [family.embed(encoder, [text]) for text in shown]
         previews = {name: torch.cat([one[name] for one in embedded]).cpu() for name in null}
-    return Loaded(given, images, latents, vae, family, previews, see)
+    return Loaded(given, images, latents, vae, family, previews, shown, see)
 
 
 def _check_texts(

@@ -53,7 +53,7 @@ def inference_steps(asked: int, noise_scheduler) -> int:
 
 
 def draw_samples(
-    pipeline: RegDDPMPipeline, number: int, steps: int, seed: int, batch_size: int = 64, **conditions: Tensor
+    pipeline: RegDDPMPipeline, number: int, steps: int, seed: int, batch_size: int | None = None, **conditions: Tensor
 ) -> Tensor:
     """Draws samples (N, C, H, W) with `fast_scheduler`, without clipping; equal seeds give equal noise.
 
@@ -64,13 +64,13 @@ def draw_samples(
         number: number of samples, N.
         steps: network calls per sample.
         seed: seed of the noise.
-        batch_size: number of samples drawn at a time.
+        batch_size: number of samples drawn at a time; by default, what usually fits into memory.
         **conditions: conditions of the samples.
     """
     sampler = pipeline.with_parts(scheduler=fast_scheduler(pipeline.scheduler))
     sampler.set_progress_bar_config(disable=True)
     generator = torch.Generator().manual_seed(seed)
-    drawn = []
+    drawn, batch_size = [], batch_size or pipeline.typical_batch
     for start in range(0, number, batch_size):
         size = min(batch_size, number - start)
         given = Conditions(conditions).of_images(slice(start, start + size))

@@ -26,6 +26,7 @@ from .terms import weight_rules
 
 __all__ = ["record_of_data", "record_of_objective", "record_weights", "recorded_command", "write_record"]
 
+_PROMPTS_RECORDED = 4
 _PACKAGES = ("torch", "diffusers", "accelerate", "datasets", "transformers", "huggingface_hub", "peft")
 
 
@@ -88,8 +89,10 @@ def recorded_command(argv: list[str], state: PartialState, machine: MachineSetti
     return launch_command(argv, state, undeclared)
 
 
-def record_of_data(settings: DataSettings, data: TrainingData, held_out: HeldOut | None = None) -> dict:
-    """Describes the data and their source, and the images that are held out."""
+def record_of_data(
+    settings: DataSettings, data: TrainingData, held_out: HeldOut | None = None, prompts: tuple[str, ...] = ()
+) -> dict:
+    """Describes the data and their source, the images that are held out, and some of the texts."""
     source = settings.source
     return {
         "name": Path(source).name if source and Path(source).exists() else source or "Fashion-MNIST (a part)",
@@ -97,6 +100,7 @@ def record_of_data(settings: DataSettings, data: TrainingData, held_out: HeldOut
         "images": data.number,
         "shape": list(data.shape),
         "classes": data.classes,
+        **({"prompts": list(prompts[:_PROMPTS_RECORDED])} if prompts else {}),
         **({} if held_out is None else {"held_out": held_out.record()}),
     }
 

@@ -6,6 +6,7 @@ from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
+import PIL.Image
 import torch
 from accelerate import PartialState
 from accelerate.utils import send_to_device
@@ -35,6 +36,7 @@ from ..trial.checks import OnData
 from .ending import Ending
 from .preview import draw_samples, grid
 from .terms import units_note, weight_rules
+from .trackers import Trackers
 
 __all__ = ["compare", "describe", "describe_machine", "describe_result", "images_measured"]
 
@@ -163,6 +165,7 @@ def images_measured(data: TrainingData) -> int:
 
 
 def compare(
+    images: TrainingData,
     data: TrainingData,
     loss: LossSettings,
     terms: tuple[Term, ...],
@@ -171,6 +174,7 @@ def compare(
     output_dir: Path,
     interruption: Interruption,
     ending: Ending,
+    trackers: Trackers,
     *,
     seed: int,
     steps: int,
@@ -178,30 +182,32 @@ def compare(
     """Calls `_compare`; a signal stops it, and `ending` records a failure. The models are saved before."""
     models = f"--model {output_dir}" + (f" --model {output_dir / 'plain'}" if plain is not None else "")
     fix = f"the training is saved: measure again with --resume auto, or with reg-diffusers evaluate {models}"
-    work = partial(_compare, data, loss, terms, plain, trained, output_dir, seed, steps)
+    work = partial(_compare, images, data, loss, terms, plain, trained, output_dir, trackers, seed, steps)
     interruption.cut_short(lambda: ending.attempt("the comparison", fix, work))
 
 
 @torch.no_grad()
 def _compare(
+    images: TrainingData,
     data: TrainingData,
     loss: LossSettings,
     terms: tuple[Term, ...],
     plain: RegDDPMPipeline | None,
     trained: RegDDPMPipeline,
     output_dir: Path,
+    trackers: Trackers,
     seed: int,
     steps: int,
 ) -> None:
     """Compares the trained model and, if there is one, the plain model with the data.
 
     Prints a table, and writes comparison.json, comparison.png and, if there are terms, evaluation.png. Samples have
-    the conditions of the images that they are compared with.
+    the conditions of the images that they are compared with, as in `data`, what the network sees of the images.
     """
-    number = images_measured(data)
-    order = torch.randperm(len(data.examples), generator=torch.Generator().manual_seed(seed)).tolist()
-    reference, conditions = _images(data, order[:number], trained.device)
-    other_half, _ = _images(data, order[-number:], trained.device)
+    number = images_measured(images)
+    order = torch.randperm(len(images.examples), generator=torch.Generator().manual_seed(seed)).tolist()
+    reference, conditions = _images(images, data, order[:number], trained.device)
+    other_half, _ = _images(images, images, order[-number:], trained.device)
     name = "with " + " + ".join(term.name for term in terms) if terms else "samples"
     rows = {"data": measure(reference, other_half, terms, **conditions)}
     pictures, losses = {"data": grid(reference[:_IMAGES_SHOWN])}, {}
@@ -213,7 +219,7 @@ def _compare(
         data_term = {name: getattr(loss, name) for name in ("snr_gamma", "loss_weighting", "timestep_sampling")}
         trained_with = {**data_term, **conditions}
         encoded = pipeline.encode(reference)
-        losses[title] = denoising_losses(pipeline.unet, pipeline.scheduler, encoded, seed, **trained_with)
+        losses[title] = denoising_losses(pipeline.as_in_loss(), pipeline.scheduler, encoded, seed, **trained_with)
         row = measure(samples, reference, terms, losses[title].mean().item(), **conditions)
         measured = read_json(output_dir / (PLAIN_FOLDER if pipeline is plain else "") / VALIDATION_FILE)
         rows[title] = replace(row, held_out_loss=measured.get("last", {}).get("validation/denoising"))
@@ -232,6 +238,8 @@ def _compare(
     }
     write_whole(output_dir / COMPARISON_FILE, lambda path: write_comparison(path, rows, **recorded))
     write_whole(output_dir / "comparison.png", lambda path: draw_comparison(path, pictures, rows))
+    with PIL.Image.open(output_dir / "comparison.png") as picture:
+        trackers.log_picture_afterwards("comparison", picture)
     if rows["data"].terms:
         write_whole(output_dir / "evaluation.png", lambda path: draw_evaluation(path, rows))
     lines = [f"L' and distances over {number} images each, ± standard error; same noise and steps:", table(rows)]
@@ -272,7 +280,9 @@ def _held_out_losses(validation: dict) -> list[str]:
     return [f"held out    {', '.join(losses)} at step {last['step']:,}{lowest}"]
 
 
-def _images(data: TrainingData, indices: list[int], device: torch.device) -> tuple[Tensor, Conditions]:
-    """Returns images (N, C, H, W) in [-1, 1] and their conditions."""
-    batch = send_to_device(data.examples.__getitems__(indices), device)
-    return data.normalization.normalize(batch["values"]), Conditions.of_batch(data, batch)
+def _images(
+    images: TrainingData, data: TrainingData, indices: list[int], device: torch.device
+) -> tuple[Tensor, Conditions]:
+    """Returns images (N, C, H, W) in [-1, 1], and their conditions in what the network sees of them."""
+    batch, seen = (send_to_device(source.examples.__getitems__(indices), device) for source in (images, data))
+    return images.normalization.normalize(batch["values"]), Conditions.of_batch(data, seen)

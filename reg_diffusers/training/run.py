@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 
@@ -21,8 +21,7 @@ from accelerate import PartialState
 from accelerate.utils import broadcast_object_list
 
 from ..data.training_data import TrainingData, Wanted, batches_per_epoch
-from ..hub.card import write_card
-from ..hub.lora_card import write_lora_card
+from ..hub.lora_card import write_card_of_run
 from ..hub.uploads import Uploads, check_upload
 from ..networks.autoencoders import cast_decoder, decoded_view
 from ..networks.build import GivenModel, build_noise_scheduler, build_unet
@@ -69,6 +68,7 @@ from .terms import (
     weight_rules,
     with_weights,
 )
+from .trackers import Trackers
 
 __all__ = ["Launch", "Run", "launched", "open_run"]
 
@@ -89,6 +89,7 @@ class Run:
         interruption: whether the run must end before its last step; a context manager that handles signals.
         uploads: uploads to the Hub by the main process; None without uploads.
         repo_id: repository of the uploads.
+        loggers: those of the trainings so far; the first one gets the comparison.
     """
 
     settings: Settings
@@ -102,6 +103,7 @@ class Run:
     interruption: Interruption
     uploads: Uploads | None
     repo_id: str | None
+    loggers: list[Trackers] = field(default_factory=list)
 
     @property
     def data(self) -> TrainingData:
@@ -125,7 +127,7 @@ class Run:
     def prepare(self, output_dir: Path) -> Training:
         """Builds one training; each call gives the same."""
         settings = self.settings
-        return prepare(
+        training = prepare(
             self.data,
             output_dir,
             self.ending,
@@ -139,6 +141,8 @@ class Run:
             workers=settings.data.dataloader_num_workers,
             hyperparameters=settings.kept(),
         )
+        self.loggers.append(training.trackers)
+        return training
 
     def rules(self, terms: tuple[Term, ...]) -> dict[str, WeightRule]:
         """Returns the rule that sets the weight of each of these terms, by name."""
@@ -171,6 +175,7 @@ class Run:
         if self.state.is_main_process and is_measured and not self.interruption:
             compare(
                 self.loaded.images,
+                self.data,
                 self.settings.loss,
                 of_images(terms),
                 plain,
@@ -178,6 +183,7 @@ class Run:
                 self.output_dir,
                 self.interruption,
                 self.ending,
+                self.loggers[0],
                 seed=self.settings.optimization.seed,
                 steps=self.settings.output.ddpm_num_inference_steps,
             )
@@ -191,9 +197,7 @@ class Run:
         if not self.interruption:
             name = self.repo_id or self.settings.output.output_dir
             license = self.settings.hub.hub_license
-            card = partial(write_card, output_dir, name, uploads and uploads.old_card, license)
-            if self.loaded.family is not None:
-                card = partial(write_lora_card, output_dir, name, license)
+            card = partial(write_card_of_run, output_dir, name, uploads and uploads.old_card, license)
             self.ending.attempt(f"{output_dir / CARD_FILE}", "--resume auto writes it again", card)
         print(describe_result(output_dir, self.interruption, self.ending.command))
         if uploads and not uploads.finish(output_dir, interrupted=bool(self.interruption)):
@@ -287,7 +291,7 @@ def open_run(launch: Launch) -> Run:
             mixed_precision=computation.mixed_precision.value,
             base_model=settings.model.pretrained_model_name_or_path,
             vae=settings.model.vae,
-            data=record_of_data(settings.data, loaded.images, loaded.held_out),
+            data=record_of_data(settings.data, loaded.images, loaded.held_out, loaded.prompts_shown),
             objective=record_of_objective(
                 *(loss, terms, noise_scheduler), is_picture=data.is_picture, is_decoded=vae is not None
             ),
@@ -313,10 +317,6 @@ def _load(settings: Settings, state: PartialState, wanted: list[Wanted], *, with
     frozen, shown = frozen_precision(settings.machine.mixed_precision), settings.output.validation_prompts
     given = settings.model, settings.data, state.device, shown, frozen, wanted
     loaded = load_model_and_data(*given, with_images=with_images)
-    if loaded.family is not None and settings.loss.compare:
-        raise UsageError("--compare is not supported for text-to-image models: drop the flag, or pass --no-compare")
-    if loaded.family is not None and settings.hub.push_to_hub:
-        raise UsageError("--push_to_hub is not supported for LoRA: upload the folder by hf upload")
     loaded = hold_out(loaded, settings.validation, settings.data, settings.optimization.seed, wanted)
     if loaded.family is not None:
         cast_decoder(loaded.vae, frozen)

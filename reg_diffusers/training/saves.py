@@ -6,10 +6,13 @@ from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
+import torch
 from torch import Tensor
 
+from ..networks.conditions import Conditions
 from ..networks.lora import keep_trained_only
 from ..networks.sharded import SampledNetwork
+from ..networks.text_to_image import RegTextToImagePipeline
 from ..pipeline import RegDDPMPipeline
 from ..runs.checkpoint import Checkpoints
 from ..runtime.errors import UsageError
@@ -19,7 +22,6 @@ from .preparation import Training
 from .preview import Previews, draw_samples, sampling_pipeline
 from .run import Run
 from .terms import of_images
-from .text_model import TextModel
 from .validation import Validation
 
 __all__ = ["Saves"]
@@ -152,13 +154,18 @@ def _validation(run: Run, training: Training, output_dir: Path) -> Validation | 
     )
 
 
-def _sampled_model(run: Run, unet, noise_scheduler) -> tuple[RegDDPMPipeline | TextModel, Callable[..., Tensor]]:
+def _sampled_model(run: Run, unet, noise_scheduler) -> tuple[RegDDPMPipeline, Callable[..., Tensor]]:
     """Returns the model to save, and the function that draws its samples, see `draw_samples`."""
     loaded = run.loaded
     if loaded.family is None:
         pipeline = sampling_pipeline(unet, noise_scheduler, loaded.data, loaded.vae)
         return pipeline, partial(draw_samples, pipeline)
-    size = loaded.images.shape[1:]
-    texts = loaded.previews, loaded.data.prompts.null
-    model = TextModel(loaded.family, unet, noise_scheduler, loaded.vae, size, *texts)
-    return model, model.draw
+    size, null = loaded.images.shape[1:], loaded.data.prompts.null
+    pipeline = RegTextToImagePipeline.assembled(loaded.family, unet, noise_scheduler, loaded.vae, size, null=null)
+    pipeline.set_progress_bar_config(disable=True)
+
+    def draw(number: int, steps: int, seed: int, **_: Tensor) -> Tensor:
+        in_turn = torch.arange(number) % len(next(iter(loaded.previews.values())))
+        return draw_samples(pipeline, number, steps, seed, **Conditions(loaded.previews).of_images(in_turn))
+
+    return pipeline, draw

@@ -52,12 +52,14 @@ class Trackers:
         self._run_name = _run_name(output_dir)
         self._hyperparameters = {name: _scalar(value) for name, value in hyperparameters.items()}
         self._is_available = logger is not None
+        self._step = 0  # the last one logged
         if self._is_available:
             together(accelerator.state, self._start)
 
     def log(self, values: dict[str, float], step: int) -> None:
         """Logs the numbers of a step."""
         if self._is_available:
+            self._step = step
             what = f"{self._name} at step {step}"
             self._is_available = self._ending.attempt(what, _FIX, lambda: self._accelerator.log(values, step=step))
 
@@ -68,6 +70,14 @@ class Trackers:
             pixels = np.asarray(picture.convert("RGB"))
             fix = "the picture is in the output folder: leave --logger out or repair it"
             self._is_available = self._ending.attempt(what, fix, lambda: self._log_picture(name, pixels, step))
+
+    def log_picture_afterwards(self, name: str, picture: PIL.Image.Image) -> None:
+        """Logs a picture to the finished run, which is opened again for it; call it in the main process."""
+        if self._is_available:
+            what, fix = f"{self._name} after the training", "the picture is in the output folder"
+            self._is_available = self._ending.attempt(what, fix, self._start_again)
+        self.log_picture(name, picture, self._step)
+        self.finish()
 
     def finish(self) -> None:
         """Makes the logger write its remaining numbers."""
@@ -81,6 +91,14 @@ class Trackers:
         except Exception as error:  # of any kind, because each logger is another package
             reason = " ".join(str(error).split()) or type(error).__name__
             raise UsageError(f"{self._name} cannot be started: {reason}: leave it out or repair it") from error
+
+    def _start_again(self) -> None:
+        for tracker in self._accelerator.trackers:
+            if tracker.name == "wandb":
+                tracker.init_kwargs |= {"id": tracker.tracker.id, "resume": "allow"}
+            elif tracker.name == "trackio":  # finds the run by its name
+                tracker.init_kwargs |= {"resume": "allow"}
+            tracker.start()
 
     def _log_picture(self, name: str, pixels: np.ndarray, step: int) -> None:
         for tracker in self._accelerator.trackers:

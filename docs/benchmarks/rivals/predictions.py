@@ -74,11 +74,11 @@ def of_points(name: str, angles, rows: list[dict]) -> list[dict]:
     points = torch.stack([angle.cos(), angle.sin()], 1)[:, :, None, None]
     known, found = {(row["method"], row["weight"]): row for row in rows}, []
     for method in METHODS:
-        if method.kind != "ours" or not method.weight:
+        row = known.get((method.name, method.weight))
+        if row is None or method.kind != "ours" or not method.weight:
             continue
         term = Term(equality(circle.residual), method.weight, method.weighting, "residual")
         answer = judge(diagnose(scheduler, term, points[:4000], snr_gamma=circle.GAMMA)).answer
-        row = known[method.name, method.weight]
         changes = [one - other for one, other in zip(row["distance"], rows[0]["distance"], strict=True)]
         title = f"{name}, {method.name}, {method.weight:g}"
         found.append(verdict(title, answer, "distance", changes, min(changes) > 0))

@@ -193,10 +193,13 @@ def draw(found: dict[str, dict], picture: Path) -> None:
 
 
 def panel(axes, shown: Table, rows: list[dict]) -> None:
-    x, y = shown.axes
+    (x, y), named = shown.axes, set()
     for row in rows:
+        if x not in row:  # a paired loss of the data themselves
+            continue
         marker, colour = STYLES[row["method"]]
-        label = row["method"] + (f", {row['weight']:g}" if row["weight"] else "")
+        label = "" if row["method"] in named else row["method"]
+        named.add(row["method"])
         middle = statistics.mean(row[x]), statistics.mean(row[y])
         axes.plot(row[x], row[y], marker, color=colour, alpha=0.35, markersize=4)
         axes.plot(*middle, marker, color=colour, markersize=10, label=label)

@@ -44,6 +44,8 @@ class Family:
         channels: channels of the latents: (config of the network) -> c.
         multiple: the sides of the latents must be multiples of it: (config of the network) -> number.
         unpacked: converts what the pipeline returns as latents: (latents, h, w) -> (n, c, h, w).
+        is_distilled: for pipelines without classifier-free guidance, whether a network takes the guidance scale as an
+            input, "guidance" (n,) among the embeddings: (config of the network) -> bool.
         sample_size: side of the latents if the config of the network lacks it.
         vae_entries: entries that this pipeline reads in the config of its autoencoder, besides scaling_factor.
         without: arguments that load or build the pipeline without parts that a training never uses.
@@ -61,6 +63,7 @@ class Family:
     channels: Callable[[Mapping], int]
     multiple: Callable[[Mapping], int]
     unpacked: Callable[[Tensor, int, int], Tensor] = lambda latents, height, width: latents
+    is_distilled: Callable[[Mapping], bool] | None = None
     sample_size: int | None = None
     vae_entries: tuple[str, ...] = ()
     without: Mapping[str, Any] = field(default_factory=dict)

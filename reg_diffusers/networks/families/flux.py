@@ -40,7 +40,7 @@ def _token_limits(pipeline) -> dict[str, int]:
 def _call(network: Callable, config: Mapping, sample: Tensor, timesteps, embeddings: Embeddings, _: int) -> Tensor:
     height, width = sample.shape[-2:]
     texts = embeddings["prompt_embeds"]
-    guidance = timesteps.new_full((len(sample),), _GUIDANCE_OF_TRAINING) if config["guidance_embeds"] else None
+    guidance = embeddings.get("guidance", timesteps.new_full((len(sample),), _GUIDANCE_OF_TRAINING))
     output = network(
         _packed(sample),
         encoder_hidden_states=texts,
@@ -48,7 +48,7 @@ def _call(network: Callable, config: Mapping, sample: Tensor, timesteps, embeddi
         timestep=timesteps / _TIMESTEPS,
         img_ids=_places(height // 2, width // 2, sample),
         txt_ids=sample.new_zeros(texts.shape[1], 3),
-        guidance=guidance,
+        guidance=guidance if config["guidance_embeds"] else None,
         return_dict=False,
     )[0]
     return _unpacked(output, height, width)
@@ -82,6 +82,7 @@ FAMILY = Family(
         *("ff.net.0.proj", "ff.net.2", "ff_context.net.0.proj", "ff_context.net.2"),
     ),
     guidance_scale=3.5,
+    is_distilled=lambda config: config["guidance_embeds"],
     embed=_embed,
     null=lambda pipeline: _embed(pipeline, [""]),
     token_limits=_token_limits,
