@@ -268,6 +268,7 @@ def test_a_loaded_average_goes_back_to_the_device_of_the_network():
         ("ddp.yaml", "MULTI_GPU"),
         ("multi_node.yaml", "MULTI_GPU"),
         ("fsdp2.yaml", "FSDP"),
+        ("hsdp.yaml", "FSDP"),
         ("deepspeed_zero2.yaml", "DEEPSPEED"),
     ],
 )
@@ -285,8 +286,15 @@ def test_accelerate_reads_each_configuration(config, kind):
 
 def test_every_configuration_is_listed():
     assert sorted(path.name for path in CONFIGS.iterdir()) == sorted(
-        ["one_gpu.yaml", "ddp.yaml", "multi_node.yaml", "fsdp2.yaml", "deepspeed_zero2.yaml"]
+        ["one_gpu.yaml", "ddp.yaml", "multi_node.yaml", "fsdp2.yaml", "hsdp.yaml", "deepspeed_zero2.yaml"]
     )
+
+
+def test_accelerate_passes_on_the_mesh_of_hsdp():
+    environment = prepare_multi_gpu_env(launched("hsdp.yaml"))
+    sizes = [environment[f"PARALLELISM_CONFIG_DP_{name}_SIZE"] for name in ("REPLICATE", "SHARD")]
+    assert environment["ACCELERATE_USE_PARALLELISM_CONFIG"] == "true" and sizes == ["2", "8"]
+    assert environment["FSDP_VERSION"] == "2"
 
 
 @pytest.mark.parametrize(
