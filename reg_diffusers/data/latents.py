@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -132,7 +133,7 @@ def latents_of(
     """
     settings = (images.fingerprint, images.shape, key, mirrored, __version__)
     path = cache_dir / f"latents-{hashlib.sha256(repr(settings).encode()).hexdigest()}.npy"
-    rows = stored_rows(path, len(images), lambda: _pieces(images, encode, device, mirrored))
+    rows = stored_rows(path, len(images), partial(_pieces, images, encode, device, mirrored))
     data = LatentData(images, rows, path, prompts, with_images=with_images)
     if not _USUAL[0] <= data.deviation <= _USUAL[1]:
         warn(
@@ -143,10 +144,10 @@ def latents_of(
     return data
 
 
-def _pieces(images: PictureData, encode, device: torch.device, mirrored: bool) -> Iterator[Tensor]:
-    """Yields the latents of a few images at a time, (n, 1 or 2, c, h, w)."""
+def _pieces(images: PictureData, encode, device: torch.device, mirrored: bool, first: int) -> Iterator[Tensor]:
+    """Yields the latents of a few images at a time, from the first on, (n, 1 or 2, c, h, w)."""
     for start in tqdm(
-        range(0, len(images), _AT_A_TIME), desc="encoding images, once", unit="batch", disable=bars_are_hidden()
+        range(first, len(images), _AT_A_TIME), desc="encoding images, once", unit="batch", disable=bars_are_hidden()
     ):
         indices = list(range(start, min(start + _AT_A_TIME, len(images))))
         pixels = images.normalization.normalize(images.__getitems__(indices)["values"].to(device))

@@ -52,7 +52,7 @@ class Prompts:
         self._rows = stored_rows(
             cache_dir / f"prompts-{name}.npy",
             1 + len(distinct),
-            lambda: map(self._flat, _pieces(distinct, embed, null)),
+            lambda done: map(self._flat, _pieces(distinct, embed, null, done)),
         )
         place = {text: number for number, text in enumerate(distinct, start=1)}
         self._places = np.array([place[text] for text in texts])
@@ -73,10 +73,14 @@ class Prompts:
 
 
 def _pieces(
-    texts: list[str], embed: Callable[[list[str]], Mapping[str, Tensor]], null: Mapping[str, Tensor]
+    texts: list[str], embed: Callable[[list[str]], Mapping[str, Tensor]], null: Mapping[str, Tensor], done: int
 ) -> Iterator[Mapping[str, Tensor]]:
-    yield null
+    if not done:
+        yield null
     for start in tqdm(
-        range(0, len(texts), _AT_A_TIME), desc="embedding texts, once", unit="batch", disable=bars_are_hidden()
+        range(max(done - 1, 0), len(texts), _AT_A_TIME),
+        desc="embedding texts, once",
+        unit="batch",
+        disable=bars_are_hidden(),
     ):
         yield embed(texts[start : start + _AT_A_TIME])
