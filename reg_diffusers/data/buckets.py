@@ -13,6 +13,7 @@ from torch import Tensor
 
 from ..runs.checkpoint import Progress
 from ..runtime.errors import warn
+from .content import joined
 from .pictures_data import PictureData
 
 __all__ = ["BucketBatches", "Buckets", "bucket_dataloader", "bucket_sizes", "cropped", "nearest_sizes"]
@@ -59,7 +60,7 @@ class Buckets(torch.utils.data.Dataset):
         note: a line to print at the start, next to the number and shape of the data.
         number: number of images.
         examples: the images of the most frequent size, for repeated use.
-        normalization, is_picture, prompts, classes, condition_channels, columns, white: as in `PictureData`.
+        normalization, is_picture, prompts, classes, condition_channels, columns, content, white: as in `PictureData`.
 
     Args:
         parts: the images of each size; none is empty.
@@ -76,6 +77,7 @@ class Buckets(torch.utils.data.Dataset):
         self.classes, self.condition_channels = self.examples.classes, self.examples.condition_channels
         self.columns, self.white = self.examples.columns, self.examples.white
         self.fingerprint = " ".join(part.fingerprint for part in self.parts)
+        self.content = joined(part.content for part in self.parts)
         self._ends = np.cumsum([len(part) for part in self.parts])
         numbers = ", ".join(f"{name}: {number:,}" for name, number in self.numbers().items())
         depth = f"; {self.examples.note}" if self.examples.note else ""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import zipfile
 from pathlib import Path
 
@@ -11,6 +12,7 @@ import torch
 from torch import Tensor
 
 from ..runtime.errors import UsageError
+from .content import array_digest
 from .normalization import Normalization, field_normalization
 
 __all__ = ["FieldData", "check_order", "field_file", "read_fields"]
@@ -53,6 +55,11 @@ class FieldData(torch.utils.data.Dataset):
     @property
     def number(self) -> int:
         return len(self)
+
+    @functools.cached_property
+    def content(self) -> str:
+        """Identifies the fields by their values, which are read."""
+        return array_digest(self._array)
 
     @property
     def examples(self) -> FieldData:

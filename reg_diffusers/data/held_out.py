@@ -56,6 +56,11 @@ class Part(torch.utils.data.Dataset):
         """The same images in the size in which they are stored."""
         return Uncropped(self._whole.uncropped.__getitems__, self._rows)
 
+    @property
+    def content(self) -> str:
+        """Identifies the images of the whole and what belongs to them."""
+        return self._whole.content
+
     def __getitems__(self, indices: list[int]) -> dict[str, Tensor]:
         """Reads the batch of these indices, as the whole does."""
         return self._whole.__getitems__([self._rows[index] for index in indices])

@@ -84,6 +84,11 @@ class LatentData(torch.utils.data.Dataset):
         return self
 
     @property
+    def content(self) -> str:
+        """Identifies the images and what belongs to them."""
+        return self._images.content
+
+    @property
     def columns(self) -> tuple[Column, ...]:
         return self._images.columns
 

@@ -16,6 +16,7 @@ from ..settings.size import as_setting
 from .buckets import Buckets, bucket_sizes, cropped, nearest_sizes
 from .column_values import check_shapes, check_texts, numbers_of
 from .columns import Column, Wanted, find_column
+from .content import table_digests
 from .crops import larger
 from .depth import FLOATS, SIXTEEN_BITS, Form
 from .looks import Look, Wish, look_at, rows_looked_at
@@ -264,4 +265,5 @@ def _decoded(
     shape = (pixels.form.channels, *size)
     number = condition.form.channels if condition else 0
     columns = [replace(one, channels=looks[one.place].form.channels) if one.is_image else one for one in found]
-    return PictureData(table, shape, classes, number, pixels.note, settings.caption_column, columns, stored)
+    of_table = table, shape, classes, number, pixels.note, settings.caption_column, columns, stored
+    return PictureData(*of_table, digests=table_digests(table, cache_folder(settings.cache_dir)))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 import torch
@@ -11,6 +11,7 @@ from torch import Tensor
 
 from .column_values import numbers_of, seen_image
 from .columns import Column
+from .content import joined
 from .crops import Uncropped, central
 from .normalization import PICTURES, Normalization, of_white
 
@@ -33,6 +34,11 @@ class PictureData(torch.utils.data.Dataset):
         number: number of images.
         examples: images for repeated use: all of them.
         fingerprint: identifies the images and their order.
+        content: identifies the images and everything that belongs to them.
+
+    Args:
+        table: decoded images.
+        digests: a hash of each column of the table, see `content.table_digests`.
     """
 
     normalization = PICTURES
@@ -50,8 +56,10 @@ class PictureData(torch.utils.data.Dataset):
         caption: str | None = None,
         columns: Sequence[Column] = (),
         stored: tuple[int, int] | None = None,
+        *,
+        digests: Mapping[str, str],
     ):
-        self.fingerprint = table._fingerprint
+        self.fingerprint, self.content = digests["pixels"], joined(digests.values())
         self._table = table.with_format("arrow")
         self.shape = shape
         self._size = stored or tuple(shape[1:])

@@ -12,6 +12,7 @@ from torch import Tensor
 from ..runtime.errors import DataError, UsageError, warn
 from .column_values import misshapen, row_value, seen_image
 from .columns import Column
+from .content import stream_digest
 from .crops import central
 from .depth import FLOATS, SIXTEEN_BITS, WHITE_16, Form
 from .looks import Wish, look_at
@@ -55,6 +56,7 @@ class StreamedPictures:
         columns: the columns that regularizers need.
         decoder: decodes batches of rows.
         examples: the first images, for repeated use of the same images.
+        content: identifies the first few images and what belongs to them.
 
     Raises:
         UsageError: if there are no rows, if they cannot be read, or if their pixels are floating-point numbers.
@@ -98,6 +100,7 @@ class StreamedPictures:
         self.is_cropped = stored != size
         self.decoder = RowDecoder(images, self.columns, label, stored, source, skip_bad_images=skip_bad_images)
         self.examples = _Examples(first, self.decoder, size)
+        self.content = stream_digest(self.examples)
 
 
 class RowDecoder(torch.utils.data.Dataset):

@@ -17,12 +17,13 @@ from ..settings.output import OutputSettings
 from .manifest import damage, read_manifest
 from .run_folder import ABANDONED, LOGS, PLAIN_FOLDER, files_left, is_of_checkpoint
 
-__all__ = ["PREFIX", "REPLACED", "changed_settings", "checkpoints", "find_checkpoint", "named_checkpoint"]
+__all__ = ["CONTENT", "PREFIX", "REPLACED", "changed_settings", "checkpoints", "find_checkpoint", "named_checkpoint"]
 __all__ += ["free_name", "is_named", "resume_flag", "set_aside", "step_of"]
 
 PREFIX = "checkpoint-"
 REPLACED = ".replaced"
 _NEWEST = ("latest", "auto")  # values of --resume_from_checkpoint and --resume
+CONTENT = "content of the data"
 _BEFORE_THE_FLAG = {"--reg_units": "model", "--field_scale": "channel"}  # the behaviour of versions without the flag
 
 
@@ -102,10 +103,14 @@ def changed_settings(folder: Path, settings: dict) -> list[str]:
     """Lists the changes of the settings since an intact checkpoint, such as "--reg_weight 0.1 -> 0.2"."""
     before = read_manifest(folder)["settings"]
     before = {name: value for name, value in _BEFORE_THE_FLAG.items() if name in settings} | before
+    if CONTENT not in before:  # a version that did not record it
+        settings = {name: value for name, value in settings.items() if name != CONTENT}
     # A flag that an earlier version lacks changes nothing while it is off.
     names = dict.fromkeys([*before, *(name for name, value in settings.items() if name in before or value)])
     return [
-        f"{name} {_shown(before.get(name))} -> {_shown(settings.get(name))}"
+        f"{CONTENT} (other images or columns under the same name)"
+        if name == CONTENT
+        else f"{name} {_shown(before.get(name))} -> {_shown(settings.get(name))}"
         for name in names
         if before.get(name) != settings.get(name)
     ]

@@ -19,6 +19,7 @@ from ..networks.autoencoders import autoencoder_sha256, load_autoencoder
 from ..networks.build import GivenModel, load_given_model
 from ..networks.families import FAMILIES, Embeddings, Family, family_of
 from ..networks.lora import frozen_sha256
+from ..runs.lineage import CONTENT
 from ..runtime.errors import UsageError, warn
 from ..runtime.messages import errors_only
 from ..sampling.sampler import add_weights
@@ -83,6 +84,7 @@ class Loaded:
     def frozen_parts(self) -> dict[str, str]:
         """Returns hashes of what decides the result but is in no checkpoint, by name: files may change in place."""
         found = {
+            CONTENT: self.images.content[:16],
             "autoencoder": self.vae and autoencoder_sha256(self.vae),
             "frozen weights": self.given.unet and frozen_sha256(self.given.unet),
             "texts": self.data.prompts and self.data.prompts.fingerprint,

@@ -98,6 +98,7 @@ def record_of_data(
         "name": Path(source).name if source and Path(source).exists() else source or "Fashion-MNIST (a part)",
         "hub_id": _hub_id(settings.dataset_name),
         "images": data.number,
+        "sha256": data.content,
         "shape": list(data.shape),
         "classes": data.classes,
         **({"prompts": list(prompts[:_PROMPTS_RECORDED])} if prompts else {}),
