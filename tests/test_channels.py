@@ -182,6 +182,9 @@ def test_samples_have_the_depth_of_the_data(train, tmp_path, capsys):
     flags = ("--train_data_dir", "bright", "--pretrained_model_name_or_path", out)
     error = refusal(train, capsys, *flags, model=(), output="other")
     assert "the given model was trained on values up to 4,095, but the data reach" in error
+    write(tmp_path / "shallow", [np.full((8, 8, 3), 255, np.uint8)])  # of 8 bits: scaled by 257, like among others
+    flags = ("--train_data_dir", "shallow", "--pretrained_model_name_or_path", out)
+    assert "but the data reach 65,535" in refusal(train, capsys, *flags, model=(), output="other")
 
 
 def test_resumed_runs_of_deep_pictures_are_exact(train, tmp_path):

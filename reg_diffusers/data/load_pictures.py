@@ -146,7 +146,7 @@ def _wish(settings: DataSettings, column: str, model: OfModel, naming: Naming) -
             " or TIFF files with --preserve_input_precision"
         )
     flag = "" if settings.channels is None else f"--channels {settings.channels}"
-    return Wish(column, settings.channels or model.channels, flag, keeps_bits)
+    return Wish(column, settings.channels or model.channels, flag, keeps_bits, is_deep=model.white is not None)
 
 
 def _set_range(

@@ -28,12 +28,14 @@ class Wish:
         channels: their channels; None: those that the images have.
         flag: the flag that wants them, for messages; "" if it is a model.
         keeps_bits: whether all bits are kept.
+        is_deep: whether pictures of 8 bits count as 16-bit ones, because a given model was trained on such pictures.
     """
 
     column: str
     channels: int | None = None
     flag: str = ""
     keeps_bits: bool = False
+    is_deep: bool = False
 
 
 @dataclass(frozen=True)
@@ -76,7 +78,8 @@ def look_at(rows: Sequence[Callable[[], dict]], wish: Wish, source: Source) -> L
     notes = _notes_on_channels(found, channels, wish)
     if wish.keeps_bits:
         depths = {kind.depth for kind in found}
-        depth = next((depth for depth in (FLOATS, SIXTEEN_BITS) if depth in depths), EIGHT_BITS)
+        least = SIXTEEN_BITS if wish.is_deep else EIGHT_BITS
+        depth = next((depth for depth in (FLOATS, SIXTEEN_BITS) if depth in depths), least)
         if depth != EIGHT_BITS or colours - {1, 3} or len(found) < len(images):  # decoding names what it cannot read
             return Look(wish.column, Form(channels, depth=depth, keeps_bits=True), "; ".join(notes))
         notes.append("no image has more than 8 bits: --preserve_input_precision changes nothing")
