@@ -185,8 +185,12 @@ def draw(found: dict[str, dict], picture: Path) -> None:
     matplotlib.use("agg")
     from matplotlib import pyplot as plt
 
-    figure, panels = plt.subplots(1, len(found), figsize=(6.4 * len(found), 4), squeeze=False, layout="constrained")
-    for axes, (name, case) in zip(panels[0], found.items(), strict=True):
+    columns, lines = min(len(found), 2), -(-len(found) // 2)
+    size = (6.4 * columns, 4 * lines)
+    figure, panels = plt.subplots(lines, columns, figsize=size, squeeze=False, layout="constrained")
+    for axes in panels.flat[len(found) :]:
+        axes.remove()
+    for axes, (name, case) in zip(panels.flat, found.items(), strict=False):
         panel(axes, TABLES[name], case["rows"])
     figure.savefig(picture, dpi=130, metadata={"Software": None})
     plt.close(figure)
