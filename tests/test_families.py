@@ -94,6 +94,8 @@ def test_stock_diffusers_draws_the_same_image_and_a_resumed_run_is_the_same(name
     assert np.abs(with_adapters - plain).max() > 1e-3
     own = DiffusionPipeline.from_pretrained("base", **{component: trained[0].unet})
     np.testing.assert_allclose(with_adapters, drawn(own), atol=1e-5)
+    shift = json.loads(Path("base", "vae", "config.json").read_text())["shift_factor"]
+    assert trained[0].vae.config.shift_factor == shift  # L' sees what the pipeline decodes
     assert not {path.name for path in out.iterdir()} & {"unet", "transformer", "vae", "text_encoder"}
     assert ModelCard((out / "README.md").read_text()).data.pipeline_tag == "text-to-image"
     assert PIL.Image.open(out / "samples" / "step-000002.png").size[0] > 64
