@@ -10,8 +10,10 @@ import PIL.Image
 import pytest
 import torch
 from accelerate.state import AcceleratorState, GradientState, PartialState
-from diffusers import DDIMScheduler, DiffusionPipeline, StableDiffusionPipeline
+from diffusers import DDIMScheduler, DDPMPipeline, DiffusionPipeline, StableDiffusionPipeline
+from in_processes import FedLoss, _run_script, in_processes
 from runs import load_script
+from safetensors.torch import load_file
 from tiny_pipelines import (
     TEXTS,
     save_flux,
@@ -121,6 +123,10 @@ def test_losses_steer_the_decoded_image(stock, method):
 def test_what_cannot_be_meant_is_refused_in_one_line(stock, arguments, message):
     with pytest.raises(ValueError, match=message):
         wrapped(stock)(2, num_inference_steps=2, **arguments)
+    with pytest.raises(ValueError, match="height 17, width 16: both must be multiples of 4"):
+        wrapped(stock, height=17)
+    with pytest.raises(ValueError, match="a DDPMPipeline is not supported: use one of StableDiffusionPipeline"):
+        RegTextToImagePipeline.of(DDPMPipeline(stock.unet, stock.scheduler))
     with pytest.raises(TypeError, match="unexpected keyword argument 'promt'"):
         wrapped(stock)(2, num_inference_steps=2, promt="a")
 
@@ -170,6 +176,7 @@ def command(lora, tmp_path, monkeypatch, capsys):
 def test_sample_draws_what_the_pipeline_in_diffusers_draws_with_the_weights(lora, command):
     quick = ("--model", lora, "--num_inference_steps", 12, "--num_threads", 1, "--output", "drawn")
     texts = ("--prompts", "a cat", "dog", "--negative_prompt", "b", "--guidance_scale", 2)
+    command("sample", "--num_images", 1, *quick[:-1], "rough", *texts, "--mixed_precision", "bf16")
     command("sample", "--num_images", 3, *quick, *texts)
     stock = StableDiffusionPipeline.from_pretrained(lora.parent / "base")
     stock.load_lora_weights(str(lora))
@@ -184,6 +191,8 @@ def test_sample_draws_what_the_pipeline_in_diffusers_draws_with_the_weights(lora
     )
     scale = ("--guidance", "total_variation", "--regularizer_scale", 300)
     command("sample", "--num_images", 1, *quick[:-1], "guided", *texts, *scale)
+    rough, drawn = (np.asarray(PIL.Image.open(f"{name}/000000.png"), dtype=float) for name in ("rough", "drawn"))
+    assert 0 < np.abs(rough - drawn).mean() < 8
     steered, plain = (np.asarray(PIL.Image.open(f"{name}/000000.png"), dtype=float) for name in ("guided", "drawn"))
     assert np.abs(steered - plain).max() > 1
 
@@ -256,3 +265,27 @@ def test_a_sweep_measures_lora_runs(lora, command):
     found = json.loads(Path("sweep", "sweep.json").read_text())
     losses = [row["denoising_loss"] for title, row in found["rows"].items() if title != "data"]
     assert len(losses) == 2 and all(loss > 0 for loss in losses)
+
+
+def feed_noise(script):
+    """Each image has its own noise and timestep, in whatever batch of whatever process it comes."""
+    script.RegularizedLoss = FedLoss
+
+
+@pytest.mark.slow
+def test_two_processes_train_the_adapters_of_one(lora, tmp_path):
+    """A large adam_epsilon, because AdamW makes a step of full length from the rounding of a gradient of 0."""
+    names = ("--pretrained_model_name_or_path", lora.parent / "base", "--train_data_dir", lora.parent / "photos")
+    flags = "--resolution 16 --caption_column text --lora_rank 2 --max_train_steps 3 --num_threads 1 --no-compare"
+    flags += " --regularizer total_variation --reg_weighting constant --learning_rate 1e-2 --adam_epsilon 1e-3"
+    flags += " --eval_batch_size 1 --ddpm_num_inference_steps 1 --lr_warmup_steps 0 --mixed_precision no --no-use_ema"
+    adapters = {}
+    for number in (1, 2):
+        of_run = ("--cache_dir", lora.parent / "cache", "--train_batch_size", 4 // number, "--output_dir", number)
+        arguments = [*map(str, names + of_run), *flags.split()]
+        in_processes(_run_script, tmp_path, arguments, feed_noise, number=number)
+        assert [path.read_text() for path in tmp_path.glob("exit-*")] == ["0"] * number
+        adapters[number] = load_file(tmp_path / str(number) / "pytorch_lora_weights.safetensors")
+    for name, value in adapters[1].items():
+        torch.testing.assert_close(adapters[2][name], value, rtol=1e-4, atol=1e-6)
+    assert max(value.abs().max() for name, value in adapters[1].items() if "lora_B" in name or "up" in name) > 1e-4

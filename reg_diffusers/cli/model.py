@@ -35,11 +35,12 @@ def load_pipeline(model: str, device=None, *, mixed_precision: str = "no"):
     from ..runtime.errors import UsageError
     from ..runtime.hardware import keep_freed_memory
 
-    pipeline = _lora_pipeline(model) if Path(model, LORA_FILE).is_file() else None
+    dtype = torch.bfloat16 if mixed_precision == "bf16" else torch.float32
+    pipeline = _lora_pipeline(model, dtype) if Path(model, LORA_FILE).is_file() else None
     try:
         pipeline = pipeline or RegDDPMPipeline.from_pretrained(model)
     except (OSError, ValueError) as error:
-        pipeline = None if Path(model).exists() else _lora_pipeline(model, missing_ok=True)
+        pipeline = None if Path(model).exists() else _lora_pipeline(model, dtype, missing_ok=True)
         if pipeline is None:
             reason = " ".join(str(error).split())
             raise UsageError(
@@ -59,7 +60,7 @@ def load_pipeline(model: str, device=None, *, mixed_precision: str = "no"):
     return pipeline.to(device)
 
 
-def _lora_pipeline(model: str, *, missing_ok: bool = False):
+def _lora_pipeline(model: str, dtype, *, missing_ok: bool = False):
     """Loads LoRA weights and their base; None if there are none and that is allowed.
 
     Raises:
@@ -69,7 +70,7 @@ def _lora_pipeline(model: str, *, missing_ok: bool = False):
     from ..runtime.errors import UsageError
 
     try:
-        return load_lora_pipeline(model)
+        return load_lora_pipeline(model, dtype=dtype)
     except UsageError as error:
         raise UsageError(f"--model {model}: {error}") from error
     except Exception as error:  # of any type, because the files may be corrupt

@@ -11,8 +11,9 @@ from huggingface_hub import hf_hub_download
 
 from ..hub.model_index import check_weights
 from ..runs.run_folder import CONFIG_FILE, LORA_FILE, PLAIN_FOLDER, SETTINGS_FILE
+from ..runtime.messages import say
 from ..settings.model import ModelSettings
-from .autoencoders import load_autoencoder
+from .autoencoders import cast_decoder, load_autoencoder
 from .build import given_scheduler
 from .families import family_of
 from .text_to_image import RegTextToImagePipeline
@@ -20,13 +21,16 @@ from .text_to_image import RegTextToImagePipeline
 __all__ = ["load_lora_pipeline"]
 
 
-def load_lora_pipeline(model: str, cache_dir: str | None = None) -> RegTextToImagePipeline:
+def load_lora_pipeline(
+    model: str, cache_dir: str | None = None, dtype: torch.dtype = torch.float32
+) -> RegTextToImagePipeline:
     """Loads LoRA weights, and the pipeline that they record as their base.
 
     Args:
         model: output folder of a run, or a Hub id to which one was uploaded. The latter may name its base by a Hub id
             only.
         cache_dir: folder of downloads.
+        dtype: dtype of the base; the adapters keep theirs.
 
     Raises:
         OSError: there are no such weights.
@@ -39,15 +43,18 @@ def load_lora_pipeline(model: str, cache_dir: str | None = None) -> RegTextToIma
     family = family_of(base, cache_dir)
     if family is None:
         raise ValueError(f"its base {base} is not a text-to-image pipeline that can be read here")
-    encoder = family.load_encoder(base, cache_dir, torch.float32)
+    if not Path(model).is_dir():
+        say(f"base        {base}, as {model} records")
+    encoder = family.load_encoder(base, cache_dir, dtype)
     check_weights(Path(base, family.component))
     network = family.network_class.from_pretrained(
-        base, subfolder=family.component, cache_dir=cache_dir, use_safetensors=True
+        base, subfolder=family.component, cache_dir=cache_dir, use_safetensors=True, torch_dtype=dtype
     )
     encoder.register_modules(**{family.component: network})
     encoder.load_lora_weights(model, weight_name=LORA_FILE, cache_dir=cache_dir)
     settings = ModelSettings(pretrained_model_name_or_path=base)
     vae = load_autoencoder(settings, cache_dir, family.vae_entries)
+    cast_decoder(vae, dtype)
     _, height, width = record["data"]["shape"]
     scheduler = given_scheduler(base, cache_dir)
     return RegTextToImagePipeline.assembled(family, network, scheduler, vae, (height, width), encoder=encoder)

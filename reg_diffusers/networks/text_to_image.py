@@ -6,6 +6,7 @@ import functools
 import hashlib
 import math
 from collections.abc import Callable, Sequence
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -65,7 +66,7 @@ class RegTextToImagePipeline(RegDDPMPipeline):
             width: width of the images.
 
         Raises:
-            ValueError: pipelines of this class are not supported.
+            ValueError: pipelines of this class are not supported, or the size does not suit the network.
         """
         name = type(pipeline).__name__
         family = next((family for family in FAMILIES if family.pipeline == name), None)
@@ -74,7 +75,9 @@ class RegTextToImagePipeline(RegDDPMPipeline):
             raise ValueError(f"a {name} is not supported: use one of {known}")
         network, factor = getattr(pipeline, family.component), downsampling(pipeline.vae)
         side = factor * default_side(family, network)
-        size = (height or side, width or side)
+        size, multiple = (height or side, width or side), factor * family.multiple(network.config)
+        if any(length % multiple for length in size):
+            raise ValueError(f"height {size[0]}, width {size[1]}: both must be multiples of {multiple}")
         return cls.assembled(family, network, pipeline.scheduler, pipeline.vae, size, encoder=pipeline)
 
     @classmethod
@@ -103,6 +106,11 @@ class RegTextToImagePipeline(RegDDPMPipeline):
         built = cls(network, scheduler, vqvae=vae)
         built._family, built._sides, built._encoder, built._null = family, size, encoder, null
         return built
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: str | Path, **kwargs) -> RegTextToImagePipeline:
+        """Loads a pipeline of diffusers, from safetensors only, and wraps it; see `of`."""
+        return cls.of(DiffusionPipeline.from_pretrained(pretrained_model_name_or_path, use_safetensors=True, **kwargs))
 
     @property
     def default_guidance_scale(self) -> float:
@@ -219,12 +227,12 @@ class RegTextToImagePipeline(RegDDPMPipeline):
         device = self._execution_device
         context = embeddings if prompt is None else self.embeddings(_one_each("prompt", prompt, batch_size))
         without = null
+        scale = checked_guidance_scale(self.default_guidance_scale if guidance_scale is None else guidance_scale)
         if self._is_distilled:
-            scale = torch.tensor([checked_guidance_scale(guidance_scale)])
-            context, without = {**context, "guidance": scale}, None
+            context, without = {**context, "guidance": torch.tensor([scale])}, None
             if negative_prompt is not None:
                 raise ValueError("negative_prompt: this network takes the guidance scale as an input; leave it out")
-        elif checked_guidance_scale(guidance_scale) == 1:
+        elif scale == 1:
             without = None
             if negative_prompt is not None:
                 raise ValueError("negative_prompt has no effect with guidance_scale 1: leave it out")

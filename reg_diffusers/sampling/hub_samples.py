@@ -57,7 +57,7 @@ def open_dataset(name: str, token: str | None, private: bool) -> str:
 def upload_samples(
     repo_id: str, folder: PictureFolder, settings: SampleSettings, number: int, command: str, token: str | None
 ) -> str:
-    """Uploads the first `number` images with their seeds, their class labels if they have any, and a card.
+    """Uploads the first `number` images with their seeds, their class labels or texts, and a card.
 
     Args:
         repo_id: the result of `open_dataset`.
@@ -100,6 +100,9 @@ def upload_samples(
     if labels := settings.class_labels:
         columns["label"] = [labels[index % len(labels)] for index in range(number)]
         features["label"] = Value("int64")
+    if texts := settings.prompts:
+        columns["text"] = [texts[index % len(texts)] for index in range(number)]
+        features["text"] = Value("string")
     table = Dataset.from_dict(columns, features=Features(features))
     table.push_to_hub(repo_id, token=token, commit_message=f"Upload {number} samples")
     return f"{api.endpoint}/datasets/{repo_id}"
@@ -116,6 +119,7 @@ def _remote_text(api: HfApi, repo_id: str) -> str:
 
 def _card_text(repo_id: str, settings: SampleSettings, number: int, command: str) -> str:
     classes = ", each of the class `label`" if settings.class_labels else ""
+    classes += ", each of the text `text`" if settings.prompts else ""
     rows = [
         ("model", f"`{settings.model}` (sha256 {settings.model_sha256[:16]})"),
         ("scheduler", f"{settings.scheduler}, {settings.num_inference_steps} steps"),
@@ -123,6 +127,9 @@ def _card_text(repo_id: str, settings: SampleSettings, number: int, command: str
         ("guidance", _guidance(settings)),
         ("precision", {"no": "float32", "bf16": "bfloat16"}[settings.mixed_precision]),
     ]
+    if settings.guidance_scale is not None:
+        away = f", away from {settings.negative_prompt!r}" if settings.negative_prompt else ""
+        rows.append(("classifier-free guidance", f"scale {settings.guidance_scale:g}{away}"))
     if settings.condition_sha256:
         rows.append(("condition", f"images (sha256 {settings.condition_sha256[:16]}), cycled through"))
     return "\n".join(

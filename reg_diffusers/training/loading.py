@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -19,10 +18,10 @@ from ..networks.autoencoders import autoencoder_sha256, load_autoencoder
 from ..networks.build import GivenModel, load_given_model
 from ..networks.families import FAMILIES, Embeddings, Family, family_of
 from ..networks.lora import frozen_sha256
+from ..networks.text_to_image import text_encoder_sha256
 from ..runs.lineage import CONTENT
 from ..runtime.errors import UsageError, warn
 from ..runtime.messages import errors_only
-from ..sampling.sampler import add_weights
 from ..settings.data import DataSettings
 from ..settings.model import ModelSettings
 from ..settings.size import sides
@@ -219,7 +218,7 @@ def _prompts(
         )
     _warn_of_cuts(texts, "texts", family, encoder)
     with errors_only("diffusers", "transformers"):  # which print a line for each text that is cut off
-        return Prompts(texts, partial(family.embed, encoder), null, _sha256(encoder), folder)
+        return Prompts(texts, partial(family.embed, encoder), null, text_encoder_sha256(encoder, family), folder)
 
 
 def _warn_of_cuts(texts: list[str], named: str, family: Family, encoder) -> None:
@@ -234,18 +233,6 @@ def _warn_of_cuts(texts: list[str], named: str, family: Family, encoder) -> None
             f" {too_long[0][:60]!r}, which is {max(lost[too_long[0]].values())} tokens too long"
             f"{f'; {counts}' if len(limits) > 1 else ''}"
         )
-
-
-def _sha256(encoder) -> str:
-    """Returns a hash of everything that affects embeddings: text encoders and tokenizers."""
-    digest = hashlib.sha256()
-    for name, component in sorted(encoder.components.items()):
-        if isinstance(component, nn.Module):
-            digest.update(f"{name} {component.config.to_json_string()}".encode())
-            add_weights(digest, component)
-        elif hasattr(component, "get_vocab"):
-            digest.update(repr((name, component.model_max_length, sorted(component.get_vocab().items()))).encode())
-    return digest.hexdigest()
 
 
 def _check_data_of_latents(data: DataSettings, factor: int, autoencoder: str) -> None:
