@@ -124,6 +124,6 @@ PROBLEM = Problem(
         Method("PBFM", 1.0, PBFM),
     ),
     width=384,
-    rate=1e-3,
-    seconds=20,
+    rate=3e-3,
+    seconds=60,
 )

@@ -94,5 +94,5 @@ PROBLEM = Problem(
     ),
     width=128,
     rate=3e-3,
-    seconds=4,
+    seconds=20,
 )
