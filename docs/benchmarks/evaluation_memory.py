@@ -51,7 +51,7 @@ def main() -> None:
                 line = f"{kind:<14}{number:>8,}{searched:>10,}{found['seconds']:>14.0f}"
                 lines.append(f"{line}{found['bytes'] / 2**20:>14.0f}{whole:>10.0f}")
                 print(lines[-1], flush=True)
-    RESULT.write_text("\n".join(lines) + "\n")
+                RESULT.write_text("\n".join(lines) + "\n")
 
 
 def measure(path: str, kind: str, number: int) -> None:
