@@ -16,6 +16,7 @@ from datasets import Dataset, Features, Image, Value
 from diffusers import AutoencoderTiny
 from runs import ROOT, differ, metrics, refusal, weights
 
+from reg_diffusers.cli import main
 from reg_diffusers.regularizers import masked, threshold
 from reg_diffusers.regularizers.contract import masks_of
 
@@ -243,6 +244,18 @@ def test_the_example_of_the_page_runs(on, capsys):
     on(*flags)
     assert "column     mask: masks, 0 to 1, of the column area" in capsys.readouterr().out
     sys.modules.pop("my_losses")
+
+
+@pytest.mark.parametrize("loss", ["inside", "similar", "older"])
+def test_diagnose_gives_losses_their_columns(own, monkeypatch, tmp_path, capsys, loss):
+    monkeypatch.chdir(tmp_path)
+    write_folder(rows=24, prompt=[f"a {row}" for row in range(24)])
+    flags = "--train_data_dir photos --resolution 16 --cache_dir cache --num_levels 3 --output diagnosis".split()
+    renamed = ("--reg_columns", "mask=area") if loss == "inside" else ()
+    main(["diagnose", *flags, "--regularizer", f"own_columns:{loss}", *renamed])
+    assert "cannot work" not in capsys.readouterr().out
+    name = {"inside": "total_variation"}.get(loss, loss)
+    assert json.loads((tmp_path / "diagnosis" / f"{name}.json").read_text())["verdict"]
 
 
 def in_latents(on, *flags, **kwargs):

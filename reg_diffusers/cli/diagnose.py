@@ -80,7 +80,7 @@ def run(args: argparse.Namespace) -> None:
     from ..networks.build import build_noise_scheduler, load_given_model
     from ..runtime.errors import UsageError
     from ..term import TermError
-    from ..training.terms import build_terms, in_units
+    from ..training.terms import build_terms, in_units, wanted_columns
     from ..trial.checks import check_terms
 
     reason = _find_data(args)
@@ -102,7 +102,7 @@ def run(args: argparse.Namespace) -> None:
     pipeline = _pipeline(args)
     _check_not_latent(settings)
     given = load_given_model(settings.model, settings.data.cache_dir)
-    pictures = _load_data(settings.data, args.model, given, pipeline)
+    pictures = _load_data(settings.data, args.model, given, pipeline, wanted_columns(terms, settings.data))
     data, decoder = _in_latents(pictures, pipeline, settings.data.cache_dir)
     terms = in_units(terms, data, loss.reg_units, decoder)
     scheduler = pipeline.scheduler if pipeline else build_noise_scheduler(settings.model, given)
@@ -246,7 +246,7 @@ def _pipeline(args):
     return load_pipeline(args.model, device="cpu")
 
 
-def _load_data(settings: DataSettings, model: str | None, given, pipeline):
+def _load_data(settings: DataSettings, model: str | None, given, pipeline, wanted: list):
     """Loads the data at the size and with the channels of the model."""
     from ..data.training_data import Normalization, load_training_data
     from ..runtime.errors import UsageError
@@ -267,7 +267,8 @@ def _load_data(settings: DataSettings, model: str | None, given, pipeline):
             offset, scale = (tuple(pipeline.config.normalization[name]) for name in ("offset", "scale"))
             normalization = Normalization(offset, scale)
     white = given.white if pipeline is None else pipeline.config.white
-    return load_training_data(settings, channels, size, normalization, given.condition_channels, white=white)
+    of_model = channels, size, normalization, given.condition_channels
+    return load_training_data(settings, *of_model, wanted=wanted, white=white)
 
 
 def _in_latents(pictures, pipeline, cache_dir: str | None):
@@ -317,7 +318,7 @@ def _guessing(pipeline, settings: DataSettings, pictures, rows: list[int], conte
 
 
 def _images(wanted: int, data):
-    """Returns the rows of evenly spaced images, these (M, C, H, W) in [-1, 1], and their conditions for the losses."""
+    """Returns the rows of evenly spaced images, these (M, C, H, W) in [-1, 1], and what losses may need of them."""
     import numpy as np
 
     from ..networks.conditions import Conditions
@@ -325,4 +326,5 @@ def _images(wanted: int, data):
     number = min(wanted, len(data.examples))
     rows = np.linspace(0, len(data.examples) - 1, number).astype(int).tolist()
     batch = data.examples.__getitems__(rows)
-    return rows, data.normalization.normalize(batch["values"]), Conditions.of_batch(data, batch)
+    context = {**Conditions.of_batch(data, batch), **batch.get("columns", {})}
+    return rows, data.normalization.normalize(batch["values"]), context

@@ -178,7 +178,8 @@ def check_regularizers(regularizers: dict, bench: Bench, models: dict, device, r
         X0Regularization(some.scheduler, [term]).to(device)
         if missing := [need for need in term.needs if need not in bench.conditions]:
             raise UsageError(
-                f"--regularizer {name} needs {', '.join(missing)}, which samples of --model {next(iter(models))} lack"
+                f"--regularizer {name} needs {', '.join(missing)}, which samples of --model {next(iter(models))} lack:"
+                " train with --validation_split, which measures L' on held-out images"
             )
         try:
             score(term, images, {need: bench.conditions[need][:2].to(device) for need in term.needs})

@@ -78,6 +78,7 @@ def run(args: argparse.Namespace) -> None:
     training = parse_args(args.training)
     _check_training(training)
     regularizers = regularizers_of(list(training.loss.regularizer))
+    _check_needs(regularizers, training)
     runs = _runs(args)
     settings = _settings(args) | _units(training)
     _keep_settings(output, settings)
@@ -147,6 +148,22 @@ def _check_training(training: Settings) -> None:
             raise UsageError(f"--{name} {_DECIDED}; remove it from the YAML file")
     if not training.loss.regularizer:
         raise UsageError("--regularizer none leaves nothing to weight: name a loss after --")
+
+
+def _check_needs(regularizers: dict, training: Settings) -> None:
+    """Raises `UsageError`, before any training, for losses that need more than a sample and its conditions."""
+    from ..networks.conditions import KINDS
+    from ..runtime.errors import UsageError
+    from ..term import needs_of
+
+    given = [kind.name for kind in KINDS if kind.is_wanted(training.data)]
+    for name, regularizer in regularizers.items():
+        if missing := [need for need in needs_of(regularizer) if need not in given]:
+            raise UsageError(
+                f"--regularizer {name} needs {', '.join(missing)}, which images of the data have, but not samples: a"
+                " sweep cannot measure it. Train once per weight with --validation_split, which measures L' on images"
+                " that are held out"
+            )
 
 
 def _runs(args: argparse.Namespace) -> list[tuple[str, str, float]]:

@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from .. import weighting
+from ..context import cut
 from ..estimators import calls_model
 from ..objective import X0Regularization, draw_timesteps
 from ..prediction import NoiseLevel, output_weight, predict_original_sample, scale_model_input
@@ -75,7 +76,7 @@ def diagnose(
             over the scheduler's training schedule.
         seed: the seed of the choice of images and of the noise.
         progress: wraps the loop over timesteps, such as `tqdm`.
-        **context: the conditions that the regularizer lists in `needs`, (M, ...); `original_samples` is provided.
+        **context: what the regularizer lists in `needs`, one entry per image; `original_samples` is provided.
 
     Raises:
         ValueError: if there are fewer than 20 images, or if the estimator calls the network again.
@@ -93,7 +94,8 @@ def diagnose(
     generator = torch.Generator().manual_seed(seed)
     known, held_out = _divided(original_samples, generator)
     context, given = (
-        {name: tensor[held_out] for name, tensor in values.items()} for values in (context, model_kwargs or {})
+        {name: cut(value, held_out, len(original_samples), name) for name, value in values.items()}
+        for values in (context, model_kwargs or {})
     )
     known, held_out = original_samples[known].float(), original_samples[held_out].float()
     evaluate = LossOnImages(term, {**context, "original_samples": held_out})
