@@ -95,7 +95,7 @@ def test_stock_diffusers_draws_the_same_image_and_a_resumed_run_is_the_same(name
     own = DiffusionPipeline.from_pretrained("base", **{component: trained[0].unet})
     np.testing.assert_allclose(with_adapters, drawn(own), atol=1e-5)
     shift = json.loads(Path("base", "vae", "config.json").read_text())["shift_factor"]
-    assert trained[0].vae.config.shift_factor == shift  # L' sees what the pipeline decodes
+    assert trained[0].vqvae.config.shift_factor == shift  # L' sees what the pipeline decodes
     assert not {path.name for path in out.iterdir()} & {"unet", "transformer", "vae", "text_encoder"}
     assert ModelCard((out / "README.md").read_text()).data.pipeline_tag == "text-to-image"
     assert PIL.Image.open(out / "samples" / "step-000002.png").size[0] > 64
@@ -141,7 +141,7 @@ def test_frozen_parts_are_in_half_precision_and_adapters_in_float32(name, fine_t
     out = fine_tune("--mixed_precision", "bf16", "--max_train_steps", 2, "--validation_split", 0.25)
     assert found["dtypes"] == {(False, torch.bfloat16), (True, torch.float32)}
     assert found["encoders"] == 0 and found["networks"] == 1  # nothing that is not needed stays in memory
-    assert trained[0].vae.dtype == torch.bfloat16
+    assert trained[0].vqvae.dtype == torch.bfloat16
     assert {value.dtype for value in adapters(out).values()} == {torch.float32}
     assert np.isfinite(metrics(out)[-1]["validation/raw/total_variation"])
 
