@@ -43,7 +43,6 @@ class Family:
             pixels per latent pixel) -> model_output (n, c, h, w).
         channels: channels of the latents: (config of the network) -> c.
         multiple: the sides of the latents must be multiples of it: (config of the network) -> number.
-        unpacked: converts what the pipeline returns as latents: (latents, h, w) -> (n, c, h, w).
         is_distilled: for pipelines without classifier-free guidance, whether a network takes the guidance scale as an
             input, "guidance" (n,) among the embeddings: (config of the network) -> bool.
         sample_size: side of the latents if the config of the network lacks it.
@@ -62,7 +61,6 @@ class Family:
     call: Callable[[Callable, Mapping, Tensor, Tensor, Embeddings, int], Tensor]
     channels: Callable[[Mapping], int]
     multiple: Callable[[Mapping], int]
-    unpacked: Callable[[Tensor, int, int], Tensor] = lambda latents, height, width: latents
     is_distilled: Callable[[Mapping], bool] | None = None
     sample_size: int | None = None
     vae_entries: tuple[str, ...] = ()
@@ -88,11 +86,6 @@ class Family:
         saved = DiffusionPipeline.load_config(path, cache_dir=cache_dir)
         wanted = (name for name in self._required if name.startswith(("text_encoder", "tokenizer")))
         return sorted(name for name in wanted if (saved.get(name) or [None])[0] is None)
-
-    def assemble(self, network, scheduler, vae) -> DiffusionPipeline:
-        """Builds the pipeline that samples from embeddings."""
-        given = {self.component: network, "scheduler": scheduler, "vae": vae, **self.without}
-        return self.pipeline_class(**(dict.fromkeys(self._required) | given))
 
     @property
     def _required(self) -> list[str]:

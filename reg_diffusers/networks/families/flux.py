@@ -89,7 +89,6 @@ FAMILY = Family(
     call=_call,
     channels=lambda config: config["in_channels"] // 4,
     multiple=lambda config: 2,
-    unpacked=_unpacked,
     sample_size=128,
     vae_entries=("shift_factor",),
     without={"image_encoder": None, "feature_extractor": None},
