@@ -67,8 +67,8 @@ def _options(program: str, parser) -> str:
         for action in actions:
             value = parser._get_formatter()._format_args(action, action.dest.upper()) if action.nargs != 0 else ""
             names = ", ".join(f"{name} {value}".strip() for name in action.option_strings)
-            text = parser._get_formatter()._expand_help(action)
-            lines += [f".. option:: {names}", "", f"   {re.sub(r'([*`|_])', chr(92) + chr(92) + r'1', text)}", ""]
+            text = re.sub(r"([*`|_])", r"\\\1", parser._get_formatter()._expand_help(action))
+            lines += [f".. option:: {names}", "", f"   {text}", ""]
     return "\n".join(lines)
 
 

@@ -236,5 +236,6 @@ def test_strict_build(tmp_path):
     for action in build_parser()._actions:
         for name in action.option_strings:
             assert action.dest == "help" or f'id="cmdoption-train-{name.lstrip("-")}"' in flags, name
+    assert "A run writes its own, reg_settings.yaml" in flags
     term = (tmp_path / "generated" / "reg_diffusers.term.score.html").read_text(encoding="utf-8")
     assert 'href="https://docs.pytorch.org/docs/stable/tensors.html#torch.Tensor"' in term  # of the signature
