@@ -34,7 +34,6 @@ _MODULES = (
         "runtime/links",
         "runs/run_folder",
         "hub/held_out_text",
-        "hub/held_out_text",
         "hub/card_text",
         "hub/card",
         "hub/repository",
