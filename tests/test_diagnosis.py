@@ -555,7 +555,7 @@ def test_arguments_of_a_model_follow_their_images(gaussian):
     images = gaussian[0][:60]
 
     def knowing(noisy_samples, timesteps, *, originals):
-        alpha_bar = EPSILON.alphas_cumprod[timesteps].reshape(-1, 1, 1, 1)
+        alpha_bar = EPSILON.alphas_cumprod[timesteps.long()].reshape(-1, 1, 1, 1)
         return (noisy_samples - alpha_bar.sqrt() * originals) / (1 - alpha_bar).sqrt()
 
     term = Term(regularizers.gradient_energy, 0.1)

@@ -362,7 +362,7 @@ def test_names_of_the_command_line():
         ("ddim(1.5)", "whole number"),
         ("ddim(1, 'first')", "'last' or 'all'"),
         ("known_noise(0)", "above 0 and at most 1"),
-        ("known_noise('x')", "above 0 and at most 1"),
+        ("known_noise('x')", "kappa must be a number, not 'x'"),
         ("monte_carlo(0)", "at least 1"),
         ("two_step", r"unknown estimator 'two_step'; known: one_step, ddim\(steps, .*monte_carlo\(samples\)"),
     ],

@@ -66,6 +66,8 @@ def _lora_pipeline(model: str, dtype, *, missing_ok: bool = False):
     Raises:
         UsageError: they cannot be loaded.
     """
+    from huggingface_hub.errors import HFValidationError
+
     from ..networks.lora_pipeline import load_lora_pipeline
     from ..runtime.errors import UsageError
 
@@ -74,7 +76,7 @@ def _lora_pipeline(model: str, dtype, *, missing_ok: bool = False):
     except UsageError as error:
         raise UsageError(f"--model {model}: {error}") from error
     except Exception as error:  # of any type, because the files may be corrupt
-        if missing_ok and isinstance(error, OSError):
+        if missing_ok and isinstance(error, OSError | HFValidationError):  # neither a folder nor a Hub id
             return None
         reason = " ".join(str(error).split()) or type(error).__name__
         raise UsageError(f"--model {model}: its LoRA weights cannot be loaded: {reason}") from error
