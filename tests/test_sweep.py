@@ -145,8 +145,6 @@ def test_what_cannot_work_is_one_line(folder, sweep, monkeypatch):
     )
     assert "--output_dir after --" in sweep(training=[*TRAINING, "--output_dir=x"], refused=True)
     assert "--num_images 19: confidence intervals need" in sweep("--num_images", 19, refused=True)  # before training
-    base = ["--pretrained_model_name_or_path", "base", "--lora_rank", "4"]
-    assert "cannot measure LoRA weights yet" in sweep(training=[*TRAINING[:2], *base], refused=True)
     paired = sweep(training=[*TRAINING, "--regularizer", "ssim"], refused=True)  # before training
     assert "--regularizer ssim needs original_samples, which images of the data have, but not samples" in paired
     assert "--regularizer none leaves nothing" in sweep(training=[*TRAINING, "--regularizer", "none"], refused=True)

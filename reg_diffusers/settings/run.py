@@ -36,9 +36,9 @@ class Settings:
     loss: LossSettings = field(default_factory=LossSettings)
     optimization: OptimizationSettings = field(default_factory=OptimizationSettings)
     machine: MachineSettings = field(default_factory=MachineSettings)
-    validation: ValidationSettings = field(default_factory=ValidationSettings)
     output: OutputSettings = field(default_factory=OutputSettings)
     hub: HubSettings = field(default_factory=HubSettings)
+    validation: ValidationSettings = field(default_factory=ValidationSettings)
 
     def __post_init__(self):
         if self.data.buckets and self.machine.compile:
