@@ -36,7 +36,7 @@ def looked_up(scheduler, timesteps) -> tuple[Tensor, ...] | None:
     levels = _table(scheduler, timesteps)
     try:
         return None if levels is None else levels.index_select(1, timesteps).unbind(0)
-    except IndexError:
+    except (IndexError, RuntimeError):  # which one depends on the version of PyTorch
         return None
 
 

@@ -213,7 +213,7 @@ def test_latents_are_computed_once_and_again_for_other_images_or_weights(in_late
 class Numbers:
     """Three images of one pixel, whose latents are known."""
 
-    fingerprint, shape, classes = "numbers", (1, 1, 2), None
+    fingerprint, shape, classes, white = "numbers", (1, 1, 2), None, None
 
     def __len__(self):
         return 3
@@ -306,5 +306,5 @@ def test_a_diagnosis_of_a_latent_model_is_refused(in_latents, capsys):
 def test_a_shift_that_stock_diffusers_would_not_undo_is_left_out_and_said(in_latents, capsys):
     save_vae(shift_factor=0.3)
     out = in_latents()
-    assert "shift_factor is left out, because diffusers' LDMPipeline reads" in capsys.readouterr().err
+    assert "shift_factor is left out, because diffusers' pipeline reads" in capsys.readouterr().err
     assert json.loads((out / "vqvae" / "config.json").read_text())["shift_factor"] is None

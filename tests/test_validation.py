@@ -77,6 +77,7 @@ def test_the_losses_have_a_closed_form_for_a_network_that_predicts_0(tmp_path):
         trackers=SimpleNamespace(log=lambda values, step: None),
         max_train_steps=9,
         ema=None,
+        as_called=lambda network: network,
     )
     terms, ending = (Term(total_variation, 0.0),), SimpleNamespace(attempt=lambda what, fix, work: work())
     settings = {"seed": 3, "interval": 4, "keeps_best": False, "output_dir": tmp_path, "ending": ending}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from dataclasses import replace
 
@@ -56,7 +57,6 @@ class StreamedPictures:
         columns: the columns that regularizers need.
         decoder: decodes batches of rows.
         examples: the first images, for repeated use of the same images.
-        content: identifies the first few images and what belongs to them.
 
     Raises:
         UsageError: if there are no rows, if they cannot be read, or if their pixels are floating-point numbers.
@@ -100,7 +100,11 @@ class StreamedPictures:
         self.is_cropped = stored != size
         self.decoder = RowDecoder(images, self.columns, label, stored, source, skip_bad_images=skip_bad_images)
         self.examples = _Examples(first, self.decoder, size)
-        self.content = stream_digest(self.examples)
+
+    @functools.cached_property
+    def content(self) -> str:
+        """Identifies the first few images and what belongs to them; reads them."""
+        return stream_digest(self.examples)
 
 
 class RowDecoder(torch.utils.data.Dataset):

@@ -57,6 +57,7 @@ class Table:
         axes: the names of the constraint and of the distribution, for the picture, each with its label.
         notes: the last column, from (row, plain row).
         log: whether the axis of the constraint is logarithmic.
+        log_distribution: whether that of the distribution is, too.
         band: half the width of the band around the plain model's distribution, and the share of its constraint at
             which a line is drawn; None: neither.
     """
@@ -66,6 +67,7 @@ class Table:
     axes: dict[str, str]
     notes: Callable[[dict, dict], str] = lambda row, plain: ""
     log: bool = False
+    log_distribution: bool = False
     band: tuple[float, float] | None = None
 
 
@@ -99,6 +101,7 @@ TABLES = {
         },
         notes=factors,
         log=True,
+        log_distribution=True,
     ),
     "darcy": Table(
         "D. Darcy flow, pressure and permeability",
@@ -118,6 +121,7 @@ TABLES = {
         },
         notes=factors,
         log=True,
+        log_distribution=True,
     ),
 }
 JUDGED = {
@@ -215,6 +219,8 @@ def panel(axes, shown: Table, rows: list[dict]) -> None:
         axes.axvline(share * statistics.mean(rows[0][x]), color="0.5", linestyle="--", linewidth=1)
     if shown.log:
         axes.set_xscale("log")
+    if shown.log_distribution:
+        axes.set_yscale("log")
     axes.set_xlabel(shown.axes[x])
     axes.set_ylabel(shown.axes[y])
     axes.set_title(shown.title.split(":")[0], fontsize=10)
