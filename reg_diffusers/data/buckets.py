@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 import torch
@@ -14,6 +14,7 @@ from torch import Tensor
 from ..runs.checkpoint import Progress
 from ..runtime.errors import warn
 from .content import joined
+from .loader import prepared_loader
 from .pictures_data import PictureData
 
 __all__ = ["BucketBatches", "Buckets", "bucket_dataloader", "bucket_sizes", "cropped", "nearest_sizes"]
@@ -197,7 +198,6 @@ def bucket_dataloader(
     num_workers: int,
     accelerator: Accelerator,
     progress: Progress,
-    collate: Callable,
 ) -> DataLoaderShard:
     """Builds a loader of batches of one size, already prepared: accelerate expects batches of equal length.
 
@@ -205,19 +205,7 @@ def bucket_dataloader(
     """
     if accelerator.is_main_process and (line := _small_sizes(data, batch_size, accelerator.num_processes)):
         warn(line)
-    loader = DataLoaderShard(
-        data,
-        device=accelerator.device,
-        batch_sampler=BucketBatches(
-            data.members, batch_size, seed, accelerator.process_index, accelerator.num_processes, progress
-        ),
-        num_workers=num_workers,
-        collate_fn=collate,
-        pin_memory=accelerator.device.type == "cuda",
-        # a separate generator: otherwise, each epoch or resumed run would draw from that of the noise
-        generator=torch.Generator().manual_seed(seed),
-        persistent_workers=num_workers > 0,
-        _non_blocking=True,
+    batches = BucketBatches(
+        data.members, batch_size, seed, accelerator.process_index, accelerator.num_processes, progress
     )
-    loader._is_accelerate_prepared = True
-    return loader
+    return prepared_loader(data, batches, seed, num_workers, accelerator)

@@ -15,13 +15,12 @@ from collections.abc import Iterator
 from itertools import islice
 
 import numpy as np
-import torch
 from accelerate import Accelerator
 from accelerate.data_loader import DataLoaderShard
-from torch import Tensor
 
 from ..runs.checkpoint import Progress
 from ..runtime.errors import DataError, warn
+from .loader import prepared_loader
 from .source import Source
 from .streaming import ROWS_OF_A_PIECE, StreamedPictures, bytes_of, unreadable
 
@@ -177,23 +176,4 @@ def stream_dataloader(
     batches = RowBatches(
         data.rows, batch_size, seed, accelerator.process_index, processes, progress, data.source, data.number
     )
-    loader = DataLoaderShard(
-        data.decoder,
-        device=accelerator.device,
-        batch_sampler=batches,
-        num_workers=num_workers,
-        collate_fn=_identity,
-        pin_memory=accelerator.device.type == "cuda",
-        generator=torch.Generator().manual_seed(
-            seed
-        ),  # otherwise, a resumed run would draw from the noise's generator
-        persistent_workers=num_workers > 0,
-        _drop_last=True,
-        _non_blocking=True,
-    )
-    loader._is_accelerate_prepared = True
-    return loader
-
-
-def _identity(batch: dict[str, Tensor]) -> dict[str, Tensor]:
-    return batch
+    return prepared_loader(data.decoder, batches, seed, num_workers, accelerator, drop_last=True)

@@ -12,7 +12,6 @@ from itertools import islice
 
 import torch
 from accelerate import Accelerator
-from torch import Tensor
 from torch.utils.data import BatchSampler, RandomSampler
 
 from ..runs.checkpoint import Progress
@@ -26,6 +25,7 @@ from .columns import Wanted
 from .fields import FieldData, check_order, field_file, read_fields
 from .latents import LatentData
 from .load_pictures import OfModel, cache_folder, load_pictures
+from .loader import unchanged
 from .normalization import Normalization
 from .pictures_data import PictureData
 from .source import FLAGS_OF_TRAINING, Naming, source_of
@@ -155,7 +155,7 @@ def make_dataloader(
         return stream_dataloader(data, settings.train_batch_size, settings.seed, workers, accelerator, progress)
     if isinstance(data, Buckets):
         batch_size, seed = settings.train_batch_size, settings.seed
-        return bucket_dataloader(data, batch_size, seed, workers, accelerator, progress, _identity)
+        return bucket_dataloader(data, batch_size, seed, workers, accelerator, progress)
     # a separate generator: otherwise, each epoch or resumed run would draw from that of the noise
     generator = torch.Generator().manual_seed(settings.seed)
     drop_last = len(data) >= settings.train_batch_size * accelerator.num_processes
@@ -164,7 +164,7 @@ def make_dataloader(
         data.uncropped if getattr(data, "is_cropped", False) else data,
         batch_sampler=_BatchesLeft(order, settings.train_batch_size, drop_last, progress),
         num_workers=workers,
-        collate_fn=_identity,
+        collate_fn=unchanged,
         pin_memory=accelerator.device.type == "cuda",
         generator=generator,
         persistent_workers=workers > 0,
@@ -184,7 +184,3 @@ class _BatchesLeft(BatchSampler):
     def __iter__(self):
         left = islice(self.sampler, self._progress.images_drawn(), None)
         return iter(BatchSampler(left, self.batch_size, self.drop_last))
-
-
-def _identity(batch: dict[str, Tensor]) -> dict[str, Tensor]:
-    return batch
