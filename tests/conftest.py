@@ -1,6 +1,7 @@
 """Fixtures and options shared by all tests."""
 
 import contextlib
+import os
 import subprocess
 import sys
 
@@ -21,6 +22,16 @@ from reg_diffusers.settings.arguments import parse_args
 def pytest_addoption(parser):
     parser.addoption("--slow", action="store_true", help="run the tests marked slow, too")
     parser.addoption("--diffusers-tests", metavar="PATH", help="folder tests of diffusers: run those of a pipeline")
+
+
+def pytest_configure(config):
+    """Gives each worker of pytest-xdist cores of its own, so that the threads of one do not wait for another's."""
+    workers = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
+    if workers > 1 and hasattr(os, "sched_setaffinity"):
+        cores = sorted(os.sched_getaffinity(0))
+        worker = int(os.environ["PYTEST_XDIST_WORKER"].removeprefix("gw"))
+        os.sched_setaffinity(0, cores[worker::workers] or {cores[worker % len(cores)]})
+        torch.set_num_threads(len(os.sched_getaffinity(0)))
 
 
 def pytest_collection_modifyitems(config, items):

