@@ -7,7 +7,7 @@ import torch
 from diffusers import DDPMScheduler, UNet2DModel
 
 from reg_diffusers import RegDDPMPipeline, RegularizedLoss
-from reg_diffusers.networks.build import GivenModel, build_noise_scheduler
+from reg_diffusers.networks.noise_schedule import build_noise_scheduler
 from reg_diffusers.settings import DataSettings, LossSettings, ModelSettings, OptimizationSettings
 from reg_diffusers.settings.advice import advise, advise_on_warmup
 from reg_diffusers.settings.arguments import parse_args
@@ -18,7 +18,7 @@ pytestmark = pytest.mark.training
 
 def advice(capsys, *flags):
     settings = parse_args([*flags, "--regularizer", "none"])
-    advise(settings.loss.snr_gamma, build_noise_scheduler(settings.model, GivenModel()))
+    advise(settings.loss.snr_gamma, build_noise_scheduler(settings.model))
     return capsys.readouterr().err
 
 
@@ -78,7 +78,7 @@ def test_a_warmup_as_long_as_the_training_is_said(train, capsys):
     ],
 )
 def test_a_given_schedule_that_is_none_is_named(settings, message):
-    given = GivenModel(scheduler=DDPMScheduler(**settings))
+    given = DDPMScheduler(**settings)
     with pytest.raises(ValueError, match=f"--pretrained_model_name_or_path: its scheduler_config.json has {message}"):
         build_noise_scheduler(ModelSettings(prediction_type="epsilon"), given)
 

@@ -25,7 +25,8 @@ from reg_diffusers import RegDDPMPipeline
 from reg_diffusers.data import fields, source
 from reg_diffusers.data.arrow_files import rows_and_bytes
 from reg_diffusers.data.source import check_arrow
-from reg_diffusers.networks.build import GivenModel, build_noise_scheduler, load_given_model
+from reg_diffusers.networks.build import load_given_model
+from reg_diffusers.networks.noise_schedule import build_noise_scheduler
 from reg_diffusers.runtime.errors import UsageError
 from reg_diffusers.settings import ModelSettings
 
@@ -529,4 +530,4 @@ def test_a_noise_schedule_of_two_billion_steps_is_refused_before_its_tables_are_
                 load_given_model(ModelSettings(pretrained_model_name_or_path=str(tmp_path / "model")))
     RegDDPMPipeline.from_pretrained(tmp_path / "model", scheduler=DDPMScheduler())  # which need not read it
     with pytest.raises(UsageError, match="--ddpm_num_steps 2000000000: at most 1,000,000"):
-        build_noise_scheduler(ModelSettings(ddpm_num_steps=2_000_000_000), GivenModel())
+        build_noise_scheduler(ModelSettings(ddpm_num_steps=2_000_000_000))

@@ -77,7 +77,8 @@ def run(args: argparse.Namespace) -> None:
     Raises:
         UsageError: if data, model or settings cannot be used, or if files would be overwritten.
     """
-    from ..networks.build import build_noise_scheduler, load_given_model
+    from ..networks.build import load_given_model
+    from ..networks.noise_schedule import build_noise_scheduler
     from ..runtime.errors import UsageError
     from ..term import TermError
     from ..training.terms import build_terms, in_units, wanted_columns
@@ -105,7 +106,7 @@ def run(args: argparse.Namespace) -> None:
     pictures = _load_data(settings.data, args.model, given, pipeline, wanted_columns(terms, settings.data))
     data, decoder = _in_latents(pictures, pipeline, settings.data.cache_dir)
     terms = in_units(terms, data, loss.reg_units, decoder)
-    scheduler = pipeline.scheduler if pipeline else build_noise_scheduler(settings.model, given)
+    scheduler = pipeline.scheduler if pipeline else build_noise_scheduler(settings.model, given.scheduler)
     rows, images, context = _images(args.num_images, data)
     guessing = {} if pipeline is None else _guessing(pipeline, settings.data, pictures, rows, context)
     source = settings.data.source or "embedded Fashion-MNIST"

@@ -1,4 +1,4 @@
-"""Builds or loads the network and the noise scheduler of a training run."""
+"""Builds or loads the network of a training run, and the noise scheduler saved with it."""
 
 from __future__ import annotations
 
@@ -14,23 +14,21 @@ from diffusers import DDPMScheduler, DiffusionPipeline, FlowMatchEulerDiscreteSc
 
 from ..data.training_data import Normalization, TrainingData
 from ..hub.model_index import (
-    MOST_TIMESTEPS,
-    check_schedule,
     check_weights,
     saved_class_names,
     saved_normalization,
     saved_white,
 )
-from ..prediction import image_channels, prediction_type, refuse_zero_terminal_snr
+from ..prediction import image_channels
 from ..runtime.errors import UsageError
 from ..settings.machine import MachineSettings
 from ..settings.model import ModelSettings
 from .families import FAMILIES, Family, family_of
 from .fit import check_classes, check_sides
 from .lora import frozen_dtype, load_with_lora
+from .noise_schedule import given_scheduler
 
-__all__ = ["GivenModel", "build_noise_scheduler", "build_unet", "load_given_model"]
-__all__ += ["given_scheduler", "new_unet_config"]
+__all__ = ["GivenModel", "build_unet", "load_given_model", "new_unet_config"]
 
 LARGE = "large"  # the name of the built-in config
 
@@ -157,44 +155,6 @@ def _load(settings: ModelSettings, cache_dir: str | None, frozen: torch.dtype, n
     return GivenModel()
 
 
-def build_noise_scheduler(settings: ModelSettings, given: GivenModel):
-    """Returns the scheduler of the training: that of the given pipeline, or a new one from the flags.
-
-    Raises:
-        UsageError: if a flag contradicts the given pipeline, or if its schedule is invalid.
-    """
-    if given.scheduler is not None:
-        kind = prediction_type(given.scheduler)
-        if settings.prediction_type not in (None, kind):
-            raise UsageError(
-                f"--prediction_type {settings.prediction_type}: the given pipeline was trained with {kind};"
-                " drop the flag"
-            )
-        for flag in ("ddpm_num_steps", "ddpm_beta_schedule", "rescale_betas_zero_snr"):
-            if getattr(settings, flag):
-                raise UsageError(f"--{flag}: the given pipeline keeps its own noise schedule; drop the flag")
-        if problem := _problem_of_schedule(given.scheduler):
-            raise UsageError(f"--pretrained_model_name_or_path: its scheduler_config.json {problem}")
-        if kind == "epsilon":
-            try:
-                refuse_zero_terminal_snr(given.scheduler)
-            except ValueError as error:
-                raise UsageError(f"--pretrained_model_name_or_path: {error}") from None
-        return given.scheduler
-    steps = settings.ddpm_num_steps or 1000
-    if steps > MOST_TIMESTEPS:
-        raise UsageError(f"--ddpm_num_steps {steps}: at most {MOST_TIMESTEPS:,}; 1000 is usual")
-    if settings.prediction_type == "flow_prediction":
-        return FlowMatchEulerDiscreteScheduler(num_train_timesteps=steps)
-    return DDPMScheduler(
-        num_train_timesteps=steps,
-        beta_schedule=settings.ddpm_beta_schedule or "linear",
-        prediction_type=settings.prediction_type or "epsilon",
-        rescale_betas_zero_snr=settings.rescale_betas_zero_snr,
-        timestep_spacing="trailing" if settings.rescale_betas_zero_snr else "leading",
-    )
-
-
 def build_unet(
     machine: MachineSettings, given: GivenModel, data: TrainingData, *, has_no_class: bool = False
 ) -> UNet2DModel:
@@ -316,30 +276,6 @@ def _check_class(path: str, cache_dir: str | None) -> None:
 def _given_unet(path: str, cache_dir: str | None, subfolder: str = "") -> UNet2DModel:
     check_weights(Path(path, subfolder))
     return UNet2DModel.from_pretrained(path, subfolder=subfolder, cache_dir=cache_dir, use_safetensors=True)
-
-
-def given_scheduler(path: str, cache_dir: str | None):
-    """Loads the saved schedule as a training scheduler, because a pipeline may be saved with any sampler."""
-    config = DDPMScheduler.load_config(path, subfolder="scheduler", cache_dir=cache_dir)
-    check_schedule(config)
-    if "prediction_type" not in config and "shift" in config:
-        return FlowMatchEulerDiscreteScheduler.from_config(config)
-    return DDPMScheduler.from_config(config)
-
-
-def _problem_of_schedule(scheduler) -> str | None:
-    """Describes a problem of the noise levels of a given scheduler; None if there is none."""
-    levels = scheduler.config.num_train_timesteps
-    if levels < 2:
-        return "has a single noise level, but sampling needs at least 2"
-    betas = getattr(scheduler, "betas", None)
-    if betas is None:
-        return None
-    if len(betas) != levels:
-        return f"has {len(betas)} trained_betas for {levels} num_train_timesteps: they must agree"
-    if not (betas.isfinite().all() and betas.min() >= 0 and betas.max() <= 1):
-        return f"has betas from {betas.min():.3g} to {betas.max():.3g}: they must be from 0 to 1"
-    return None
 
 
 def _given_normalization(path: str, cache_dir: str | None) -> Normalization | None:

@@ -14,8 +14,8 @@ from ..runs.run_folder import CONFIG_FILE, LORA_FILE, PLAIN_FOLDER, SETTINGS_FIL
 from ..runtime.messages import say
 from ..settings.model import ModelSettings
 from .autoencoders import cast_decoder, load_autoencoder
-from .build import given_scheduler
 from .families import family_of
+from .noise_schedule import given_scheduler
 from .text_to_image import RegTextToImagePipeline
 
 __all__ = ["load_lora_pipeline"]

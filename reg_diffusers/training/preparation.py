@@ -17,9 +17,10 @@ from torch import nn
 
 from ..data.training_data import TrainingData, make_dataloader
 from ..networks.attention import use_explicit_attention
-from ..networks.build import build_noise_scheduler, build_unet, load_given_model
+from ..networks.build import build_unet, load_given_model
 from ..networks.computation import CompiledForBatches, Computation
 from ..networks.ema import build_ema
+from ..networks.noise_schedule import build_noise_scheduler
 from ..networks.trained import trained_parameters
 from ..runs.checkpoint import Progress
 from ..runs.run_folder import PROFILE_FOLDER
@@ -135,7 +136,7 @@ def prepare(
     )
     set_seed(optimization.seed)
     given = load_given_model(model, cache_dir, frozen_precision(machine.mixed_precision))
-    noise_scheduler = build_noise_scheduler(model, given)
+    noise_scheduler = build_noise_scheduler(model, given.scheduler)
     unet = build_unet(machine, given, data, has_no_class=has_no_class)
     batch_size = optimization.train_batch_size
     if computation.attention.value == "explicit":

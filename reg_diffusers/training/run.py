@@ -24,9 +24,10 @@ from ..data.training_data import TrainingData, Wanted, batches_per_epoch
 from ..hub.lora_card import write_card_of_run
 from ..hub.uploads import Uploads, check_upload
 from ..networks.autoencoders import cast_decoder, decoded_view
-from ..networks.build import GivenModel, build_noise_scheduler, build_unet
+from ..networks.build import GivenModel, build_unet
 from ..networks.computation import Computation, choose_computation
 from ..networks.conditions import Conditions
+from ..networks.noise_schedule import build_noise_scheduler
 from ..pipeline import RegDDPMPipeline
 from ..runs.lineage import find_checkpoint
 from ..runs.manifest import read_manifest
@@ -261,7 +262,7 @@ def open_run(launch: Launch) -> Run:
     decoder = None if vae is None else decoded_view(vae, likely_precision)
     terms = in_units(terms, data, loss.reg_units, decoder)
     # Errors are reported here, before anything is written.
-    noise_scheduler = build_noise_scheduler(settings.model, given)
+    noise_scheduler = build_noise_scheduler(settings.model, given.scheduler)
     steps = inference_steps(output.ddpm_num_inference_steps, noise_scheduler)
     settings = replace(settings, output=replace(output, ddpm_num_inference_steps=steps))
     advise(loss.snr_gamma, noise_scheduler)
