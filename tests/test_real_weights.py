@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from diffusers import DDPMScheduler
 from docs_code import block
 from reading import LETTERS, read, reader, rendered
-from real_weights import MOBILENET_PROCESSOR, PROCESSOR, efficientnet, mobilenet
+from real_weights import MOBILENET_PROCESSOR, PROCESSOR, MissingWeights, efficientnet, mobilenet
 
 from reg_diffusers import Term, X0Regularization
 from reg_diffusers.regularizers import Perceptual, Score
@@ -17,6 +17,14 @@ from reg_diffusers.regularizers import Perceptual, Score
 pytestmark = pytest.mark.loss
 
 MILITARY_UNIFORM = 652  # class of ImageNet
+
+
+def loaded(load, **options):
+    """Loads a network with these weights, or skips the test and says which command installs them."""
+    try:
+        return load(**options)
+    except MissingWeights as error:
+        pytest.skip(str(error))
 
 
 @pytest.fixture(scope="module")
@@ -28,14 +36,14 @@ def photograph():
 
 
 def test_a_photograph_is_recognised_and_a_blurred_one_less(photograph):
-    score = Score(efficientnet(classifies=True), MILITARY_UNIFORM, processor=PROCESSOR)
+    score = Score(loaded(efficientnet, classifies=True), MILITARY_UNIFORM, processor=PROCESSOR)
     values = [score(blurred(photograph, radius)).item() for radius in (0, 4, 16)]
     assert values[0] < 1 and values[0] + 0.5 < values[1] < values[2]
 
 
 def test_a_model_of_transformers_recognises_it_as_well(photograph):
     """MobileNetV2 is another network, with another processor; its logits are in the output of transformers."""
-    net = mobilenet()
+    net = loaded(mobilenet)
     score = Score(net, MILITARY_UNIFORM, processor=MOBILENET_PROCESSOR)
     values = [score(blurred(photograph, radius)).item() for radius in (0, 4, 16)]
     assert values[0] < 1 and values[0] + 0.5 < values[1] < values[2]
@@ -46,14 +54,14 @@ def test_blur_is_further_away_than_another_brightness_of_the_same_error(photogra
     error = (x - photograph).square().mean().sqrt()
     brighter = photograph + error
     assert (brighter - photograph).square().mean().sqrt().item() == pytest.approx(error.item(), rel=1e-4)
-    loss = Perceptual(efficientnet(), PROCESSOR, layers=(2, 4, 7, 10))
+    loss = Perceptual(loaded(efficientnet), PROCESSOR, layers=(2, 4, 7, 10))
     distances = [loss(image, original_samples=photograph).item() for image in (x, brighter)]
     assert distances == pytest.approx([0.196, 0.0068], rel=0.05)  # the numbers in docs/regularizers.md
 
 
 def test_its_gradient_sharpens(photograph):
     """Steps along the gradient of the loss bring a blurred picture closer to the photograph, also in pixels."""
-    loss = Perceptual(efficientnet(), PROCESSOR, layers=(2, 4))
+    loss = Perceptual(loaded(efficientnet), PROCESSOR, layers=(2, 4))
     x = blurred(photograph, 1)
     before = (x - photograph).square().mean()
     for _ in range(5):
@@ -66,8 +74,8 @@ def test_its_gradient_sharpens(photograph):
 @pytest.mark.slow
 def test_what_one_network_gains_another_one_sees(photograph):
     """Steps on EfficientNet's distance lower MobileNetV2's, the judge that has no part in them."""
-    loss = Perceptual(efficientnet(), PROCESSOR, layers=(2, 4))
-    judge = Perceptual(mobilenet().mobilenet_v2, MOBILENET_PROCESSOR, layers=(4, 8))
+    loss = Perceptual(loaded(efficientnet), PROCESSOR, layers=(2, 4))
+    judge = Perceptual(loaded(mobilenet).mobilenet_v2, MOBILENET_PROCESSOR, layers=(4, 8))
     x = start = blurred(photograph, 2)
     for _ in range(5):
         x = x.detach().requires_grad_()
@@ -80,7 +88,7 @@ def test_what_one_network_gains_another_one_sees(photograph):
 @pytest.fixture(scope="module")
 def reads():
     """The loss of docs/own_losses.md with EasyOCR's network."""
-    return block("own_losses", "class Reads")["Reads"](reader(), LETTERS)
+    return block("own_losses", "class Reads")["Reads"](loaded(reader), LETTERS)
 
 
 @pytest.mark.parametrize("text", ["denoise 42", "Parseval's"])

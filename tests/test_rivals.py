@@ -6,6 +6,7 @@ import re
 import subprocess
 import sys
 from functools import partial
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -191,7 +192,12 @@ def test_quick_passes_through_every_case_and_writes_nothing(tmp_path):
         check=False,
     )
     assert run.returncode == 0, run.stderr
-    titles = re.findall(r"^[A-Z]\. .*$", run.stdout, re.MULTILINE)
-    assert set(re.findall(r"^[A-Z]\. .*$", (FOLDER / "rivals.txt").read_text(), re.MULTILINE)) <= set(titles)
+    titles = set(re.findall(r"^[A-Z]\. .*$", run.stdout, re.MULTILINE))
+    left_out = re.findall(r"^(\w+) is left out: (\w+) is not installed: pip install .+$", run.stdout, re.MULTILINE)
+    assert all(name == "letters" and find_spec(package) is None for name, package in left_out), left_out
+    expected = set(re.findall(r"^[A-Z]\. .*$", (FOLDER / "rivals.txt").read_text(), re.MULTILINE))
+    assert {title[:2] for title in expected - titles} <= ({"E."} if left_out else set())
     assert {path: path.stat().st_mtime_ns for path in before} == before
     assert {path.name for path in tmp_path.iterdir()} <= {"huggingface"}  # the cache of embedded pictures
+    if left_out:
+        pytest.skip(f"all cases but E passed: {left_out[0][1]} is not installed")

@@ -23,6 +23,9 @@ from reg_diffusers.regularizers.stencils import difference, laplacian
 from reg_diffusers.settings import DataSettings
 from reg_diffusers.views import Affine
 
+sys.path.insert(0, str(Path(__file__).parents[2] / "tests"))
+import real_weights
+
 SIZE, FIELDS = 16, 2000
 PAIRED = weighting.gated(0.2)
 
@@ -212,13 +215,9 @@ def classifier(data: Data):
 
 def efficientnet():
     """EfficientNet-Lite0 with ImageNet's weights, up to its fifth block, and the numbers of its processor."""
-    sys.path.insert(0, str(Path(__file__).parents[2] / "tests"))
-    from real_weights import PROCESSOR
-    from real_weights import efficientnet as load
-
-    net = load()
+    net = real_weights.efficientnet()
     net._blocks = net._blocks[:5]
-    return net, PROCESSOR
+    return net, real_weights.PROCESSOR
 
 
 def simple(function, **options):

@@ -37,6 +37,9 @@ from reg_diffusers.regularizers.network_input import NetworkInput
 from reg_diffusers.settings import DataSettings
 from reg_diffusers.weighting import constant, gated, low_noise, matched, snr
 
+sys.path.insert(0, str(Path(__file__).parents[3] / "tests"))
+from real_weights import MOBILENET_PROCESSOR, PROCESSOR, efficientnet, mobilenet
+
 BATCH = 16
 RATE, TUNED_RATE = 1e-3, 5e-4
 SAMPLING_STEPS, HELD_OUT, LEVELS = 20, 512, 5
@@ -146,8 +149,6 @@ def clothes() -> Pictures:
 
 def _mobilenet() -> Callable[[Tensor], Tensor]:
     """The last 320 feature maps of MobileNetV2, averaged, of pictures that are enlarged to 64 x 64."""
-    from real_weights import MOBILENET_PROCESSOR, mobilenet
-
     net, shown = mobilenet().mobilenet_v2, NetworkInput.of(MOBILENET_PROCESSOR, size=64)
 
     def features(images: Tensor) -> Tensor:
@@ -160,8 +161,6 @@ def _mobilenet() -> Callable[[Tensor], Tensor]:
 @cache
 def perceptual() -> Perceptual:
     """Features of EfficientNet-Lite0 after its third and fifth blocks, of pictures of 32 x 32."""
-    from real_weights import PROCESSOR, efficientnet
-
     net = efficientnet()
     net._blocks = net._blocks[:5]
     return Perceptual(net, PROCESSOR, layers=(2, 4), size=32)
@@ -227,7 +226,6 @@ CASES = {
 def run(name: str, seeds, *, quick: bool = False) -> dict:
     """Diagnoses, trains and judges all rows of a case; returns their numbers by seed."""
     start, case = time.perf_counter(), CASES[name]
-    sys.path.insert(0, str(Path(__file__).parents[3] / "tests"))
     pictures, schedule, regularizer = case.pictures(), case.schedule(), case.regularizer()
     terms = [None]
     for weighting, weights in case.rows.items():
