@@ -70,7 +70,7 @@ def test_the_latent_is_the_sample_as_the_last_step_gives_it(tiny_unet):
         ({"guidance_scale": 2.0}, "needs a model with class labels or texts: .* is regularizer_scale="),
         ({"negative_prompt": "cat"}, "negative_prompt is for text-to-image pipelines"),
     ],
-    ids=str,
+    ids=lambda value: re.sub(r" at 0x\w+", "", str(value)),  # the same in each process of pytest-xdist
 )
 def test_arguments_that_cannot_be_meant_are_refused(tiny_unet, argument, message):
     pipeline = RegDDPMPipeline(tiny_unet(), DDIMScheduler())
