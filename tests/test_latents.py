@@ -274,7 +274,7 @@ def test_what_does_not_fit_is_refused_in_one_line(in_latents, capsys, tiny_unet,
     assert "class UNet2DModel is not supported: use one of AutoencoderKL" in refused(vae="unet")
     save_vae()
     assert "multiples of 2, such as 14 or 16" in refused("--resolution", 15)
-    assert "--streaming: images are encoded once" in refused("--streaming")
+    assert "drop the flag, or add --streaming, which encodes each window" in refused("--random_crop")
     assert "L' sees decoded images" in refused("--reg_units", "model")
     np.save("fields.npy", np.zeros((8, 3, 16, 16), np.float32) + np.linspace(0, 1, 16, dtype=np.float32))
     assert "are fields" in refused("--train_data_dir", "fields.npy")

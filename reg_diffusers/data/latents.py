@@ -7,7 +7,7 @@ weight never finds it. It is written under another name and renamed when it is c
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
 
@@ -25,9 +25,9 @@ from .pictures_data import PictureData
 from .prompts import Prompts
 from .stored_rows import stored_rows
 
-__all__ = ["LatentData", "latents_of"]
+__all__ = ["AT_A_TIME", "LatentData", "check_finite", "deviation_of", "latents_of"]
 
-_AT_A_TIME = 8
+AT_A_TIME = 8  # images that are encoded together
 _LOOKED_AT = 1000  # latents, for their standard deviation
 _USUAL = (1 / 3, 3)  # standard deviation of latents, which the noise schedules expect to be about 1
 
@@ -69,8 +69,7 @@ class LatentData(torch.utils.data.Dataset):
         self.classes, self.white = images.classes, images.white
         self.downsampling = images.shape[1] // self.shape[1]
         some = self._latents[np.linspace(0, len(self) - 1, min(len(self), _LOOKED_AT)).astype(int), 0]
-        self.deviation = float(some.std())
-        self.note = f"standard deviation {self.deviation:.3g}, in {path}"
+        self.note = f"standard deviation {deviation_of(torch.from_numpy(some)):.3g}, in {path}"
 
     def __len__(self) -> int:
         return len(self._latents)
@@ -139,27 +138,37 @@ def latents_of(
     settings = (images.fingerprint, images.shape, key, mirrored, __version__)
     path = cache_dir / f"latents-{hashlib.sha256(repr(settings).encode()).hexdigest()}.npy"
     rows = stored_rows(path, len(images), partial(_pieces, images, encode, device, mirrored))
-    data = LatentData(images, rows, path, prompts, with_images=with_images)
-    if not _USUAL[0] <= data.deviation <= _USUAL[1]:
+    return LatentData(images, rows, path, prompts, with_images=with_images)
+
+
+def check_finite(latents: Tensor, rows: Sequence[int]) -> None:
+    """Raises `UsageError` if one of the latents, which are those of the images in these rows, is non-finite."""
+    finite = latents.isfinite().flatten(1).all(1)
+    if not finite.all():
+        bad = rows[int((~finite).nonzero()[0])]
+        raise UsageError(f"the latents of image {bad} are not finite: check the image and the autoencoder")
+
+
+def deviation_of(latents: Tensor) -> float:
+    """Returns the standard deviation of latents; warns if it is not about 1."""
+    deviation = float(latents.std())
+    if not _USUAL[0] <= deviation <= _USUAL[1]:
         warn(
-            f"the latents have a standard deviation of {data.deviation:.3g}, but noise schedules expect about 1:"
+            f"the latents have a standard deviation of {deviation:.3g}, but noise schedules expect about 1:"
             " multiply scaling_factor in the config of the autoencoder by"
-            f" {1 / data.deviation if data.deviation else float('inf'):.3g}"
+            f" {1 / deviation if deviation else float('inf'):.3g}"
         )
-    return data
+    return deviation
 
 
 def _pieces(images: PictureData, encode, device: torch.device, mirrored: bool, first: int) -> Iterator[Tensor]:
     """Yields the latents of a few images at a time, from the first on, (n, 1 or 2, c, h, w)."""
     for start in tqdm(
-        range(first, len(images), _AT_A_TIME), desc="encoding images, once", unit="batch", disable=bars_are_hidden()
+        range(first, len(images), AT_A_TIME), desc="encoding images, once", unit="batch", disable=bars_are_hidden()
     ):
-        indices = list(range(start, min(start + _AT_A_TIME, len(images))))
+        indices = list(range(start, min(start + AT_A_TIME, len(images))))
         pixels = images.normalization.normalize(images.__getitems__(indices)["values"].to(device))
         views = [pixels, pixels.flip(-1)] if mirrored else [pixels]
         latents = torch.stack([encode(view) for view in views], dim=1)
-        finite = latents.isfinite().flatten(1).all(1)
-        if not finite.all():
-            bad = indices[int((~finite).nonzero()[0])]
-            raise UsageError(f"the latents of image {bad} are not finite: check the image and the autoencoder")
+        check_finite(latents, indices)
         yield latents

@@ -121,7 +121,7 @@ def load_pictures(
     number = len(table) if isinstance(table, Dataset) else number_of_rows(settings, table)
     rows = table.to_iterable_dataset(num_shards=_pieces(number)) if isinstance(table, Dataset) else table
     return StreamedPictures(
-        *(rows, wishes, found, label, classes, size, number, source),
+        *(rows, wishes, found, label, caption, classes, size, number, source),
         white=model.white,
         stored=_stored_size(settings, size),
         skip_bad_images=settings.skip_bad_images,

@@ -15,7 +15,7 @@ from .. import __version__
 from ..runtime.messages import bars_are_hidden
 from .stored_rows import stored_rows
 
-__all__ = ["Prompts"]
+__all__ = ["Prompts", "PromptsOnDemand"]
 
 _AT_A_TIME = 8
 
@@ -32,9 +32,12 @@ class Prompts:
 
     Attributes:
         texts: as given.
+        note: what to add to their number in a description.
         null: the embedding of no text, (1, ...) by name, as in the file.
         fingerprint: identifies the text of each image and what embeds it.
     """
+
+    note = ""
 
     def __init__(
         self,
@@ -45,7 +48,7 @@ class Prompts:
         cache_dir: Path,
     ):
         self.texts = texts
-        self.fingerprint = hashlib.sha256(repr((texts, key)).encode()).hexdigest()
+        self.fingerprint = _fingerprint(texts, key)
         self._shapes = {name: value.shape[1:] for name, value in null.items()}
         distinct = list(dict.fromkeys(texts))
         name = hashlib.sha256(repr((distinct, self._shapes, key, __version__)).encode()).hexdigest()
@@ -70,6 +73,39 @@ class Prompts:
         return {
             name: part.unflatten(1, shape) for (name, shape), part in zip(self._shapes.items(), parts, strict=True)
         }
+
+
+class PromptsOnDemand:
+    """The texts of a stream of images, embedded batch by batch.
+
+    Args:
+        texts: the texts of the first images.
+        embed: n texts -> tensors (n, ...) by name.
+        null: the embedding of no text, by the same names and in the same shapes, (1, ...).
+        key: a hash of everything that affects `embed` and `null`.
+
+    Attributes:
+        texts, embed: as given.
+        note: what to add to their number in a description.
+        null: the embedding of no text, (1, ...) by name, on the CPU.
+        fingerprint: identifies these texts and what embeds all texts.
+    """
+
+    def __init__(
+        self,
+        texts: list[str],
+        embed: Callable[[list[str]], Mapping[str, Tensor]],
+        null: Mapping[str, Tensor],
+        key: str,
+    ):
+        self.texts, self.embed = texts, embed
+        self.note = f" among the first {len(texts):,} images; embedded in each step"
+        self.null = {name: value.cpu() for name, value in null.items()}
+        self.fingerprint = _fingerprint(texts, key)
+
+
+def _fingerprint(texts: list[str], key: str) -> str:
+    return hashlib.sha256(repr((texts, key)).encode()).hexdigest()
 
 
 def _pieces(

@@ -38,6 +38,7 @@ class StreamedPictures:
             rest.
         columns: the columns that regularizers need.
         label: the column of the class labels, integers.
+        caption: the column of the texts.
         classes: the names of the classes.
         size: height and width of the images.
         number: the number of rows, if known.
@@ -55,6 +56,7 @@ class StreamedPictures:
         condition_channels: channels K of the conditioning images, 0 without.
         note: a line to print at the start, next to the number and shape of the data.
         columns: the columns that regularizers need.
+        captions: the texts of the first images; None without.
         decoder: decodes batches of rows.
         examples: the first images, for repeated use of the same images.
 
@@ -71,6 +73,7 @@ class StreamedPictures:
         wishes: dict[str, Wish],
         columns: Sequence[Column],
         label: str | None,
+        caption: str | None,
         classes: list[str] | None,
         size: tuple[int, int],
         number: int | None,
@@ -98,7 +101,10 @@ class StreamedPictures:
         self.columns = tuple(replace(one, channels=channels.get(one.place, 0)) for one in columns)
         images = {into: (look.column, look.form) for into, look in looks.items()}
         self.is_cropped = stored != size
-        self.decoder = RowDecoder(images, self.columns, label, stored, source, skip_bad_images=skip_bad_images)
+        self.decoder = RowDecoder(
+            images, self.columns, label, caption, stored, source, skip_bad_images=skip_bad_images
+        )
+        self.captions = [row[caption] for _, row in first] if caption else None
         self.examples = _Examples(first, self.decoder, size)
 
     @functools.cached_property
@@ -115,6 +121,7 @@ class RowDecoder(torch.utils.data.Dataset):
             images.
         columns: the columns that regularizers need.
         label: the column of the class labels.
+        caption: the column of the texts.
         size: height and width of the images.
         source: the source that image files must lie in.
         skip_bad_images: whether to skip images that cannot be decoded.
@@ -125,25 +132,27 @@ class RowDecoder(torch.utils.data.Dataset):
         images: dict[str, tuple[str, Form]],
         columns: Sequence[Column],
         label: str | None,
+        caption: str | None,
         size: tuple[int, int],
         source: Source,
         *,
         skip_bad_images: bool,
     ):
-        self._images, self._columns, self._label, self._size, self._source = images, columns, label, size, source
+        self._images, self._columns, self._size, self._source = images, columns, size, source
+        self._label, self._caption = label, caption
         self._skip = skip_bad_images
         self._bad = 0
 
     def __getitems__(self, rows: list[tuple[int, dict]]) -> dict[str, Tensor]:
         """Decodes a batch.
 
-        {"values": (B, C, H, W) uint8, "ids": (B,), "condition": (B, K, H, W) uint8, "class_labels": (B,)}; with
-        columns that regularizers need, also "columns" by their names, see `column_values`. If bad images are skipped,
-        other images of the batch appear twice, so that B is constant.
+        {"values": (B, C, H, W) uint8, "ids": (B,), "condition": (B, K, H, W) uint8, "class_labels": (B,)}; with texts
+        also "texts", a list; with columns that regularizers need, also "columns" by their names, see `column_values`.
+        If bad images are skipped, other images of the batch appear twice, so that B is constant.
 
         Raises:
-            UsageError: if an image (or with skip_bad_images: a whole batch) cannot be decoded, if a row has no label
-                or lacks a column, or if a mask has another shape than its picture.
+            UsageError: if an image (or with skip_bad_images: a whole batch) cannot be decoded, if a row has no label,
+                no text or lacks a column, or if a mask has another shape than its picture.
         """
         decoded = [found for row in rows if (found := self.decode(*row)) is not None]
         if not decoded:
@@ -178,6 +187,12 @@ class RowDecoder(torch.utils.data.Dataset):
             if row[self._label] is None or row[self._label] < 0:
                 raise DataError(f"--label_column {self._label}: {where} has no label")
             found["class_labels"] = np.int64(row[self._label])
+        if self._caption is not None:
+            if not (row[self._caption] or "").strip():
+                raise DataError(
+                    f"--caption_column {self._caption}: {where} has no text: add one, or give one for all by --prompt"
+                )
+            found["texts"] = row[self._caption]
         for column in self._columns:
             if column.kind == "mask":
                 own, picture = (size_of(row[self._images[into][0]], self._source) for into in (column.place, "pixels"))

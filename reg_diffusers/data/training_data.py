@@ -30,6 +30,7 @@ from .normalization import Normalization
 from .pictures_data import PictureData
 from .source import FLAGS_OF_TRAINING, Naming, source_of
 from .stream_batches import stream_dataloader
+from .streamed_latents import StreamedLatents
 from .streaming import StreamedPictures
 from .tables import EMBEDDED, LabelsError
 
@@ -40,6 +41,7 @@ __all__ = [
     "Naming",
     "Normalization",
     "PictureData",
+    "StreamedLatents",
     "TrainingData",
     "Wanted",
     "batches_per_epoch",
@@ -49,7 +51,7 @@ __all__ = [
 ]
 
 
-TrainingData = PictureData | Buckets | FieldData | StreamedPictures | LatentData
+TrainingData = PictureData | Buckets | FieldData | StreamedPictures | LatentData | StreamedLatents
 
 
 def load_training_data(
@@ -145,12 +147,13 @@ def make_dataloader(
     """Builds a loader of shuffled batches; it drops a last, shorter batch if there is a full one. A stream never ends.
 
     Args:
-        data: the training data.
+        data: the training data; of latents that are encoded in each step, the loader returns the images.
         settings: the settings with the batch size and the seed of the order.
         workers: number of processes that load data; 0 loads in this process.
         accelerator: the accelerator, which must still prepare the loader.
         progress: the progress of the training, from which a stream and a divided epoch continue.
     """
+    data = data.images if isinstance(data, StreamedLatents) else data
     if isinstance(data, StreamedPictures):
         return stream_dataloader(data, settings.train_batch_size, settings.seed, workers, accelerator, progress)
     if isinstance(data, Buckets):

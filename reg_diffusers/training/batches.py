@@ -12,7 +12,7 @@ from torch import Tensor
 from ..data.column_values import flipped
 from ..data.crops import drawn
 from ..data.streaming import StreamedPictures
-from ..data.training_data import TrainingData
+from ..data.training_data import StreamedLatents, TrainingData
 from ..networks.conditions import Conditions
 from ..runs.checkpoint import endless_batches
 from .preparation import Training
@@ -78,17 +78,22 @@ def batches_of(
         crop_seed: seed of the windows of --random_crop. They are new in each epoch; in a stream, whose epochs have no
             number, in each batch.
     """
-    is_cropped, progress = getattr(data, "is_cropped", False), training.progress
+    encodes = isinstance(data, StreamedLatents)
+    images, progress = data.images if encodes else data, training.progress
+    is_cropped = getattr(images, "is_cropped", False)
     absent = Conditions.absent(data)
     for batch in endless_batches(training.accelerator, training.dataloader, training.progress):
         if is_cropped:
-            epoch = progress.batch if isinstance(data, StreamedPictures) else progress.epoch
-            batch = drawn(batch, data.shape[1:], crop_seed, epoch)
-        original_samples = data.normalization.normalize(batch["values"])
-        context = Context.of_batch(data, batch)
+            epoch = progress.batch if isinstance(images, StreamedPictures) else progress.epoch
+            batch = drawn(batch, images.shape[1:], crop_seed, epoch)
+        original_samples = images.normalization.normalize(batch["values"])
+        context = Context.of_batch(images, batch)
         if random_flip:
             mirrored = batch.get("mirrored")  # latents of the mirror images
             original_samples, context = flip_half(original_samples, context, mirrored)
+        if encodes:
+            batch = data.seen({**batch, "values": original_samples, "columns": context.columns})
+            original_samples, context = batch["values"], Context.of_batch(data, batch)
         given = context.conditions
         given = given.without_some(absent, condition_dropout) if condition_dropout else given
         yield Batch(original_samples, context, given, batch["ids"])

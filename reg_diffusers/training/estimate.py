@@ -15,7 +15,7 @@ from accelerate.utils import parse_flag_from_env, send_to_device
 from torch import nn
 
 from ..context import cut
-from ..data.training_data import TrainingData, batches_per_epoch
+from ..data.training_data import StreamedLatents, TrainingData, batches_per_epoch
 from ..networks.attention import use_explicit_attention
 from ..networks.build import GivenModel
 from ..networks.computation import Computation
@@ -42,7 +42,7 @@ class Speed:
     """Seconds per image.
 
     Attributes:
-        step: forward and backward pass with the losses.
+        step: forward and backward pass with the losses; in a stream of latents, also their encoding.
         call: one call of the network without a gradient, as in sampling.
     """
 
@@ -137,8 +137,12 @@ def measure_speed(
         use_explicit_attention(unet)
     unet.to(device).train()
     dtype = {"fp16": torch.float16, "bf16": torch.bfloat16}.get(mixed_precision)
+    start = time.perf_counter()
     batch = data.examples.__getitems__(list(range(min(batch_size, len(data.examples)))))
     batch = send_to_device(batch, device)
+    if device.type != "cpu":
+        torch.accelerator.synchronize()
+    encoding = (time.perf_counter() - start) / len(batch["ids"]) if isinstance(data, StreamedLatents) else 0.0
     samples, context = data.normalization.normalize(batch["values"]), Context.of_batch(data, batch)
     needed = context.needed(loss_fn.regularization.needs)
 
@@ -165,7 +169,7 @@ def measure_speed(
             number = max(min(batch_size, int(_SECONDS / step(1))), 1)
             if number > 1:
                 step(number)
-            return Speed(step(number), step(number, with_gradient=False))
+            return Speed(step(number) + encoding, step(number, with_gradient=False))
     except Exception as error:  # the training itself reports it, with the step
         return f"a step failed: {' '.join(str(error).split())[:80] or type(error).__name__}"
     finally:

@@ -12,8 +12,15 @@ from torch import Tensor, nn
 
 from ..autoencoder import downsampling, encoded, latent_channels
 from ..data.latents import latents_of
-from ..data.prompts import Prompts
-from ..data.training_data import TrainingData, Wanted, cache_folder, load_training_data
+from ..data.prompts import Prompts, PromptsOnDemand
+from ..data.training_data import (
+    StreamedLatents,
+    StreamedPictures,
+    TrainingData,
+    Wanted,
+    cache_folder,
+    load_training_data,
+)
 from ..networks.autoencoders import autoencoder_sha256, load_autoencoder
 from ..networks.build import GivenModel, load_given_model
 from ..networks.families import FAMILIES, Embeddings, Family, family_of
@@ -143,6 +150,8 @@ def load_model_and_data(
 
     def see(images: TrainingData, *, mirrored: bool = False) -> TrainingData:
         prompts = None if family is None else _prompts(images, data, family, encoder, null, folder)
+        if isinstance(images, StreamedPictures):
+            return StreamedLatents(images, encode, device, prompts, with_images=with_images)
         return latents_of(
             *(images, encode, key, folder, device),
             mirrored=mirrored,
@@ -155,8 +164,7 @@ def load_model_and_data(
         shown = tuple(validation_prompts or dict.fromkeys(latents.prompts.texts[:_TEXTS_SHOWN]))
         if validation_prompts:
             _warn_of_cuts(shown, "--validation_prompts", family, encoder)
-        with errors_only("diffusers", "transformers"):
-            embedded = [family.embed(encoder, [text]) for text in shown]
+        embedded = [_embed(family, encoder, [text]) for text in shown]
         previews = {name: torch.cat([one[name] for one in embedded]).cpu() for name in null}
     return Loaded(given, images, latents, vae, family, previews, shown, see)
 
@@ -203,22 +211,31 @@ def _load_encoder(family: Family, base: str, cache_dir: str | None, device: torc
 
 def _prompts(
     images: TrainingData, data: DataSettings, family: Family, encoder, null: Embeddings, folder: Path
-) -> Prompts:
+) -> Prompts | PromptsOnDemand:
     """Reads and embeds the texts of the images; warns of those that a tokenizer cuts off.
+
+    Those of a stream are embedded in each step; the first ones stand for all in the warning.
 
     Raises:
         UsageError: images have no text.
     """
-    is_given = data.prompt is not None
-    texts = [data.prompt] * len(images) if is_given else images.captions
+    is_given, is_stream = data.prompt is not None, isinstance(images, StreamedPictures)
+    texts = [data.prompt] * (1 if is_stream else len(images)) if is_given else images.captions
     if not is_given and (missing := [row for row, text in enumerate(texts) if not (text or "").strip()]):
         raise UsageError(
             f"--caption_column {data.caption_column}: {len(missing)} of {len(texts)} images have no text, the first is"
             f" row {missing[0]}: add texts, or give one for all by --prompt"
         )
-    _warn_of_cuts(texts, "texts", family, encoder)
+    _warn_of_cuts(texts, "texts of the first images" if is_stream and not is_given else "texts", family, encoder)
+    embed, key = partial(_embed, family, encoder), text_encoder_sha256(encoder, family)
+    if is_stream and not is_given:
+        return PromptsOnDemand(texts, embed, null, key)
+    return Prompts(texts, embed, null, key, folder)
+
+
+def _embed(family: Family, encoder, texts: list[str]) -> Embeddings:
     with errors_only("diffusers", "transformers"):  # which print a line for each text that is cut off
-        return Prompts(texts, partial(family.embed, encoder), null, text_encoder_sha256(encoder, family), folder)
+        return family.embed(encoder, texts)
 
 
 def _warn_of_cuts(texts: list[str], named: str, family: Family, encoder) -> None:
@@ -237,14 +254,12 @@ def _warn_of_cuts(texts: list[str], named: str, family: Family, encoder) -> None
 
 def _check_data_of_latents(data: DataSettings, factor: int, autoencoder: str) -> None:
     """Raises `UsageError` for settings of the data that latents of this autoencoder do not support."""
-    if data.streaming:
-        raise UsageError(f"--streaming: images are encoded once for {autoencoder}, not on demand; drop --streaming")
     if data.buckets:
         raise UsageError(f"--buckets is not supported in latents, here of {autoencoder}; drop it")
-    if data.random_crop:
+    if data.random_crop and not data.streaming:
         raise UsageError(
             f"--random_crop: images are encoded once for {autoencoder}, and a window of their latents is not the"
-            " latents of a window; drop the flag"
+            " latents of a window; drop the flag, or add --streaming, which encodes each window in each step"
         )
     if data.conditioning_image_column:
         raise UsageError(f"--conditioning_image_column is not supported in latents, here of {autoencoder}; drop it")

@@ -12,6 +12,7 @@ from accelerate import PartialState
 from accelerate.utils import send_to_device
 from torch import Tensor
 
+from ..data.prompts import Prompts, PromptsOnDemand
 from ..data.training_data import TrainingData
 from ..evaluation.comparison import describe_change, difference, draw_comparison, measure
 from ..evaluation.measuring import denoising_losses
@@ -99,7 +100,7 @@ def describe(
             *([f"data       {images.note}"] if images.note else []),
             *([f"latents    {_size(data)}, {data.note}; L' sees decoded images"] if data is not images else []),
             *([f"held out   {held_out}"] if held_out else []),
-            *([f"texts      {_texts(data.prompts.texts)}"] if data.prompts is not None else []),
+            *([f"texts      {_texts(data.prompts)}"] if data.prompts is not None else []),
             *(f"data       {name} {values}" for name, values in on_data.items()),
             *([f"classes    {classes}"] if classes else []),
             *(f"column     {column}" for column in data.columns),
@@ -140,9 +141,10 @@ def _by(schedule: str) -> str:
     return "" if schedule == "constant" else f"{schedule} * "
 
 
-def _texts(texts: list[str]) -> str:
-    different = len(set(texts))
-    return f"{different:,} different {'text' if different == 1 else 'texts'}, the first is {texts[0][:60]!r}"
+def _texts(prompts: Prompts | PromptsOnDemand) -> str:
+    texts, different = prompts.texts, len(set(prompts.texts))
+    number = f"{different:,} different {'text' if different == 1 else 'texts'}{prompts.note}"
+    return f"{number}, the first is {texts[0][:60]!r}"
 
 
 def _size(data: TrainingData) -> str:

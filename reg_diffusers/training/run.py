@@ -20,7 +20,7 @@ import torch
 from accelerate import PartialState
 from accelerate.utils import broadcast_object_list
 
-from ..data.training_data import TrainingData, Wanted, batches_per_epoch
+from ..data.training_data import StreamedLatents, TrainingData, Wanted, batches_per_epoch
 from ..hub.lora_card import write_card_of_run
 from ..hub.uploads import Uploads, check_upload
 from ..networks.autoencoders import cast_decoder, decoded_view
@@ -319,7 +319,7 @@ def _load(settings: Settings, state: PartialState, wanted: list[Wanted], *, with
     given = settings.model, settings.data, state.device, shown, frozen, wanted
     loaded = load_model_and_data(*given, with_images=with_images)
     loaded = hold_out(loaded, settings.validation, settings.data, settings.optimization.seed, wanted)
-    if loaded.family is not None:
+    if loaded.family is not None and not isinstance(loaded.data, StreamedLatents):  # which still encodes
         cast_decoder(loaded.vae, frozen)
     return replace(loaded, see=None)  # frees the text encoders
 
