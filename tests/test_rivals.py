@@ -1,10 +1,12 @@
 """The benchmark of rival methods trains many networks at once, and each as if it were alone."""
 
 import importlib
+import json
 import os
 import re
 import subprocess
 import sys
+from dataclasses import replace
 from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
@@ -25,7 +27,7 @@ FOLDER = Path(__file__).parents[1] / "docs" / "benchmarks" / "rivals"
 @pytest.fixture
 def rivals(monkeypatch):
     """The modules of the benchmark, by name."""
-    names = ("circle", "ensemble", "methods", "fields", "heat", "darcy", "pictures")
+    names = ("circle", "ensemble", "methods", "fields", "heat", "darcy", "picture_data", "pictures", "kept")
     monkeypatch.syspath_prepend(str(FOLDER))
     yield {name: importlib.import_module(name) for name in names}
     for name in names:
@@ -179,6 +181,43 @@ def test_rows_of_pictures_train_from_the_same_draws(rivals):
         trained.append(torch.cat([value.flatten() for value in network.state_dict().values()]))
     assert torch.equal(trained[0], trained[1])
     assert (trained[0] - trained[2]).abs().max() > 1e-4
+
+
+def test_a_new_row_is_added_to_a_file_and_the_others_are_not_computed_again(rivals, tmp_path, monkeypatch):
+    """Each row is the one of a run of all rows at once, also where a run was cut off between two rows."""
+    fields, problem, trained = rivals["fields"], rivals["heat"].PROBLEM, []
+    methods = problem.methods[:3]
+    monkeypatch.setattr(fields, "FIELDS", 64)
+    monkeypatch.setattr(fields, "SAMPLES", 8)
+    train = fields.train
+
+    def counted(network, method, *rest):
+        trained.append(method.weight)
+        return train(network, method, *rest)
+
+    def run(name, *chosen):
+        cut = replace(problem, methods=chosen, seconds=0)
+        return fields.run(cut, (0,), tmp_path / name)["rows"]
+
+    monkeypatch.setattr(fields, "train", counted)
+    together = run("together.json", *methods)
+    run("added.json", methods[0], methods[2])
+    trained.clear()
+    added = run("added.json", *methods)
+    assert trained == [methods[1].weight]
+    assert added == together == json.loads((tmp_path / "added.json").read_text())["rows"]
+    assert [row["weight"] for row in added] == [*(method.weight for method in methods), 0.0]
+    assert run("added.json", methods[0]) == added  # a row that no method asks for any more stays
+
+
+def test_rows_of_another_training_are_not_mixed_with_new_ones(rivals, tmp_path):
+    circle, kept = rivals["circle"], rivals["kept"]
+    path = tmp_path / "circle.json"
+    kept.Kept(path, [0], "401 epochs", [("plain", 0.0)]).add([{"method": "plain", "weight": 0.0, "residual": [1.0]}])
+    before = path.read_text()
+    with pytest.raises(kept.OtherSettings, match=r"circle\.json has rows with seeds \[0\], asked for is \[1\]"):
+        circle.run(circle.uniform, [1], path)
+    assert path.read_text() == before
 
 
 @pytest.mark.slow

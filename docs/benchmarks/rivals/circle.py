@@ -11,16 +11,19 @@ from __future__ import annotations
 
 import math
 import time
+from pathlib import Path
 
 import torch
 from diffusers import DDPMScheduler
 from ensemble import StackedMLP, clip_by_member
+from kept import Kept
 from methods import METHODS, groups
 from torch import Tensor
 
 from reg_diffusers.evaluation.measuring import sliced_wasserstein
 
 POINTS, STEPS, BATCH, GAMMA, EPOCHS = 10_000, 100, 128, 5.0, 401
+EXACT = ("exact denoiser", 0.0)
 EVALUATIONS, EVERY, SAMPLES = 7, 10, 1000  # the last evaluations, epochs between them, samples of each
 
 
@@ -58,21 +61,26 @@ def residual(points: Tensor) -> Tensor:
     return points.square().sum(1, keepdim=True) - 1
 
 
-def run(angles, seeds, *, quick: bool = False) -> dict:
-    """Trains all methods on points with these angles; returns rows of numbers by method and seed."""
+def run(angles, seeds, path: Path | None, *, quick: bool = False) -> dict:
+    """Trains the methods that are not in the file yet on points with these angles; returns all rows."""
     start, epochs = time.perf_counter(), 1 if quick else EPOCHS
+    kept = Kept(path, seeds, f"{epochs} epochs", [*((method.name, method.weight) for method in METHODS), EXACT])
+    missing = kept.missing
+    methods = [method for method in METHODS if (method.name, method.weight) in missing]
+    if not missing:
+        return kept.found
     scheduler = DDPMScheduler(STEPS, trained_betas=cosine_betas().numpy(), prediction_type="sample")
     streams = [torch.Generator().manual_seed(seed) for seed in seeds]
     data = torch.stack([torch.stack([angle.cos(), angle.sin()], 1) for angle in map(angles, streams)])
     trained = []
-    for loss_fn, chosen in groups(METHODS, seeds, scheduler, residual, GAMMA):
+    for loss_fn, chosen in groups(methods, seeds, scheduler, residual, GAMMA):
         members = list(seeds) * len(chosen)
         network = StackedMLP(members, 2, 128, STEPS)
         optimizer = torch.optim.Adam(network.parameters(), lr=5e-4, fused=True)
         trained.append((loss_fn, chosen, network, optimizer))
     wanted = [epochs - 1 - EVERY * place for place in range(min(EVALUATIONS, 1 + (epochs - 1) // EVERY))]
     found = {}
-    for epoch in range(epochs):
+    for epoch in range(epochs if methods else 0):
         orders = torch.stack([torch.randperm(POINTS, generator=stream) for stream in streams])
         for batch in orders.split(BATCH, dim=1):
             drawn = draw(data, batch, streams)
@@ -95,14 +103,11 @@ def run(angles, seeds, *, quick: bool = False) -> dict:
         errors = denoiser_errors(network, scheduler, data, len(chosen))
         for method, error in zip(chosen, errors, strict=True):
             rows[method.name, method.weight]["denoiser error"] = error
-    exact = ancestral(ideal(data, scheduler), scheduler, noises(seeds, epochs, 1))
-    rows["exact denoiser", 0.0] = judge(exact, data) | {"denoiser error": [0.0] * len(seeds)}
-    return {
-        "seeds": list(seeds),
-        "length": f"{epochs} epochs",
-        "seconds": round(time.perf_counter() - start),
-        "rows": [{"method": name, "weight": weight, **numbers} for (name, weight), numbers in rows.items()],
-    }
+    if EXACT in missing:
+        exact = ancestral(ideal(data, scheduler), scheduler, noises(seeds, epochs, 1))
+        rows[EXACT] = judge(exact, data) | {"denoiser error": [0.0] * len(seeds)}
+    kept.add({"method": name, "weight": weight, **numbers} for (name, weight), numbers in rows.items())
+    return kept.found
 
 
 def cosine_betas() -> Tensor:

@@ -15,12 +15,14 @@ import math
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from circle import STEPS, ancestral, cosine_betas
 from diffusers import DDPMScheduler
 from ensemble import StackedLinear, clip_by_member, conflict_free_by_member
+from kept import Kept
 from methods import MEAN, PBFM, Method
 from torch import Tensor, nn
 
@@ -30,6 +32,7 @@ from reg_diffusers.regularizers import equality
 
 FIELDS, BATCH, SAMPLES = 10_000, 64, 512  # data, shared by the seeds; of each seed
 CLOSEST, EULER = 0.05, 50  # least 1 - t in the loss; steps of sampling
+FRESH = ("fresh data", 0.0)
 UNROLLED = (1, 2, 3, 4)  # Euler steps of PBFM in each quarter of the training
 FLOW = AffineSchedule(
     lambda t: t, lambda t: 1 - t, "sample", denoising_weight=lambda t: (1 - t).clamp(min=CLOSEST) ** -2
@@ -59,25 +62,26 @@ class Problem:
     seconds: float
 
 
-def run(problem: Problem, seeds: Sequence[int], *, quick: bool = False) -> dict:
-    """Trains the rows of a problem one after the other; returns their numbers by seed."""
-    start, rows = time.perf_counter(), []
+def run(problem: Problem, seeds: Sequence[int], path: Path | None, *, quick: bool = False) -> dict:
+    """Trains the rows that are not in the file yet one after the other; returns all rows."""
     number, budget, samples = (64, 0, 16) if quick else (FIELDS, problem.seconds * len(seeds), SAMPLES)
+    length = f"{budget / len(seeds):.0f} s of one core for each network"
+    kept = Kept(path, seeds, length, [*((method.name, method.weight) for method in problem.methods), FRESH])
+    if not (missing := kept.missing):
+        return kept.found
     data = problem.fields(number, 0)
     for method in problem.methods:
+        if (method.name, method.weight) not in missing:
+            continue
         network = Network(seeds, data[0].shape, problem.width)
         steps = train(network, method, problem, data, seeds, budget)
         row = {"method": method.name, "weight": method.weight, "steps": [steps] * len(seeds)}
-        rows.append(row | judged(problem, sample(network, method, seeds, samples, data), data))
-        print(f"{method.name} {method.weight:g}: {steps} steps, {time.perf_counter() - start:.0f} s", flush=True)
-    fresh = problem.fields(samples * len(seeds), 1).chunk(len(seeds))
-    rows.append({"method": "fresh data", "weight": 0.0} | judged(problem, fresh, data))
-    return {
-        "seeds": list(seeds),
-        "length": f"{budget / len(seeds):.0f} s of one core for each network",
-        "seconds": round(time.perf_counter() - start),
-        "rows": rows,
-    }
+        kept.add([row | judged(problem, sample(network, method, seeds, samples, data), data)])
+        print(f"{method.name} {method.weight:g}: {steps} steps, {kept.found['seconds']} s", flush=True)
+    if FRESH in missing:
+        fresh = problem.fields(samples * len(seeds), 1).chunk(len(seeds))
+        kept.add([{"method": FRESH[0], "weight": FRESH[1]} | judged(problem, fresh, data)])
+    return kept.found
 
 
 def judged(problem: Problem, samples: Sequence[Tensor], data: Tensor) -> dict[str, list[float]]:

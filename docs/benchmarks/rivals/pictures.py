@@ -15,58 +15,28 @@ that is trained here, and that no loss has seen, is the judge.
 from __future__ import annotations
 
 import math
-import string
-import sys
-import time
 from collections.abc import Callable
+from copy import deepcopy
 from dataclasses import dataclass, replace
-from functools import cache, cached_property, partial
+from functools import partial
 from pathlib import Path
 
 import torch
 from diffusers import DDPMScheduler
+from kept import Kept
+from picture_data import Pictures, clothes, letters, perceptual
 from torch import Tensor, nn
 
 from reg_diffusers import AffineSchedule, RegularizedLoss, Target, Term, diagnose, judge
-from reg_diffusers.data.training_data import load_training_data
 from reg_diffusers.evaluation.distances import frechet, manifolds
-from reg_diffusers.evaluation.features import train_classifier
 from reg_diffusers.prediction import noise_level, predict_original_sample
-from reg_diffusers.regularizers import Perceptual, total_variation
-from reg_diffusers.regularizers.network_input import NetworkInput
-from reg_diffusers.settings import DataSettings
+from reg_diffusers.regularizers import total_variation
 from reg_diffusers.weighting import constant, gated, low_noise, matched, snr
-
-sys.path.insert(0, str(Path(__file__).parents[3] / "tests"))
-from real_weights import MOBILENET_PROCESSOR, PROCESSOR, efficientnet, mobilenet
 
 BATCH = 16
 RATE, TUNED_RATE = 1e-3, 5e-4
 SAMPLING_STEPS, HELD_OUT, LEVELS = 20, 512, 5
-FONTS = (  # of matplotlib
-    *("DejaVuSans", "DejaVuSans-Bold", "DejaVuSans-Oblique", "DejaVuSansMono", "DejaVuSerif", "DejaVuSerif-Bold"),
-    *("DejaVuSerif-Italic", "STIXGeneral", "STIXGeneralBol", "STIXGeneralItalic", "cmr10", "cmss10", "cmtt10"),
-)
-
-
-@dataclass(frozen=True)
-class Pictures:
-    """Pictures in [-1, 1] to train on, others to compare with, and the features to judge by.
-
-    Attributes:
-        known: (N, 1, H, W).
-        held_out: (M, 1, H, W), as many as samples are drawn.
-        features: (n, 1, H, W) -> (n, D).
-    """
-
-    known: Tensor
-    held_out: Tensor
-    features: Callable[[Tensor], Tensor]
-
-    @cached_property
-    def expected(self) -> Tensor:
-        """The features of the held-out pictures."""
-        return self.features(self.held_out)
+DATA = ("data", 0.0)
 
 
 class Network(nn.Module):
@@ -113,57 +83,6 @@ def diffusion(prediction: str) -> DDPMScheduler:
 def times(schedule, u: Tensor) -> Tensor:
     """Timesteps at these shares of the schedule, from 0 for the picture to 1 for noise."""
     return (1000 * u).long().clamp(max=999) if isinstance(schedule, DDPMScheduler) else 1000 * u
-
-
-@cache
-def letters() -> Pictures:
-    """A to Z and a to z in 13 fonts, bright on black, in four sizes and places."""
-    import matplotlib
-    from PIL import Image, ImageDraw, ImageFont
-
-    generator, found = torch.Generator().manual_seed(0), []
-    folder = Path(matplotlib.get_data_path()) / "fonts" / "ttf"
-    for font in FONTS:
-        for size in (22, 24, 26, 28):
-            face = ImageFont.truetype(folder / f"{font}.ttf", size)
-            for letter in string.ascii_letters:
-                picture = Image.new("L", (32, 32))
-                shift = torch.randint(-1, 2, (2,), generator=generator).tolist()
-                place = (16 + shift[0], 16 + shift[1])
-                ImageDraw.Draw(picture).text(place, letter, fill=255, font=face, anchor="mm")
-                found.append(torch.frombuffer(bytearray(picture.tobytes()), dtype=torch.uint8).reshape(1, 32, 32))
-    pictures = torch.stack(found)[torch.randperm(len(found), generator=generator)] / 127.5 - 1
-    return Pictures(pictures[400:], pictures[:400], _mobilenet())
-
-
-@cache
-def clothes() -> Pictures:
-    """The embedded pictures at 16 x 16; the classifier sees all of them and favours no half."""
-    data = load_training_data(DataSettings(resolution=16, class_conditional=True))
-    rows = data.examples.__getitems__(list(range(len(data))))
-    pictures, labels = data.normalization.normalize(rows["values"]), torch.as_tensor(rows["class_labels"])
-    order = torch.randperm(len(pictures), generator=torch.Generator().manual_seed(0))
-    judging = train_classifier(pictures, labels, int(labels.max()) + 1)
-    return Pictures(pictures[order[768:]], pictures[order[:768]], judging.extract)
-
-
-def _mobilenet() -> Callable[[Tensor], Tensor]:
-    """The last 320 feature maps of MobileNetV2, averaged, of pictures that are enlarged to 64 x 64."""
-    net, shown = mobilenet().mobilenet_v2, NetworkInput.of(MOBILENET_PROCESSOR, size=64)
-
-    def features(images: Tensor) -> Tensor:
-        pictures = shown(((images.clamp(-1, 1) + 1) / 2).expand(-1, 3, -1, -1))
-        return net(pictures, output_hidden_states=True).hidden_states[-1].mean((2, 3))
-
-    return features
-
-
-@cache
-def perceptual() -> Perceptual:
-    """Features of EfficientNet-Lite0 after its third and fifth blocks, of pictures of 32 x 32."""
-    net = efficientnet()
-    net._blocks = net._blocks[:5]
-    return Perceptual(net, PROCESSOR, layers=(2, 4), size=32)
 
 
 @dataclass(frozen=True)
@@ -223,58 +142,69 @@ CASES = {
 }
 
 
-def run(name: str, seeds, *, quick: bool = False) -> dict:
-    """Diagnoses, trains and judges all rows of a case; returns their numbers by seed."""
-    start, case = time.perf_counter(), CASES[name]
-    pictures, schedule, regularizer = case.pictures(), case.schedule(), case.regularizer()
+def run(name: str, seeds, path: Path | None, *, quick: bool = False) -> dict:
+    """Diagnoses, trains and judges the rows that are not in the file yet; returns all rows."""
+    case = CASES[name]
     terms = [None]
     for weighting, weights in case.rows.items():
-        terms += [Term(regularizer, weight, weighting, "loss") for weight in weights]
-    terms += [Term(regularizer, Target(share, relative=True), matched, "loss") for share in case.targets]
+        terms += [(weighting, weight) for weight in weights]
+    terms += [(matched, Target(share, relative=True)) for share in case.targets]
     if quick:
         terms, case = terms[::4], replace(case, diagnosed=40, steps=(5, 5))
-    rows = [said(term, case, schedule, pictures) for term in terms]
-    print(f"{name}: {len(rows)} rows, diagnosed in {time.perf_counter() - start:.0f} s", flush=True)
-    plain_steps, steps = case.steps
-    for seed in seeds:
-        torch.manual_seed(seed)
-        beginning = Network(pictures.known.shape[-1])
-        train(beginning, pictures.known, schedule, None, plain_steps, RATE, seed)
-        for row, term in zip(rows, terms, strict=True):
-            network = Network(pictures.known.shape[-1])
-            network.load_state_dict(beginning.state_dict())
-            train(network, pictures.known, schedule, term, steps, TUNED_RATE, seed + 1000)
+    length = "{} steps without a loss and {} with it".format(*case.steps)
+    kept = Kept(path, seeds, length, [*map(named, terms), DATA])
+    if not (missing := kept.missing):
+        return kept.found
+    pictures, schedule, regularizer = case.pictures(), case.schedule(), case.regularizer()
+    beginnings = {seed: started(case, pictures, schedule, seed) for seed in seeds}
+    print(f"{name}: trained without a loss", flush=True)
+    for chosen in terms:
+        if named(chosen) not in missing:
+            continue
+        term = Term(regularizer, chosen[1], chosen[0], "loss") if chosen else None
+        row = dict(zip(("method", "weight"), named(chosen), strict=True)) | said(term, case, schedule, pictures)
+        for seed, beginning in beginnings.items():
+            network = deepcopy(beginning)
+            train(network, pictures.known, schedule, term, case.steps[1], TUNED_RATE, seed + 1000)
             found = errors(network, pictures.held_out, schedule, regularizer if case.paired else None)
             found |= judged(sample(network, pictures.known[: len(pictures.held_out)], schedule, seed), pictures, case)
             for key, value in found.items():
                 row.setdefault(key, []).append(value)
-        print(f"{name}: seed {seed}, {time.perf_counter() - start:.0f} s", flush=True)
-    of_data = {key: [value] for key, value in judged(pictures.known[: len(pictures.held_out)], pictures, case).items()}
-    return {
-        "seeds": list(seeds),
-        "length": f"{plain_steps} steps without a loss and {steps} with it",
-        "seconds": round(time.perf_counter() - start),
-        "rows": [*rows, {"method": "data", "weight": 0.0} | of_data],
-    }
+        kept.add([row])
+        print(f"{name}: {row['method']} {row['weight']:g}, {kept.found['seconds']} s", flush=True)
+    if DATA in missing:
+        of_data = judged(pictures.known[: len(pictures.held_out)], pictures, case)
+        kept.add([{"method": DATA[0], "weight": DATA[1]} | {key: [value] for key, value in of_data.items()}])
+    return kept.found
+
+
+def named(chosen: tuple[Callable, float | Target] | None) -> tuple[str, float]:
+    """Method and weight of a row, from its weighting and weight; None: the plain one."""
+    if chosen is None:
+        return "plain", 0.0
+    weighting, weight = chosen
+    if isinstance(weight, Target):
+        return "Target", weight.value
+    return getattr(weighting, "__name__", str(weighting)).replace("min_snr=", ""), weight
+
+
+def started(case: Case, pictures: Pictures, schedule, seed: int) -> Network:
+    """A network that is trained without a loss."""
+    torch.manual_seed(seed)
+    network = Network(pictures.known.shape[-1])
+    train(network, pictures.known, schedule, None, case.steps[0], RATE, seed)
+    return network
 
 
 def said(term: Term | None, case: Case, schedule, pictures: Pictures) -> dict:
-    """The name of a row, and what `diagnose` says of its term before training, if it has a fixed weight."""
-    if term is None:
-        return {"method": "plain", "weight": 0.0}
-    if isinstance(term.weight, Target):
-        return {"method": "Target", "weight": term.weight.value}
+    """What `diagnose` says of a term before training, if it has a fixed weight."""
+    if term is None or isinstance(term.weight, Target):
+        return {}
     timesteps = times(schedule, (torch.arange(1000) + 0.5) / 1000)
     known = pictures.known[: case.diagnosed]
     diagnosis = diagnose(schedule, term, known, timesteps=timesteps, num_levels=LEVELS)
     verdict = judge(diagnosis)
-    return {
-        "method": diagnosis.asked.weighting.replace("min_snr=", ""),
-        "weight": term.weight,
-        "verdict": verdict.answer,
-        "reason": verdict.reasons[0],
-        "predicted rise": diagnosis.asked.rise,
-    }
+    return {"verdict": verdict.answer, "reason": verdict.reasons[0], "predicted rise": diagnosis.asked.rise}
 
 
 def train(network: Network, images: Tensor, schedule, term: Term | None, steps: int, rate: float, seed: int) -> None:
