@@ -254,7 +254,7 @@ def test_folders_can_be_excluded_with_a_reason(write):
     folder = write("1.png", "run/samples/2.png", "run/3.png")
     (folder / "run" / "link").symlink_to("/nowhere")
     source = Source(f"--train_data_dir {folder}", (str(folder),))
-    found = list_images(folder, source, lambda path: "are in run/" if path == f"{folder}/run" else None)
+    found = list_images(folder, source, lambda path, is_folder: "are in run/" if path == f"{folder}/run" else None)
     assert found.files == [f"{folder}/1.png"]
     assert found.unused() == "2 of 3 image files are not used, because they are in run/"
 

@@ -270,6 +270,27 @@ def test_from_every_batch_the_rest_is_as_if_it_had_not_stopped(monkeypatch, shar
             assert 0 <= done * size - state["row"] <= 6  # what was before the block is not read again
 
 
+def test_other_shards_than_those_of_the_checkpoint_start_a_new_pass(monkeypatch, capsys):
+    monkeypatch.setattr(stream_batches, "_BLOCK", 8)
+    state, _ = resumed(stream_of(40, 5), 4, 1)
+    assert capsys.readouterr().err == ""
+    after = row_batches(stream_of(40, 8), progress=Progress())
+    after.load_state_dict(state)
+    assert "the data had 5 shards, but now they have 8" in capsys.readouterr().err
+    assert after.state_dict() == {"row": 8, "position": stream_batches._start_of_pass(1), "shards": 8}
+    assert sorted(numbers(islice(after, 4, None), 20)) == list(range(40))  # all of the new pass
+
+
+@pytest.mark.parametrize(
+    ("number", "shards", "reported"), [(1600, 100, "had 1,024 shards"), (1600, 9, ""), (60, 60, "")]
+)
+def test_a_table_that_earlier_versions_divided_otherwise_is_reported(capsys, number, shards, reported):
+    state, _ = resumed(stream_of(number, shards), 4, 0)
+    del state["shards"]  # as those versions saved it
+    row_batches(stream_of(number, shards), number=number).load_state_dict(state)
+    assert reported in (told := capsys.readouterr().err) and bool(reported) == bool(told)
+
+
 @pytest.mark.parametrize("row_groups", [False, True], ids=["files", "row groups"])
 def test_tables_are_resumed_within_a_file(monkeypatch, tmp_path, row_groups):
     monkeypatch.setattr(stream_batches, "_BLOCK", 4)

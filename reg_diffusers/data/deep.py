@@ -9,7 +9,6 @@ from __future__ import annotations
 import io
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 import PIL.Image
@@ -23,7 +22,7 @@ _LUMA = np.array([0.299, 0.587, 0.114], np.float32)  # of Pillow: ITU-R 601-2
 _OTHER_BYTE = {"B": "L", "L": "B", "N": "B"}  # the byte order in which Pillow takes the lower byte for the upper one
 _PLAIN = ("1", "L", "LA", "P", "PA", "RGB", "RGBA", "RGBX", "CMYK", "YCbCr", "La", "RGBa", "HSV", "LAB")
 _TIFF = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
-File = Path | io.BytesIO
+File = str | io.BytesIO
 
 
 @dataclass(frozen=True)
@@ -209,7 +208,7 @@ def _with_tiff(file: File, use: Callable):
         ValueError: tifffile is not installed, or the file holds several images or too large ones.
     """
     _rewind(file)
-    beginning = file.read(4) if isinstance(file, io.BytesIO) else file.open("rb").read(4)
+    beginning = file.read(4) if isinstance(file, io.BytesIO) else _first_bytes(file)
     if beginning not in _TIFF:
         raise PIL.UnidentifiedImageError("cannot identify image file")
     try:
@@ -244,6 +243,11 @@ def _depth_of(dtype: np.dtype) -> str:
     if dtype.kind not in "fiu":
         raise ValueError(f"its pixels are {dtype}")
     return FLOATS if dtype.kind == "f" else EIGHT_BITS if dtype.itemsize == 1 else SIXTEEN_BITS
+
+
+def _first_bytes(path: str) -> bytes:
+    with open(path, "rb") as file:
+        return file.read(4)
 
 
 def _rewind(file: File) -> None:

@@ -109,15 +109,16 @@ class ImageFolder:
 
 
 def list_images(
-    folder: str, source: Source, excluded: Callable[[str], str | None] = lambda folder: None
+    folder: str, source: Source, excluded: Callable[[str, bool], str | None] = lambda path, is_folder: None
 ) -> ImageFolder:
     """Lists a folder with its subfolders; follows links to folders inside it.
 
     Args:
         folder: the folder to list.
         source: the source with the folder as its root.
-        excluded: returns the reason why images at the absolute path of a subfolder or file are no data ("are in run/,
-            which a training wrote"), or None. Such images are counted, but not used.
+        excluded: called with the absolute path of each subfolder and file, and whether it is a folder; returns the
+            reason why images there are no data ("are in run/, which a training wrote"), or None. Such images are
+            counted, but not used.
 
     Raises:
         UsageError: if a folder or archive cannot be read, for links out of the folder or nested links to folders, and
@@ -148,7 +149,7 @@ class _Folder:
 class _Walk:
     """One pass over a folder."""
 
-    def __init__(self, root: str, source: Source, excluded: Callable[[str], str | None]):
+    def __init__(self, root: str, source: Source, excluded: Callable[[str, bool], str | None]):
         self._root, self._source, self._excluded = root, source, excluded
         self._readable = extensions()
         self._files: list[str] = []
@@ -199,7 +200,7 @@ class _Walk:
         is_link, reason = entry.is_symlink(), parent.reason
         if reason is None and entry.name.startswith((".", "__")):
             reason = _HIDDEN
-        if reason is None and (why := self._excluded(entry.path)):
+        if reason is None and (why := self._excluded(entry.path, True)):
             reason = (why, "")
         real = os.path.realpath(entry.path) if is_link else os.path.join(parent.real[-1], entry.name)
         if is_link and any(
@@ -223,7 +224,7 @@ class _Walk:
         name, path = entry.name.lower(), entry.path
         if reason is None and entry.name.startswith("."):
             reason = _HIDDEN
-        reason = reason or self._excluded(path)
+        reason = reason or self._excluded(path, False)
         extension = os.path.splitext(name)[1]
         if reason is None and (extension == ".zip" or entry.name in _METADATA):
             self._checked(entry)

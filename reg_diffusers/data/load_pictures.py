@@ -24,7 +24,7 @@ from .normalization import Normalization, field_normalization
 from .pictures import decode_table, sizes_of_table
 from .pictures_data import PictureData
 from .source import Naming, Source, source_of
-from .streaming import StreamedPictures
+from .streaming import StreamedPictures, shards_of_table
 from .tables import EMBEDDED, caption_column, image_column, label_column, number_of_rows, read_rows, with_class_labels
 
 __all__ = ["OfModel", "cache_folder", "load_pictures"]
@@ -119,7 +119,7 @@ def load_pictures(
         _set_range(parts, looks["pixels"].form, settings, model, naming)
         return Buckets(parts, share_cropped)
     number = len(table) if isinstance(table, Dataset) else number_of_rows(settings, table)
-    rows = table.to_iterable_dataset(num_shards=_pieces(number)) if isinstance(table, Dataset) else table
+    rows = table.to_iterable_dataset(num_shards=shards_of_table(number)) if isinstance(table, Dataset) else table
     return StreamedPictures(
         *(rows, wishes, found, label, caption, classes, size, number, source),
         white=model.white,
@@ -214,11 +214,6 @@ def _bucketed(
 
 def _stored_size(settings: DataSettings, size: tuple[int, int]) -> tuple[int, int]:
     return larger(size) if settings.random_crop else size
-
-
-def _pieces(number: int) -> int:
-    """Returns the number of pieces of a streamed table: up to 1,024, of 16 rows or more, as each is slow to open."""
-    return min(number, max(number // 16, 64), 1024)
 
 
 def cache_folder(cache_dir: str | None) -> Path:

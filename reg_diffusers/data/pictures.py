@@ -30,6 +30,7 @@ __all__ += ["size_of", "sizes_of_table"]
 _KINDS = "AVIF BMP DIB GIF ICO JPEG JPEG2000 PCX PNG PPM QOI SGI TGA TIFF WEBP XBM".split()
 _OPTIONAL = {"AVIF": "avif", "JPEG2000": "jpg_2000", "WEBP": "webp"}  # Pillow may be built without them
 _IMAGES_PER_PROCESS = 5000
+_BATCH, _BATCH_BYTES = 500, 2**25  # decoded images that are stored at once
 _LYING = (5, 6, 7, 8)  # EXIF orientations that exchange width and height
 
 
@@ -54,13 +55,16 @@ def decode(image: PIL.Image.Image, size: tuple[int, int], channels: int, white: 
             " reads such images to train on"
         )
     kind = image.format  # a rotated image lacks it
-    image = PIL.ImageOps.exif_transpose(image)
+    image.load()  # a PNG may have its orientation after its pixels
+    if image.getexif().get(PIL.ExifTags.Base.Orientation, 1) != 1:
+        image = PIL.ImageOps.exif_transpose(image)  # which copies every image, also an upright one
     if image.mode.startswith("I"):
         image = eight_bits(image, kind, white)
     if image.has_transparency_data and channels != 4:
         image = image.convert("RGBA")
         image = PIL.Image.alpha_composite(PIL.Image.new("RGBA", image.size, "white"), image)
-    image = image.convert({1: "L", 3: "RGB", 4: "RGBA"}[channels])
+    mode = {1: "L", 3: "RGB", 4: "RGBA"}[channels]
+    image = image if image.mode == mode else image.convert(mode)
     image = PIL.ImageOps.fit(image, size[::-1], PIL.Image.Resampling.BILINEAR)
     pixels = np.asarray(image)
     return pixels[None] if channels == 1 else pixels.transpose(2, 0, 1)
@@ -146,9 +150,12 @@ def decode_table(
     cache_name = hashlib.sha256(repr(settings).encode()).hexdigest()
     cache_dir.mkdir(parents=True, exist_ok=True)
     processes = min(os.cpu_count() or 1, len(table) // _IMAGES_PER_PROCESS)
+    row_bytes = form.channels * math.prod(size) * np.dtype(form.dtype).itemsize
     decoded = table.map(
-        _decode_row,
+        _decode_rows,
         with_indices=True,
+        batched=True,
+        batch_size=max(1, min(_BATCH, _BATCH_BYTES // row_bytes)),
         fn_kwargs={
             "column": column,
             "into": into,
@@ -191,23 +198,26 @@ def sizes_of_table(table, column: str, source: Source, cache_dir: Path) -> np.nd
     return np.stack([columns["height"], columns["width"]], axis=1)
 
 
-def _decode_row(
-    row: dict,
-    index: int,
+def _decode_rows(
+    rows: dict[str, list],
+    indices: list[int],
     column: str,
     into: str,
     size: tuple[int, int],
     form: Form,
     source: Source,
     skip_bad_images: bool,
-) -> dict:
-    try:
-        pixels = decode_stored(row[column], f"row {index}", size, form, source)
-    except BadImage:
-        if not skip_bad_images:
-            raise
-        return {into: np.zeros(form.channels * math.prod(size), form.dtype), "readable": False}
-    return {into: pixels.reshape(-1), "readable": True}
+) -> dict[str, np.ndarray]:
+    pixels = np.zeros((len(indices), form.channels * math.prod(size)), form.dtype)
+    readable = np.ones(len(indices), bool)
+    for place, (stored, index) in enumerate(zip(rows[column], indices, strict=True)):
+        try:
+            pixels[place] = decode_stored(stored, f"row {index}", size, form, source).reshape(-1)
+        except BadImage:
+            if not skip_bad_images:
+                raise
+            readable[place] = False
+    return {into: pixels, "readable": readable}
 
 
 def _size_of_row(row: dict, column: str, source: Source) -> dict:
@@ -240,21 +250,21 @@ def open_stored(stored: dict | None, source: Source) -> PIL.Image.Image:
     return open_file(file_of(stored, source))
 
 
-def file_of(stored: dict | None, source: Source) -> Path | io.BytesIO:
+def file_of(stored: dict | None, source: Source) -> str | io.BytesIO:
     """Returns the file of a stored image, {"bytes", "path"}."""
     if stored is None:
         raise ValueError("no image in this row")
     return io.BytesIO(stored["bytes"]) if stored["bytes"] is not None else _file(stored["path"], source)
 
 
-def open_file(file: Path | io.BytesIO) -> PIL.Image.Image:
+def open_file(file: str | io.BytesIO) -> PIL.Image.Image:
     """Opens a file by Pillow, if it is of a known kind and not too large."""
     with warnings.catch_warnings():
         warnings.simplefilter("error", PIL.Image.DecompressionBombWarning)
         return PIL.Image.open(file, formats=_kinds())
 
 
-def _file(path: str, source: Source) -> Path | io.BytesIO:
+def _file(path: str, source: Source) -> str | io.BytesIO:
     source.check(path)
     if path.startswith("zip://") and "://" not in path.split("::")[-1]:
         member, archive = path.removeprefix("zip://").rsplit("::", 1)
@@ -266,7 +276,7 @@ def _file(path: str, source: Source) -> Path | io.BytesIO:
             return io.BytesIO(file.read())
     if not os.path.isfile(path):
         raise FileNotFoundError("no such file")  # reading a pipe or a device would block
-    return Path(path)
+    return path
 
 
 @functools.lru_cache(maxsize=8)

@@ -22,7 +22,7 @@ from ..runs.checkpoint import Progress
 from ..runtime.errors import DataError, warn
 from .loader import prepared_loader
 from .source import Source
-from .streaming import ROWS_OF_A_PIECE, StreamedPictures, bytes_of, unreadable
+from .streaming import ROWS_OF_A_PIECE, StreamedPictures, bytes_of, shards_of_table, unreadable
 
 __all__ = ["RowBatches", "stream_dataloader"]
 
@@ -81,13 +81,29 @@ class RowBatches:
             yield list(islice(rows, self.batch_size))
 
     def state_dict(self) -> dict:
-        """Returns the start of the last block before the next batch of the training."""
+        """Returns the start of the last block before the next batch of the training, and the number of shards."""
         while len(self._blocks) > 1 and self._blocks[1]["row"] <= self._progress.batch * self.batch_size:
             self._blocks.popleft()
-        return self._blocks[0] if self._blocks else self._start
+        return {**(self._blocks[0] if self._blocks else self._start), "shards": self._rows.num_shards}
 
     def load_state_dict(self, state: dict) -> None:
-        self._start = state
+        """Continues from a position; if the shards are others now, with a new pass over the data."""
+        self._start = {"row": state["row"], "position": state["position"]}
+        before = state.get("shards", self._shards_of_earlier_versions())
+        if before == self._rows.num_shards:
+            return
+        started = (state["position"] or {"pass": -1})["pass"]
+        self._start["position"] = _start_of_pass(started + 1)
+        if self._process == 0:
+            warn(
+                f"--streaming: the checkpoint was saved when the data had {before:,} shards, but now they have"
+                f" {self._rows.num_shards:,}, in another order: training continues with a new pass over the data"
+            )
+
+    def _shards_of_earlier_versions(self) -> int:
+        """Returns the number of shards in the state of a version that did not store it."""
+        is_table = self._number is not None and self._rows.num_shards == shards_of_table(self._number)
+        return min(self._number, _PIECES) if is_table else self._rows.num_shards
 
     def _shuffled(self) -> Iterator[tuple[int, dict]]:
         """Yields the shuffled rows from the start, block by block; a block belongs to one pass."""
@@ -112,7 +128,7 @@ class _Reader:
         # With fewer shards than processes, each process reads all rows and keeps its share.
         self._shared = shards < processes
         self._pieces = shards if self._shared else min(shards, max(_PIECES, processes)) // processes * processes
-        self._position = position or {"pass": 0, "place": 0, "row": 0, "passed": 0, "state": None}
+        self._position = position or _start_of_pass(0)
         self._piece = None
         self._generator = self._read()
 
@@ -158,6 +174,10 @@ class _Reader:
                 at.update(place=at["place"] + 1, row=0, state=None)
             at.update({"pass": at["pass"] + 1, "place": 0, "passed": 0})
             yield None
+
+
+def _start_of_pass(number: int) -> dict:
+    return {"pass": number, "place": 0, "row": 0, "passed": 0, "state": None}
 
 
 def stream_dataloader(

@@ -21,7 +21,7 @@ from .normalization import PICTURES, of_white
 from .pictures import BadImage, decode_stored, size_of
 from .source import Source
 
-__all__ = ["ROWS_OF_A_PIECE", "RowDecoder", "StreamedPictures", "bytes_of", "unreadable"]
+__all__ = ["ROWS_OF_A_PIECE", "RowDecoder", "StreamedPictures", "bytes_of", "shards_of_table", "unreadable"]
 
 ROWS_OF_A_PIECE = 10**9  # upper limit: the id of an image is its piece times this plus its row in the piece
 _EXAMPLES = 512
@@ -251,6 +251,11 @@ def _first_rows(rows, source: Source) -> list[tuple[int, dict]]:
     if not first:
         raise UsageError(f"{source.flag}: holds no images")
     return first
+
+
+def shards_of_table(number: int) -> int:
+    """Returns the number of shards of a streamed table: up to 1,024, of 16 rows or more, as each is slow to open."""
+    return min(number, max(number // 16, 64), 1024)
 
 
 def bytes_of(row: dict) -> int:

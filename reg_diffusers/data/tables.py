@@ -173,12 +173,16 @@ def _is_repository(folder: Path) -> bool:
 
 def _rows_of(images: ImageFolder, settings: DataSettings):
     """Builds a table of the undecoded images of a folder, with their classes if its subfolders define them."""
+    import pyarrow
     from datasets import ClassLabel, Dataset, Features, Image
 
-    columns, features = {"image": images.files}, Features(image=Image())
+    columns, features = {"image": pyarrow.array(images.files, pyarrow.string())}, Features(image=Image())
     try:
         classes = images.classes()
-        columns["label"], features["label"] = classes, ClassLabel(names=sorted(set(classes)))
+        names = sorted(set(classes))
+        numbers = {name: number for number, name in enumerate(names)}
+        columns["label"] = pyarrow.array([numbers[name] for name in classes])  # lists would be encoded one by one
+        features["label"] = ClassLabel(names=names)
     except ValueError as error:
         if settings.class_conditional and settings.label_column is None:
             raise LabelsError(str(error)) from error

@@ -177,8 +177,10 @@ def shown_files(folder: Path) -> dict[str, Path]:
     return {left.name: folder / (left.folder.removesuffix("/**") or left.files[0]) for left in TABLE if left.name}
 
 
-def not_data(root: str) -> Callable[[str], str | None]:
+def not_data(root: str) -> Callable[[str, bool], str | None]:
     """Returns a function that gives the reason why images at a path are no data, or None: a run generated them.
+
+    Its arguments are the path and whether that is a folder.
 
     That applies to all images in a subfolder that holds a run or a measurement, and to the files of a run in the data
     folder itself.
@@ -190,9 +192,11 @@ def not_data(root: str) -> Callable[[str], str | None]:
     is_run = os.path.isfile(os.path.join(root, SETTINGS_FILE))
     left = {os.fspath(path) for path in files_left(Path(root), lambda left: True)} if is_run else set()
 
-    def reason(path: str) -> str | None:
+    def reason(path: str, is_folder: bool) -> str | None:
         if path in left:
             return "are files of a training run"
+        if not is_folder:
+            return None
         for mark, what in _MARKS.items():
             if os.path.isfile(os.path.join(path, mark)):
                 return f"are in {os.path.relpath(path, root).replace(os.sep, '/')}/, the folder of {what}"

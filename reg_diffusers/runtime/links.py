@@ -23,7 +23,7 @@ def is_part_of(path: str, folder: str) -> bool:
         path: a file or folder, absolute or relative to the current folder.
         folder: the folder; it may itself be a link.
     """
-    real, root = _real_path(path), os.path.realpath(folder)
+    real, root = _real_path(path), _real_folder(os.path.abspath(folder))
     return _is_in(real, root) or _is_blob(real, root)
 
 
