@@ -3,20 +3,29 @@
 import json
 import shutil
 from collections import Counter
+from functools import partial
 
 import numpy as np
 import PIL.Image
 import pytest
 import torch
+from diffusers import UNet2DConditionModel
 from runs import differ, metrics, refusal, weights
+from safetensors.torch import load_file
+from test_latents import save_vae
+from tiny_pipelines import save_stable_diffusion_xl
 
 from reg_diffusers import RegDDPMPipeline
+from reg_diffusers.autoencoder import encoded
 from reg_diffusers.cli import main
 from reg_diffusers.data.buckets import BucketBatches, bucket_sizes, cropped, nearest_sizes
+from reg_diffusers.data.held_out import split_rows
 from reg_diffusers.data.training_data import load_training_data
+from reg_diffusers.networks.computation import CompiledForBatches
 from reg_diffusers.runs.checkpoint import Progress
 from reg_diffusers.runtime.errors import UsageError
 from reg_diffusers.settings import DataSettings
+from reg_diffusers.training import preparation
 
 pytestmark = pytest.mark.training
 
@@ -205,16 +214,150 @@ def test_small_sizes_are_named(train, photos, capsys):
         (("--buckets", 16), "--buckets 16: no size with such sides has the area of --resolution 8"),
         (("--buckets", 3), "--buckets: size 9x6: the network halves"),
         (("--buckets", 4, "--streaming"), "--buckets: the sizes of all images are needed"),
-        (("--buckets", 4, "--compile"), "--compile: the network would be compiled for each size of --buckets"),
-        (("--buckets", 4, "--vae", "vae"), "--buckets is not supported in latents"),
+        (("--buckets", 3, "--vae", "vae"), "--buckets 3: the autoencoder reduces images by 2, so use a multiple of 2"),
+        (("--buckets", 2, "--vae", "vae"), "--buckets: size 10x6: the network halves the resolution 1 time after"),
     ],
 )
 def test_what_cannot_work_is_one_line(train, photos, capsys, flags, message):
     if "--vae" in flags:
-        from test_latents import save_vae
-
         save_vae()
     assert message in refusal(train, capsys, "--train_data_dir", photos, "--max_train_steps", 1, *flags)
+
+
+@pytest.fixture
+def batches(train, monkeypatch):
+    """The batches of the training that follows."""
+    drawn = []
+    original = train.script.batches_of
+
+    def recorded(*args, **kwargs):
+        for batch in original(*args, **kwargs):
+            drawn.append(batch)
+            yield batch
+
+    monkeypatch.setattr(train.script, "batches_of", recorded)
+    return drawn
+
+
+def measured(folder):
+    return [line for line in metrics(folder) if "validation/denoising" in line]
+
+
+def flags_for(folder, steps):
+    quick = ("--num_threads", 1, "--cache_dir", folder.parent / "cache", "--max_train_steps", steps)
+    return "--train_data_dir", folder, *BUCKETS, *quick, "--checkpointing_steps", steps - 2, "--preview_steps", 4
+
+
+def test_latents_are_those_of_the_images_of_each_size_held_out_ones_are_not_trained_on_and_a_run_resumes(
+    train, photos, batches, capsys
+):
+    vae = save_vae()
+    flags = (
+        *flags_for(photos, 6),
+        "--vae",
+        "vae",
+        "--random_flip",
+        "--validation_split",
+        0.25,
+        "--validation_steps",
+        3,
+    )
+    out = train(*flags, "--regularizer", "total_variation")
+    printed = capsys.readouterr()
+    assert "latents    4 x 2 x 6, standard deviation" in printed.out and "held out   5 images" in printed.out
+    data = buckets(photos)
+    held_out = set(split_rows(20, 0.25, 0)[1])
+    epoch = Counter(torch.cat([batch.ids for batch in batches[:5]]).tolist())
+    assert set(epoch) == set(range(20)) - held_out and set(epoch.values()) == {1}
+    images = {row: data.normalization.normalize(data.__getitems__([row])["values"]) for row in epoch}
+    shapes = set()
+    for batch in batches[:5]:
+        shapes.add(batch.original_samples.shape[1:])
+        for row, latent in zip(batch.ids.tolist(), batch.original_samples, strict=True):
+            seen = [(encoded(vae, view) - latent).abs().max() for view in (images[row], images[row].flip(-1))]
+            assert min(seen) < 1e-5
+    assert shapes == {(4, 6, 2), (4, 4, 4), (4, 2, 6)}
+    before = measured(out)
+    assert [line["step"] for line in before] == [3, 6] and before[1]["validation/raw/total_variation"] > 0
+    assert PIL.Image.open(out / "samples" / "step-000004.png").size[0] > 64
+    whole = weights(out)
+    (out / "unet" / "diffusion_pytorch_model.safetensors").unlink()
+    train(*flags, "--regularizer", "total_variation", "--resume", "auto")
+    assert not differ(whole, weights(out)) and measured(out) == before
+
+
+def test_a_text_to_image_model_gets_the_text_and_the_size_of_each_image(train, photos, batches, tmp_path, monkeypatch):
+    pytest.importorskip("peft")
+    base = save_stable_diffusion_xl("base", tmp_path / "scratch")
+    lines, texts = [], {}
+    for number, file in enumerate(sorted(photos.glob("*.png"))):
+        texts[file.name] = "a cat" if number % 2 else "a dog"
+        lines.append(json.dumps({"file_name": file.name, "text": texts[file.name]}))
+    (photos / "metadata.jsonl").write_text("\n".join(lines))
+    sizes = []
+    forward = UNet2DConditionModel.forward
+
+    def noting(self, sample, *args, added_cond_kwargs, **kwargs):
+        sizes.append((tuple(sample.shape[-2:]), tuple(added_cond_kwargs["time_ids"][0].tolist())))
+        return forward(self, sample, *args, added_cond_kwargs=added_cond_kwargs, **kwargs)
+
+    monkeypatch.setattr(UNet2DConditionModel, "forward", noting)
+    flags = (*flags_for(photos, 6), "--caption_column", "text", "--lora_rank", 2, "--eval_batch_size", 1)
+    flags += ("--regularizer", "total_variation", "--reg_weight", 0.1, "--validation_split", 0.2, "--random_flip")
+    model = ("--pretrained_model_name_or_path", base)
+    out = train(*flags, model=model)
+    assert {shape for shape, _ in sizes} == {(6, 2), (4, 4), (2, 6)}
+    assert all(ids == (2 * height, 2 * width, 0, 0, 2 * height, 2 * width) for (height, width), ids in sizes)
+    embedded = {}
+    captions = [text for part in buckets(photos, caption_column="text").parts for text in part.captions]
+    for batch in batches:
+        for row, embedding in zip(batch.ids.tolist(), batch.context.conditions["prompt_embeds"], strict=True):
+            assert torch.equal(embedding, embedded.setdefault(captions[row], embedding))
+    assert len(embedded) == 2 and not torch.equal(*embedded.values())
+    adapters = load_file(out / "pytorch_lora_weights.safetensors")
+    (out / "pytorch_lora_weights.safetensors").unlink()
+    train(*flags, "--resume", "auto", model=model)
+    assert not differ(adapters, load_file(out / "pytorch_lora_weights.safetensors"))
+
+
+def test_held_out_images_of_another_folder_get_the_sizes_of_the_training(train, photos, tmp_path, capsys):
+    others = tmp_path / "others"
+    others.mkdir()
+    for index, size in enumerate([(20, 10), (30, 9), (12, 12), (8, 30)]):
+        PIL.Image.new("RGB", size, (60 * index, 9, 0)).save(others / f"{index}.png")
+    shutil.copy(photos / "square2.png", others)
+    out = train(*flags_for(photos, 3), "--validation_data_dir", others)
+    printed = capsys.readouterr()
+    assert "1 of 5 held-out images are among the training images, too: not measured" in printed.err
+    assert "held out   4 images" in printed.out
+    assert metrics(out)[-1]["validation/denoising"] > 0
+
+
+def test_a_compiled_training_is_the_plain_one(train, photos, monkeypatch, capsys):
+    torch._dynamo.reset()
+    graphs = []
+
+    def noting(graph, example_inputs):
+        graphs.append(max(example_inputs, key=lambda one: getattr(one, "ndim", 0)).shape)
+        return graph.forward
+
+    for index in range(6):  # now there is a full batch of each size
+        shutil.copy(photos / "square1.png", photos / f"square{5 + index}.png")
+    flags = (*flags_for(photos, 8), "--random_flip")
+    plain = weights(train(*flags, output="plain"))
+    monkeypatch.setattr(preparation, "CompiledForBatches", partial(CompiledForBatches, backend=noting))
+    monkeypatch.setattr(torch._dynamo.config, "recompile_limit", 1)
+    out = train(*flags, "--compile")
+    assert "compiled (takes minutes at the first full batch of each of 3 sizes)" in capsys.readouterr().out
+    assert len(graphs) == 3 and not differ(plain, weights(out))
+    torch._dynamo.reset()
+
+
+def test_two_processes_share_the_steps_of_one():
+    members = [range(0, 8), range(8, 18), range(18, 21)]
+    one, *two = (BucketBatches(members, *settings) for settings in ((4, 5), (2, 5, 0, 2), (2, 5, 1, 2)))
+    shared = [sorted(first + second) for first, second in zip(*two, strict=True)]
+    assert shared == [sorted(batch) for batch in one]
 
 
 def test_fields_keep_their_size(train, tmp_path, capsys):

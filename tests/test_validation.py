@@ -212,13 +212,6 @@ def test_a_stream_is_measured_on_other_images_only(train, photos, capsys):
     assert len(measured(out)) == 1 and "these are streamed" in capsys.readouterr().err
 
 
-def test_images_of_several_sizes_are_measured_in_the_most_frequent_one(train, photos, capsys):
-    flags = (*data(photos(size=16)), "--resolution", 16, "--buckets", 8, "--max_train_steps", 1)
-    assert "must have one size, which those of --buckets lack" in refusal(train, capsys, *flags, *SPLIT)
-    out = train(*flags, "--validation_data_dir", photos(range(14, 20), "others", size=16))
-    assert "others: cropped to 16, and compared with" in capsys.readouterr().err and result(out)["images"] == 4
-
-
 @pytest.mark.parametrize(
     ("flags", "message"),
     [

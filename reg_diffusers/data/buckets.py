@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
 import torch
@@ -15,9 +15,10 @@ from ..runs.checkpoint import Progress
 from ..runtime.errors import warn
 from .content import joined
 from .loader import prepared_loader
-from .pictures_data import PictureData
+from .parts import Part, of_one_size
 
-__all__ = ["BucketBatches", "Buckets", "bucket_dataloader", "bucket_sizes", "cropped", "nearest_sizes"]
+__all__ = ["BucketBatches", "Buckets", "bucket_dataloader", "bucket_sizes", "cropped", "each_size", "nearest_sizes"]
+__all__ += ["part_of"]
 
 _LARGEST_RATIO = 4  # of the sides; longer images are cropped to it
 
@@ -61,57 +62,105 @@ class Buckets(torch.utils.data.Dataset):
         note: a line to print at the start, next to the number and shape of the data.
         number: number of images.
         examples: the images of the most frequent size, for repeated use.
-        normalization, is_picture, prompts, classes, condition_channels, columns, content, white: as in `PictureData`.
+        normalization, is_picture, prompts, classes, condition_channels, columns, white: those of `examples`.
+        downsampling: as in `LatentData`; 1 for images.
+        content: identifies the images and everything that belongs to them.
 
     Args:
-        parts: the images of each size; none is empty.
-        share_cropped: mean share of an image that was cut off.
+        parts: the images of each size, or their latents; none is empty.
+        share_cropped: mean share of an image that was cut off; None for latents, whose note does not repeat the sizes.
+        starts: the id of the first image of each size; default: ids are places in this data set.
     """
 
-    prompts = None
     is_picture = True
 
-    def __init__(self, parts: Sequence[PictureData], share_cropped: float):
+    def __init__(self, parts: Sequence, share_cropped: float | None, starts: Sequence[int] | None = None):
         self.parts = list(parts)
+        self._share_cropped = share_cropped
         self.examples = max(self.parts, key=len)
         self.shape, self.normalization = self.examples.shape, self.examples.normalization
-        self.classes, self.condition_channels = self.examples.classes, self.examples.condition_channels
-        self.columns, self.white = self.examples.columns, self.examples.white
-        self.fingerprint = " ".join(part.fingerprint for part in self.parts)
-        self.content = joined(part.content for part in self.parts)
-        self._ends = np.cumsum([len(part) for part in self.parts])
-        numbers = ", ".join(f"{name}: {number:,}" for name, number in self.numbers().items())
-        depth = f"; {self.examples.note}" if self.examples.note else ""
-        self.note = f"{len(self.parts)} sizes ({numbers}), {share_cropped:.1%} of an image cropped on average{depth}"
+        self.condition_channels = self.examples.condition_channels
+        self.columns, self.white, self.prompts = self.examples.columns, self.examples.white, self.examples.prompts
+        self.downsampling = getattr(self.examples, "downsampling", 1)
+        self._starts = [one.start for one in self.members] if starts is None else list(starts)
+        self.note = self.examples.note if share_cropped is None else self._sizes(share_cropped)
 
     def __len__(self) -> int:
-        return int(self._ends[-1])
+        return sum(map(len, self.parts))
 
     @property
     def number(self) -> int:
         return len(self)
 
+    @property
+    def classes(self) -> list[str] | None:
+        return self.examples.classes
+
+    @property
+    def content(self) -> str:
+        return joined(part.content for part in self.parts)
+
+    @property
+    def captions(self) -> list[str | None]:
+        """The texts of the images, in order; only with a column of captions."""
+        return [caption for part in self.parts for caption in part.captions]
+
     def numbers(self) -> dict[str, int]:
-        """Returns the number of images of each size, by WIDTHxHEIGHT."""
-        return {f"{part.shape[2]}x{part.shape[1]}": len(part) for part in self.parts}
+        """Returns the number of images of each size, by WIDTHxHEIGHT in pixels."""
+        shapes = ([self.downsampling * side for side in part.shape[:0:-1]] for part in self.parts)
+        return {f"{width}x{height}": len(part) for (width, height), part in zip(shapes, self.parts, strict=True)}
+
+    def _sizes(self, share_cropped: float) -> str:
+        numbers = ", ".join(f"{name}: {number:,}" for name, number in self.numbers().items())
+        more = f"; {self.examples.note}" if self.examples.note else ""
+        return f"{len(self.parts)} sizes ({numbers}), {share_cropped:.1%} of an image cropped on average{more}"
 
     @property
     def members(self) -> list[range]:
         """The indices of the images of each size."""
-        return [range(end - len(part), end) for part, end in zip(self.parts, self._ends.tolist(), strict=True)]
+        return of_one_size(self)
+
+    def some(self, rows: Sequence[int]) -> Buckets:
+        """Returns the images of these rows, in order; sizes without any are left out."""
+        kept = []
+        for part, members, start in zip(self.parts, self.members, self._starts, strict=True):
+            if chosen := [row - members.start for row in rows if row in members]:
+                kept.append((Part(part, chosen), start))
+        parts, starts = zip(*kept, strict=True)
+        return Buckets(parts, self._share_cropped, starts)
+
+    def each_size(self, function: Callable) -> Buckets:
+        parts = [function(part, rows) for part, rows in zip(self.parts, self.members, strict=True)]
+        return Buckets(parts, None, self._starts)
 
     def __getitems__(self, indices: list[int]) -> dict[str, Tensor]:
-        """Reads a batch of images of one size, as `PictureData` does; "ids" are the indices.
+        """Reads a batch of images of one size, as `PictureData` does.
 
         Raises:
             ValueError: if the images differ in size.
         """
-        places = np.searchsorted(self._ends, indices, side="right")
-        if len(set(places.tolist())) > 1:
+        (place, members), *others = [
+            (place, one) for place, one in enumerate(self.members) if any(index in one for index in indices)
+        ]
+        if others:
             raise ValueError("images of different sizes cannot share a batch")
-        part = self.parts[places[0]]
-        start = int(self._ends[places[0]]) - len(part)
-        return {**part.__getitems__([index - start for index in indices]), "ids": torch.tensor(indices)}
+        batch = self.parts[place].__getitems__([index - members.start for index in indices])
+        return {**batch, "ids": batch["ids"] + self._starts[place]}
+
+
+def part_of(data, rows: Sequence[int]):
+    """Returns some images of a data set, in order; their ids remain their rows in the whole."""
+    return data.some(rows) if isinstance(data, Buckets) else Part(data, rows)
+
+
+def each_size(data, function: Callable):
+    """Returns what a function makes of the images of each size, as one data set.
+
+    Args:
+        data: a data set of images.
+        function: (images of one size, their rows in `data`) -> data set.
+    """
+    return data.each_size(function) if isinstance(data, Buckets) else function(data, range(len(data)))
 
 
 class BucketBatches:

@@ -25,7 +25,7 @@ from .pictures_data import PictureData
 from .prompts import Prompts
 from .stored_rows import stored_rows
 
-__all__ = ["AT_A_TIME", "LatentData", "check_finite", "deviation_of", "latents_of"]
+__all__ = ["AT_A_TIME", "LatentData", "check_deviation", "check_finite", "latents_of"]
 
 AT_A_TIME = 8  # images that are encoded together
 _LOOKED_AT = 1000  # latents, for their standard deviation
@@ -69,7 +69,8 @@ class LatentData(torch.utils.data.Dataset):
         self.classes, self.white = images.classes, images.white
         self.downsampling = images.shape[1] // self.shape[1]
         some = self._latents[np.linspace(0, len(self) - 1, min(len(self), _LOOKED_AT)).astype(int), 0]
-        self.note = f"standard deviation {deviation_of(torch.from_numpy(some)):.3g}, in {path}"
+        self.deviation = float(some.std())
+        self.note = f"standard deviation {self.deviation:.3g}, in {path}"
 
     def __len__(self) -> int:
         return len(self._latents)
@@ -149,16 +150,14 @@ def check_finite(latents: Tensor, rows: Sequence[int]) -> None:
         raise UsageError(f"the latents of image {bad} are not finite: check the image and the autoencoder")
 
 
-def deviation_of(latents: Tensor) -> float:
-    """Returns the standard deviation of latents; warns if it is not about 1."""
-    deviation = float(latents.std())
+def check_deviation(deviation: float) -> None:
+    """Warns if the standard deviation of latents is not about 1."""
     if not _USUAL[0] <= deviation <= _USUAL[1]:
         warn(
             f"the latents have a standard deviation of {deviation:.3g}, but noise schedules expect about 1:"
             " multiply scaling_factor in the config of the autoencoder by"
             f" {1 / deviation if deviation else float('inf'):.3g}"
         )
-    return deviation
 
 
 def _pieces(images: PictureData, encode, device: torch.device, mirrored: bool, first: int) -> Iterator[Tensor]:

@@ -53,6 +53,7 @@ def load_pictures(
     model: OfModel,
     naming: Naming,
     needed: Sequence[Wanted],
+    sizes: Sequence[tuple[int, int]] | None = None,
 ) -> PictureData | Buckets | StreamedPictures:
     """Loads pictures, as fields if their pixels are floating-point numbers.
 
@@ -62,6 +63,7 @@ def load_pictures(
         model: what a given model decides.
         naming: the names of the data and of that model in messages.
         needed: what regularizers need of the data.
+        sizes: the sizes that --buckets chooses from; by default, all of about the area of `size`.
 
     Raises:
         UsageError: as in `load_training_data`.
@@ -115,7 +117,8 @@ def load_pictures(
             raise UsageError(
                 "--buckets: fields, such as pictures of floating-point pixels, need one size: drop the flag"
             )
-        parts, share_cropped = _bucketed(settings, table, column, size, source, decode)
+        sizes = sizes or _sizes(settings.buckets, size)
+        parts, share_cropped = _bucketed(settings, table, column, sizes, source, decode)
         _set_range(parts, looks["pixels"].form, settings, model, naming)
         return Buckets(parts, share_cropped)
     number = len(table) if isinstance(table, Dataset) else number_of_rows(settings, table)
@@ -188,19 +191,33 @@ def _check_columns(settings: DataSettings, table, pictures: str, columns: Sequen
             check_shapes(column, *sizes)
 
 
+def _sizes(multiple: int, size: tuple[int, int]) -> list[tuple[int, int]]:
+    """Returns the sizes that --buckets chooses from.
+
+    Raises:
+        UsageError: there is none.
+    """
+    sizes = bucket_sizes(size, multiple)
+    if not sizes:
+        raise UsageError(
+            f"--buckets {multiple}: no size with such sides has the area of --resolution {as_setting(size)}:"
+            " use a smaller number"
+        )
+    return sizes
+
+
 def _bucketed(
-    settings: DataSettings, table, column: str, size: tuple[int, int], source: Source, decode: Callable
+    settings: DataSettings,
+    table,
+    column: str,
+    sizes: Sequence[tuple[int, int]],
+    source: Source,
+    decode: Callable,
 ) -> tuple[list[PictureData], float]:
     """Decodes the images of a table in the sizes nearest to their own aspect ratios.
 
     Returns the images of each size, and the mean share of an image that was cut off.
     """
-    sizes = bucket_sizes(size, settings.buckets)
-    if not sizes:
-        raise UsageError(
-            f"--buckets {settings.buckets}: no size with such sides has the area of --resolution {as_setting(size)}:"
-            " use a smaller number"
-        )
     own = sizes_of_table(table, column, source, cache_folder(settings.cache_dir))
     readable = own.min(1) > 0
     if not readable.any():

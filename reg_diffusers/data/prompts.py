@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import hashlib
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -60,6 +61,12 @@ class Prompts:
         place = {text: number for number, text in enumerate(distinct, start=1)}
         self._places = np.array([place[text] for text in texts])
         self.null = self._named(self._rows[:1])
+
+    def of_images(self, rows: range) -> Prompts:
+        """Returns the embeddings of the texts of some images, which get the indices from 0; the texts remain all."""
+        part = copy.copy(self)
+        part._places = self._places[rows.start : rows.stop]
+        return part
 
     def __getitems__(self, indices: list[int]) -> dict[str, Tensor]:
         """Reads the embeddings of the texts of these images, (B, ...) by name."""

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from .columns import Column
-from .latents import AT_A_TIME, check_finite, deviation_of
+from .latents import AT_A_TIME, check_deviation, check_finite
 from .normalization import Normalization
 from .prompts import Prompts, PromptsOnDemand
 from .streaming import StreamedPictures
@@ -71,7 +71,9 @@ class StreamedLatents:
         check_finite(some, rows)
         self.shape = tuple(some.shape[1:])
         self.downsampling = images.shape[1] // self.shape[1]
-        self.note = f"encoded in each step; standard deviation {deviation_of(some):.3g} of the first {len(some)}"
+        deviation = float(some.std())
+        check_deviation(deviation)
+        self.note = f"encoded in each step; standard deviation {deviation:.3g} of the first {len(some)}"
 
     @property
     def columns(self) -> tuple[Column, ...]:

@@ -63,6 +63,7 @@ def load_training_data(
     naming: Naming = FLAGS_OF_TRAINING,
     wanted: Sequence[Wanted] = (),
     white: int | None = None,
+    sizes: Sequence[tuple[int, int]] | None = None,
 ) -> TrainingData:
     """Loads the data set that the flags name, for a DataLoader with a `collate_fn` that returns batches unchanged.
 
@@ -75,6 +76,7 @@ def load_training_data(
         naming: the names of the data and of that model in messages.
         wanted: what regularizers need of the data.
         white: the white of a given model of pictures with all their bits; such pictures are read for it.
+        sizes: the heights and widths that --buckets chooses from; by default, all of about the area of `size`.
 
     Raises:
         UsageError: if there is nothing to read, a column is missing, images are bad, or fields have a wrong shape.
@@ -115,7 +117,7 @@ def load_training_data(
     else:
         size = size if settings.resolution is None else sides(settings.resolution)
         model = OfModel(channels, condition_channels, normalization, white)
-        data = load_pictures(settings, size or (64, 64), model, naming, wanted)
+        data = load_pictures(settings, size or (64, 64), model, naming, wanted, sizes)
         if settings.field_scale != "channel" and data.is_picture:
             raise UsageError(f"--field_scale {settings.field_scale} applies to fields only; drop the flag")
     if channels is not None and data.shape[0] != channels:

@@ -119,9 +119,10 @@ def _attention(
 
 
 class CompiledForBatches:
-    """Runs a compiled network for batches of one size, and the uncompiled network for all others.
+    """Runs a compiled network for batches of one number of images, and the uncompiled network for all others.
 
-    The network is compiled once, for one shape: another compilation for a last, shorter batch would take a minute.
+    The network is compiled once for each size of images (one without --buckets), when it first has a full batch:
+    another compilation for a last, shorter batch would take a minute.
     Grids of samples and the images of an evaluation have other shapes, too, but call the network itself. The module
     does not change, so its weights keep their names, and accelerate treats it like any other.
 
@@ -129,15 +130,19 @@ class CompiledForBatches:
         network: a `UNet2DModel` prepared by accelerate, called with return_dict=False.
         batch_size: number of images in a batch of each process.
         backend: the backend of torch.compile.
+        sizes: number of sizes of images.
     """
 
-    def __init__(self, network: nn.Module, batch_size: int, backend: str | Callable = "inductor"):
+    def __init__(self, network: nn.Module, batch_size: int, backend: str | Callable = "inductor", *, sizes: int = 1):
         self._network = network
         self._batch_size = batch_size
+        self._limit = torch._dynamo.config.recompile_limit + sizes  # above it, PyTorch stops
         # Averaging the gradients of the processes breaks the graph. Any other break is an error, not a slow step.
         is_one_graph = not isinstance(network, DistributedDataParallel)
         self._compiled = torch.compile(network, dynamic=False, fullgraph=is_one_graph, backend=backend)
 
     def __call__(self, sample: Tensor, *args, **kwargs):
-        network = self._compiled if len(sample) == self._batch_size else self._network
-        return network(sample, *args, **kwargs)
+        if len(sample) != self._batch_size:
+            return self._network(sample, *args, **kwargs)
+        with torch._dynamo.config.patch(recompile_limit=self._limit):
+            return self._compiled(sample, *args, **kwargs)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from ..data.buckets import Buckets
+from ..data.parts import parts_of
 from ..data.training_data import TrainingData
 from ..runtime.errors import UsageError, warn
 from ..sampling.class_names import number_of_classes
@@ -51,7 +51,8 @@ def check_sides(multiple: int, data: TrainingData, reason: str, fix: str = "") -
     """
     downsampling = getattr(data, "downsampling", 1)  # of latents
     factor = downsampling * multiple
-    parts, flag = (data.parts, "--buckets: size") if isinstance(data, Buckets) else ([data], "--resolution")
+    parts = parts_of(data)
+    flag = "--resolution" if parts == [data] else "--buckets: size"
     for part in parts:
         height, width = (downsampling * side for side in part.shape[1:])
         if not (height % factor or width % factor):

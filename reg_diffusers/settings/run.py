@@ -5,7 +5,6 @@ from __future__ import annotations
 from dataclasses import dataclass, field, fields
 from typing import Any
 
-from ..runtime.errors import UsageError
 from .data import DataSettings
 from .flags import names
 from .hub import HubSettings
@@ -26,9 +25,6 @@ class Settings:
         Settings(DataSettings(train_data_dir="photos"), loss=LossSettings(("total_variation",), (0.05,)))
 
     `Settings()` has the defaults of the flags; `parse_args([])` has those of the demonstration on the embedded images.
-
-    Raises:
-        UsageError: two settings exclude each other.
     """
 
     data: DataSettings = field(default_factory=DataSettings)
@@ -39,10 +35,6 @@ class Settings:
     output: OutputSettings = field(default_factory=OutputSettings)
     hub: HubSettings = field(default_factory=HubSettings)
     validation: ValidationSettings = field(default_factory=ValidationSettings)
-
-    def __post_init__(self):
-        if self.data.buckets and self.machine.compile:
-            raise UsageError("--compile: the network would be compiled for each size of --buckets; drop one of them")
 
     def values(self) -> dict[str, Any]:
         """Returns all settings by the name of their flag."""

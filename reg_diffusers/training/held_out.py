@@ -5,11 +5,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 
-from ..data.held_out import Part, digest_of, split_rows, without_twins
+from ..data.buckets import part_of
+from ..data.held_out import digest_of, split_rows, without_twins
+from ..data.parts import parts_of
 from ..data.training_data import Naming, TrainingData, Wanted, load_training_data
 from ..runtime.errors import UsageError, warn
 from ..settings.data import DataSettings
-from ..settings.size import as_setting
 from ..settings.validation import ValidationSettings
 from .loading import HeldOut, Loaded
 
@@ -42,15 +43,10 @@ def hold_out(
                 f"{flag}: a stream is not split, because its rows are known only while they are read: name other"
                 " images by --validation_data_dir, or drop --streaming"
             )
-        if data.buckets:
-            raise UsageError(
-                f"{flag}: held-out images must have one size, which those of --buckets lack: name other images by"
-                " --validation_data_dir, which are cropped to the most frequent size"
-            )
         rows, held_rows = split_rows(len(loaded.images), validation.validation_split, seed)
-        held_out, seen = Part(loaded.images, held_rows), Part(loaded.data, held_rows)
-        images = Part(loaded.images, rows)
-        network_data = images if loaded.data is loaded.images else Part(loaded.data, rows)
+        held_out, seen = part_of(loaded.images, held_rows), part_of(loaded.data, held_rows)
+        images = part_of(loaded.images, rows)
+        network_data = images if loaded.data is loaded.images else part_of(loaded.data, rows)
         loaded = replace(loaded, images=images, data=network_data)
     else:
         flag = f"--validation_data_dir {validation.validation_data_dir}"
@@ -59,11 +55,7 @@ def hold_out(
     if data.streaming:
         warn(f"{flag}: not compared with the training images, because these are streamed")
     else:
-        if data.buckets:
-            warn(
-                f"{flag}: cropped to {as_setting(held_out.shape[1:])}, and compared with the images of that size only"
-            )
-        seen, held_out = _without_twins(flag, held_out, seen, loaded.images.examples)
+        seen, held_out = _without_twins(flag, held_out, seen, loaded.images)
     return replace(loaded, held_out=HeldOut(seen, flag, digest_of(held_out)))
 
 
@@ -81,7 +73,7 @@ def _without_twins(
         warn(
             f"{flag}: {number:,} of {len(held_out):,} held-out images are among the training images, too: not measured"
         )
-    return Part(seen, rows), Part(held_out, rows)
+    return part_of(seen, rows), part_of(held_out, rows)
 
 
 def _load(images: TrainingData, folder: str, data: DataSettings, wanted: Sequence[Wanted]) -> TrainingData:
@@ -95,20 +87,22 @@ def _load(images: TrainingData, folder: str, data: DataSettings, wanted: Sequenc
     named = {"dataset_name": None, "dataset_config_name": None, "train_data_dir": None, field: folder}
     # Size, channels and the range of fields are those of the training.
     alike = {"resolution": None, "channels": None, "field_scale": "channel"}
-    settings = replace(data, **named, **alike, streaming=False, buckets=None)
+    settings = replace(data, **named, **alike, streaming=False)
     normalization = None if images.is_picture else images.normalization
     naming = Naming("--validation_data_dir", "the training")
     try:
         model_of = (images.shape[0], images.shape[1:], normalization, images.condition_channels)
-        found = load_training_data(settings, *model_of, naming, wanted, white=images.white)
-        if found.shape != images.shape:
+        sizes = [part.shape[1:] for part in parts_of(images)]
+        found = load_training_data(settings, *model_of, naming, wanted, white=images.white, sizes=sizes)
+        if not data.buckets and found.shape != images.shape:
             sizes = [" x ".join(map(str, shape)) for shape in (found.shape, images.shape)]
             raise UsageError(f"{flag}: {sizes[0]}, but the training data are {sizes[1]}")
         if found.is_picture != images.is_picture:
             kinds = ["images" if data.is_picture else "fields" for data in (found, images)]
             raise UsageError(f"{flag}: holds {kinds[0]}, but the training data are {kinds[1]}")
         if found.classes is not None and found.classes != images.classes:
-            found.number_classes_as(images.classes)
+            for part in parts_of(found):
+                part.number_classes_as(images.classes)
     except ValueError as error:
         text = str(error)
         raise UsageError(text if text.startswith("--validation_data_dir") else f"{flag}: {text}") from error

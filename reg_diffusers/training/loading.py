@@ -11,7 +11,9 @@ import torch
 from torch import Tensor, nn
 
 from ..autoencoder import downsampling, encoded, latent_channels
-from ..data.latents import latents_of
+from ..data.buckets import each_size
+from ..data.latents import LatentData, check_deviation, latents_of
+from ..data.pictures_data import PictureData
 from ..data.prompts import Prompts, PromptsOnDemand
 from ..data.training_data import (
     StreamedLatents,
@@ -152,12 +154,18 @@ def load_model_and_data(
         prompts = None if family is None else _prompts(images, data, family, encoder, null, folder)
         if isinstance(images, StreamedPictures):
             return StreamedLatents(images, encode, device, prompts, with_images=with_images)
-        return latents_of(
-            *(images, encode, key, folder, device),
-            mirrored=mirrored,
-            prompts=prompts,
-            with_images=with_images,
-        )
+
+        def of_size(images: PictureData, rows: range) -> LatentData:
+            return latents_of(
+                *(images, encode, key, folder, device),
+                mirrored=mirrored,
+                prompts=prompts and prompts.of_images(rows),
+                with_images=with_images,
+            )
+
+        latents = each_size(images, of_size)
+        check_deviation(latents.examples.deviation)
+        return latents
 
     latents, previews, shown = see(images, mirrored=data.random_flip), None, ()
     if family is not None:
@@ -254,8 +262,12 @@ def _warn_of_cuts(texts: list[str], named: str, family: Family, encoder) -> None
 
 def _check_data_of_latents(data: DataSettings, factor: int, autoencoder: str) -> None:
     """Raises `UsageError` for settings of the data that latents of this autoencoder do not support."""
-    if data.buckets:
-        raise UsageError(f"--buckets is not supported in latents, here of {autoencoder}; drop it")
+    if data.buckets and data.buckets % factor:
+        near = -(-data.buckets // factor) * factor
+        raise UsageError(
+            f"--buckets {data.buckets}: the autoencoder reduces images by {factor}, so use a multiple of {factor},"
+            f" such as {near}"
+        )
     if data.random_crop and not data.streaming:
         raise UsageError(
             f"--random_crop: images are encoded once for {autoencoder}, and a window of their latents is not the"

@@ -15,6 +15,7 @@ from diffusers.optimization import get_scheduler
 from diffusers.training_utils import EMAModel
 from torch import nn
 
+from ..data.parts import parts_of
 from ..data.training_data import TrainingData, make_dataloader
 from ..networks.attention import use_explicit_attention
 from ..networks.build import build_unet, load_given_model
@@ -153,7 +154,7 @@ def prepare(
         accelerator=accelerator,
         noise_scheduler=noise_scheduler,
         unet=unet,
-        network=CompiledForBatches(unet, batch_size) if machine.compile else unet,
+        network=CompiledForBatches(unet, batch_size, sizes=len(parts_of(data))) if machine.compile else unet,
         as_called=partial(given.as_called, data=data),
         trained=trained_parameters(unet),
         optimizer=optimizer,

@@ -114,14 +114,20 @@ def describe(
 
 
 def describe_machine(
-    settings: MachineSettings, state: PartialState, computation: Computation, keeps_memory: bool, uses_tf32: bool
+    settings: MachineSettings,
+    state: PartialState,
+    computation: Computation,
+    keeps_memory: bool,
+    uses_tf32: bool,
+    sizes: int = 1,
 ) -> list[str]:
-    """Describes in three lines what was chosen for the speed of the training, and why."""
+    """Describes in three lines what was chosen for the speed of the training, and why; `sizes` are of images."""
     reason = threads_reason(settings.num_threads, state.num_processes)
     memory = "freed memory kept" if keeps_memory else "freed memory left to the system"
     precision, attention = computation.mixed_precision, computation.attention
     why_not = "no gain was measured on a CPU" if state.device.type == "cpu" else "--compile takes minutes at the start"
-    compiled = "compiled (takes minutes before the first step)" if settings.compile else f"not compiled ({why_not})"
+    takes = "before the first step" if sizes == 1 else f"at the first full batch of each of {sizes} sizes"
+    compiled = f"compiled (takes minutes {takes})" if settings.compile else f"not compiled ({why_not})"
     checkpointing = ", gradient checkpointing" if settings.gradient_checkpointing else ""
     products = "TF32 (--mixed_precision no: float32)" if uses_tf32 else "float32"
     on_gpu = f", other products in {products}, pinned memory, fused AdamW" if state.device.type == "cuda" else ""

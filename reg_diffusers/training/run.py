@@ -20,6 +20,7 @@ import torch
 from accelerate import PartialState
 from accelerate.utils import broadcast_object_list
 
+from ..data.parts import parts_of
 from ..data.training_data import StreamedLatents, TrainingData, Wanted, batches_per_epoch
 from ..hub.lora_card import write_card_of_run
 from ..hub.uploads import Uploads, check_upload
@@ -297,7 +298,7 @@ def open_run(launch: Launch) -> Run:
                 *(loss, terms, noise_scheduler), is_picture=data.is_picture, is_decoded=vae is not None
             ),
         )
-        lines = describe_machine(machine, state, computation, keeps_memory, uses_tf32)
+        lines = describe_machine(machine, state, computation, keeps_memory, uses_tf32, len(parts_of(data)))
         data_and_model = data, loaded.images, settings.data.source, unet, noise_scheduler
         estimates = describe_needs(settings, state, data, given, unet, noise_scheduler, terms, computation, vae)
         held_out = loaded.held_out and loaded.held_out.describe()

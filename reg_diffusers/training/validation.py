@@ -19,7 +19,8 @@ import torch
 from accelerate.utils import send_to_device
 from torch import Tensor, nn
 
-from ..data.held_out import Part
+from ..data.buckets import part_of
+from ..data.parts import of_one_size, parts_of
 from ..data.training_data import TrainingData
 from ..loss_weighting import DENSITIES, LOSS_WEIGHTINGS
 from ..objective import RegularizedLoss, timesteps_of_training
@@ -86,7 +87,7 @@ class Validation:
         self._output_dir, self._ending = output_dir, ending
         self._log = JsonLines(output_dir / LOGS[0])
         rows = np.linspace(0, len(data) - 1, min(len(data), _IMAGES)).astype(int).tolist()
-        self._data, self._number = Part(data, rows), len(data)
+        self._data, self._number = part_of(data, rows), len(data)
         self._density = DENSITIES[loss.timestep_sampling]
         self._loss_fn = RegularizedLoss(
             training.noise_scheduler,
@@ -169,14 +170,19 @@ class Validation:
         return found | {f"{RAW}{name}": mean for name, mean in means.items() if math.isfinite(mean)}
 
     def _batches(self) -> Iterator[tuple[list[int], Tensor, Tensor]]:
-        """Yields the rows of a few images, their timesteps, evenly spread over the training's, and noise."""
+        """Yields the rows of a few images of one size, their timesteps, and noise.
+
+        The timesteps are evenly spread over those of the training.
+        """
         generator = torch.Generator().manual_seed(self._seed)
         number = len(self._data) * math.ceil(_NOISE_LEVELS / len(self._data))
         quantiles = (torch.randperm(number, generator=generator) + 0.5) / number
         timesteps = timesteps_of_training(self._training.noise_scheduler, quantiles, self._density)
-        for places in torch.arange(number).split(_AT_A_TIME):
-            noise = torch.randn(len(places), *self._data.shape, generator=generator)
-            yield (places % len(self._data)).tolist(), timesteps[places], noise
+        for part, members in zip(parts_of(self._data), of_one_size(self._data), strict=True):
+            of_size = [place for place in range(number) if place % len(self._data) in members]
+            for places in torch.tensor(of_size).split(_AT_A_TIME):
+                noise = torch.randn(len(places), *part.shape, generator=generator)
+                yield (places % len(self._data)).tolist(), timesteps[places], noise
 
     def _write(self) -> None:
         weights = "averaged" if self._training.ema else "trained"
