@@ -68,6 +68,7 @@ _HOME = {
     "Paired": "paired",
     "Prediction": "estimators",
     "RegDDPMPipeline": "pipeline",
+    "RegDiTPipeline": "networks.dit",
     "RegTextToImagePipeline": "networks.text_to_image",
     "RegularizedLoss": "objective",
     "Regularizer": "regularizers",

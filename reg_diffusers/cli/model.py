@@ -28,8 +28,11 @@ def load_pipeline(model: str, device=None, *, mixed_precision: str = "no"):
     from pathlib import Path
 
     import torch
+    from diffusers import UNet2DModel
 
     from ..networks.attention import prefers_explicit_attention, use_explicit_attention
+    from ..networks.dit import RegDiTPipeline
+    from ..networks.families import pipeline_name
     from ..pipeline import RegDDPMPipeline
     from ..runs.run_folder import LORA_FILE
     from ..runtime.errors import UsageError
@@ -38,7 +41,8 @@ def load_pipeline(model: str, device=None, *, mixed_precision: str = "no"):
     dtype = torch.bfloat16 if mixed_precision == "bf16" else torch.float32
     pipeline = _lora_pipeline(model, dtype) if Path(model, LORA_FILE).is_file() else None
     try:
-        pipeline = pipeline or RegDDPMPipeline.from_pretrained(model)
+        kind = RegDiTPipeline if pipeline_name(model) == "DiTPipeline" else RegDDPMPipeline
+        pipeline = pipeline or kind.from_pretrained(model)
     except (OSError, ValueError) as error:
         pipeline = None if Path(model).exists() else _lora_pipeline(model, dtype, missing_ok=True)
         if pipeline is None:
@@ -53,7 +57,7 @@ def load_pipeline(model: str, device=None, *, mixed_precision: str = "no"):
     pipeline.unet.requires_grad_(False)  # guidance needs the gradient of the image only
     device = torch.device(device)
     keep_freed_memory(device)
-    if not pipeline.takes_prompts and prefers_explicit_attention(
+    if isinstance(pipeline.unet, UNet2DModel) and prefers_explicit_attention(
         pipeline.unet, _TYPICAL_BATCH, device.type, mixed_precision
     ):
         use_explicit_attention(pipeline.unet)

@@ -186,18 +186,29 @@ def facts_of(folder: Path) -> CardFacts:
     """Reads the facts about a model from its folder."""
     comparison, index = folder / COMPARISON_FILE, read_json(folder / "model_index.json")
     record = read_json(folder / CONFIG_FILE)
+    names = saved_class_names(index) or (record.get("data") or {}).get("classes") or []
     return CardFacts(
         record=record,
-        unet=read_json(folder / "unet" / "config.json"),
+        unet=read_json(folder / "unet" / "config.json") or _as_unet(folder, len(names), record),
         scheduler=read_json(folder / "scheduler" / "scheduler_config.json"),
-        vae=read_json(folder / "vqvae" / "config.json"),
+        vae=read_json(folder / "vqvae" / "config.json") or read_json(folder / "vae" / "config.json"),
         is_field=saved_normalization(index) is not None,
-        class_names=saved_class_names(index) or (record.get("data") or {}).get("classes") or [],
+        class_names=names,
         settings=read_json(comparison),
         rows=read_comparison(comparison) if comparison.is_file() else {},
         pictures=shown_pictures(folder),
         validation=read_json(folder / VALIDATION_FILE),
     )
+
+
+def _as_unet(folder: Path, classes: int, record: dict) -> dict:
+    """Returns the config of a DiT with the entries of a UNet2DModel; empty if there is none."""
+    config = read_json(folder / "transformer" / "config.json")
+    if "num_embeds_ada_norm" not in config:
+        return config
+    has_no_class = bool((record.get("data") or {}).get("condition_dropout"))
+    embeddings = (classes or config["num_embeds_ada_norm"]) + has_no_class
+    return {**config, "out_channels": config["in_channels"], "num_class_embeds": embeddings}
 
 
 def shown_pictures(folder: Path) -> dict[str, str]:

@@ -46,7 +46,7 @@ class CardFacts:
 
     Attributes:
         record: the content of reg_config.json: the objective and the settings of a run.
-        unet: the config of the network.
+        unet: the config of the network, that of a DiT with the entries of a UNet2DModel.
         scheduler: the config of the scheduler.
         vae: the config of the autoencoder of a model of latents; empty for a model of images.
         is_field: whether the samples are fields instead of images.
@@ -67,6 +67,10 @@ class CardFacts:
     rows: dict[str, Measurement]
     pictures: dict[str, str]
     validation: dict = field(default_factory=dict)
+
+    @property
+    def is_dit(self) -> bool:
+        return "num_embeds_ada_norm" in self.unet
 
     @property
     def by_class(self) -> bool:
@@ -265,17 +269,21 @@ def _usage(facts: CardFacts, repo_id: str) -> str:
     """Builds code examples with reg_diffusers, with diffusers alone, and with the class in this repository."""
     repo = json.dumps(repo_id)
     is_flow = "shift" in facts.scheduler
-    stock = "LDMPipeline" if facts.vae else "DDPMPipeline"
+    own, stock = "RegDDPMPipeline", "LDMPipeline" if facts.vae else "DDPMPipeline"
+    if facts.is_dit:
+        own, stock = "RegDiTPipeline", "DiTPipeline"
     setup, call = _call(facts)
+    labels = facts.is_dit and not is_flow  # the one stock pipeline with class labels
+    with_labels = [call[0].replace("(", "([0], guidance_scale=1.0, ", 1).replace(", class_labels=0", ""), *call[1:]]
     with_torch = ["import torch"] if setup else []
     names = [] if is_flow else ["DDIMScheduler"]
     ddim = [] if is_flow else [_DDIM]
     package = [
         *([*with_torch, ""] if setup else []),
-        "from reg_diffusers import RegDDPMPipeline",
+        f"from reg_diffusers import {own}",
         "from reg_diffusers.pipeline import fast_scheduler",
         "",
-        f"pipeline = RegDDPMPipeline.from_pretrained({repo})",
+        f"pipeline = {own}.from_pretrained({repo})",
         "pipeline.scheduler = fast_scheduler(pipeline.scheduler)",
     ]
     plain = [
@@ -293,13 +301,14 @@ def _usage(facts: CardFacts, repo_id: str) -> str:
         *ddim,
     ]
     sections = ["## Usage", "With reg_diffusers:", block("python", *package, *setup, *call)]
-    if not (facts.by_class or facts.by_image or facts.is_field or facts.learns_variance):
-        sections += ["With diffusers alone:", block("python", *plain, *call)]
-    sections += [
-        "Without reg_diffusers, but with all features of its pipeline, such as any scheduler, conditions and guidance"
-        " by a loss. This runs the file pipeline.py of this repository on your machine: read it first.",
-        block("python", *remote, *setup, *call),
-    ]
+    if labels or not (facts.by_class or facts.by_image or facts.is_field or facts.learns_variance):
+        sections += ["With diffusers alone:", block("python", *plain, *(with_labels if labels else call))]
+    if not facts.is_dit:
+        sections += [
+            "Without reg_diffusers, but with all features of its pipeline, such as any scheduler, conditions and"
+            " guidance by a loss. This runs the file pipeline.py of this repository on your machine: read it first.",
+            block("python", *remote, *setup, *call),
+        ]
     if facts.by_class and facts.class_names:
         classes = facts.class_names
         named = [f"{number} {as_text(name)}" for number, name in enumerate(classes[:_CLASSES_NAMED])]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 
 from diffusers import DDIMScheduler
@@ -18,6 +19,7 @@ __all__ = [
     "saved_class_names",
     "saved_normalization",
     "saved_white",
+    "with_own_entries",
 ]
 
 _PRIVATE_KEY = "_reg_diffusers"
@@ -30,10 +32,17 @@ def as_saved(config: dict) -> dict:
 
     The class is "LDMPipeline" with an autoencoder, else "DDPMPipeline".
     """
-    own = {name: config.get(name) for name in _OWN_ENTRIES}
     in_latents = (config.get("vqvae") or [None])[0] is not None
-    known = {name: value for name, value in config.items() if name not in own and (in_latents or name != "vqvae")}
-    return {**known, "_class_name": "LDMPipeline" if in_latents else "DDPMPipeline", _PRIVATE_KEY: own}
+    known = {
+        name: value for name, value in config.items() if name not in _OWN_ENTRIES and (in_latents or name != "vqvae")
+    }
+    saved = {**known, "_class_name": "LDMPipeline" if in_latents else "DDPMPipeline"}
+    return with_own_entries(saved, config)
+
+
+def with_own_entries(saved: dict, config: Mapping) -> dict:
+    """Returns a model_index.json with the entries of a pipeline's config that diffusers does not know."""
+    return {**saved, _PRIVATE_KEY: {name: config.get(name) for name in _OWN_ENTRIES}}
 
 
 def own_entries(config: dict) -> dict:
@@ -48,7 +57,8 @@ def saved_normalization(config: dict) -> dict | None:
 
 def saved_class_names(config: dict) -> list[str] | None:
     """Returns the names of the classes in a model_index.json, or None."""
-    return own_entries(config)["class_names"]
+    of_dit = config.get("id2label") or {}  # as DiTPipeline names them
+    return own_entries(config)["class_names"] or [of_dit[label] for label in sorted(of_dit, key=int)] or None
 
 
 def saved_white(config: dict) -> int | None:

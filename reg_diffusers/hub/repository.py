@@ -16,6 +16,7 @@ from .card import copy_evidence, read_card
 __all__ = ["STALE", "check_source", "fetch_evidence", "open_repository", "remote_card"]
 
 # Evidence of the previous model, which an upload deletes if the new model has no file of that name.
+_NETWORKS = ("unet", "transformer")
 STALE = tuple(pattern for pattern in evidence_patterns() if pattern != CARD_FILE)
 
 
@@ -26,7 +27,7 @@ def check_source(source: str | None) -> None:
         ValueError: if there is such a link.
     """
     if source and Path(source).is_dir():
-        check_links(source, (*EVIDENCE, "model_index.json", "unet", "scheduler"))
+        check_links(source, (*EVIDENCE, "model_index.json", *_NETWORKS, "scheduler"))
 
 
 def open_repository(api: HfApi, repo_id: str, private: bool | None = None, write: bool = True) -> str:
@@ -83,8 +84,8 @@ def fetch_evidence(api: HfApi, source: str, folder: Path) -> None:
         source: the folder or the repository that the pipeline was loaded from.
         folder: the folder of the saved pipeline.
     """
-    weights = [path for path in (folder / "unet").iterdir() if path.suffix != ".json"]
-    names = [f"unet/{path.name}" for path in weights]
+    network = next(name for name in _NETWORKS if (folder / name).is_dir())
+    names = [f"{network}/{path.name}" for path in (folder / network).iterdir() if path.suffix != ".json"]
     if Path(source).is_dir():
         found = Path(source)
         same = all((found / name).is_file() and filecmp.cmp(found / name, folder / name, False) for name in names)

@@ -10,7 +10,14 @@ from pathlib import Path
 
 import diffusers
 import torch
-from diffusers import DDPMScheduler, DiffusionPipeline, FlowMatchEulerDiscreteScheduler, UNet2DModel
+from diffusers import (
+    DDPMScheduler,
+    DiffusionPipeline,
+    DiTPipeline,
+    DiTTransformer2DModel,
+    FlowMatchEulerDiscreteScheduler,
+    UNet2DModel,
+)
 
 from ..data.training_data import Normalization, TrainingData
 from ..hub.model_index import (
@@ -23,6 +30,7 @@ from ..prediction import image_channels
 from ..runtime.errors import UsageError
 from ..settings.machine import MachineSettings
 from ..settings.model import ModelSettings
+from . import dit
 from .families import FAMILIES, Family, family_of
 from .fit import check_classes, check_sides
 from .lora import frozen_dtype, load_with_lora
@@ -31,6 +39,7 @@ from .noise_schedule import given_scheduler
 __all__ = ["GivenModel", "build_unet", "load_given_model", "new_unet_config"]
 
 LARGE = "large"  # the name of the built-in config
+_DIT = DiTTransformer2DModel.__name__
 
 
 @dataclass(frozen=True)
@@ -46,6 +55,7 @@ class GivenModel:
         class_names: the names of the classes that the pipeline records, if any.
         is_large: whether a new network is the large one for the size of the images.
         family: family of the text-to-image pipeline that the network belongs to.
+        is_dit: whether the network is a DiTTransformer2DModel.
     """
 
     unet: UNet2DModel | None = None
@@ -56,9 +66,12 @@ class GivenModel:
     class_names: list[str] | None = None
     is_large: bool = False
     family: Family | None = None
+    is_dit: bool = False
 
     def as_called(self, network: Callable, data: TrainingData) -> Callable:
         """Returns the network to call in a loss: one of a text-to-image pipeline takes embeddings by name."""
+        if self.is_dit:
+            return dit.as_called(network, self.config or self.unet.config, len(data.classes))
         if self.family is None:
             return network
         return self.family.as_called(network, self.unet.config, frozen_dtype(self.unet), data.downsampling)
@@ -68,6 +81,8 @@ class GivenModel:
         """Channels of its images; None if it does not determine them."""
         if self.family is not None:
             return self.family.channels(self.unet.config)
+        if self.is_dit:
+            return self._entry("in_channels")
         channels = self._entry("out_channels")
         return channels if self.scheduler is None else image_channels(channels, self.scheduler.config)
 
@@ -128,14 +143,22 @@ def _load(settings: ModelSettings, cache_dir: str | None, frozen: torch.dtype, n
                 network = load_with_lora(family, settings, cache_dir, frozen)
                 return GivenModel(unet=network, scheduler=given_scheduler(path, cache_dir), family=family)
             if not _is_pipeline(path, cache_dir):
-                return GivenModel(unet=_given_unet(path, cache_dir))
-            _check_class(path, cache_dir)
+                is_dit = UNet2DModel.load_config(path, cache_dir=cache_dir).get("_class_name") == _DIT
+                unet = dit.load(path, cache_dir) if is_dit else _given_unet(path, cache_dir)
+                return GivenModel(unet=unet, is_dit=is_dit)
+            index = DiffusionPipeline.load_config(path, cache_dir=cache_dir)
+            is_dit = index.get("_class_name") == DiTPipeline.__name__
+            if not is_dit:
+                _check_class(path, cache_dir)
+            scheduler = given_scheduler(path, cache_dir)
+            of_dit = dit.load(path, cache_dir, "transformer") if is_dit else None
             return GivenModel(
-                unet=_given_unet(path, cache_dir, subfolder="unet"),
-                scheduler=given_scheduler(path, cache_dir),
-                normalization=_given_normalization(path, cache_dir),
-                white=saved_white(DiffusionPipeline.load_config(path, cache_dir=cache_dir)),
-                class_names=saved_class_names(DiffusionPipeline.load_config(path, cache_dir=cache_dir)),
+                unet=of_dit or _given_unet(path, cache_dir, subfolder="unet"),
+                scheduler=dit.of_image_alone(scheduler) if is_dit else scheduler,
+                normalization=_given_normalization(index),
+                white=saved_white(index),
+                class_names=saved_class_names(index),
+                is_dit=is_dit,
             )
         path = settings.model_config_name_or_path
         if path == LARGE and not Path(path).exists():
@@ -144,15 +167,20 @@ def _load(settings: ModelSettings, cache_dir: str | None, frozen: torch.dtype, n
             config = json.loads(Path(path).read_text())
             if not isinstance(config, dict):
                 raise ValueError("it holds no JSON object")
-            return GivenModel(config=config)
+            return _new_model(config)
         if path is not None:
-            return GivenModel(config=dict(UNet2DModel.load_config(path, cache_dir=cache_dir)))
+            return _new_model(dict(UNet2DModel.load_config(path, cache_dir=cache_dir)))
     except UsageError:
         raise
     except Exception as error:  # of any type, because the files may be corrupt
         reason = " ".join(str(error).split()) or type(error).__name__
         raise UsageError(f"{named}: no readable UNet2DModel: {reason}") from error
     return GivenModel()
+
+
+def _new_model(config: dict) -> GivenModel:
+    is_dit = config.get("_class_name") == _DIT
+    return GivenModel(config=dit.new_config(config) if is_dit else config, is_dit=is_dit)
 
 
 def build_unet(
@@ -169,6 +197,8 @@ def build_unet(
     Raises:
         UsageError: if the data do not fit the network.
     """
+    if given.is_dit:
+        return _prepared(dit.build(given.unet, given.config, data), machine)
     channels, height, width = data.shape
     size = height if height == width else (height, width)
     if given.family is not None:
@@ -269,7 +299,7 @@ def _check_class(path: str, cache_dir: str | None) -> None:
         known = ", ".join(family.pipeline for family in FAMILIES)
         raise UsageError(
             f"--pretrained_model_name_or_path {path}: a {name} is not supported: use a pipeline"
-            f" with a UNet2DModel, or by LoRA one of {known}"
+            f" with a UNet2DModel, a {DiTPipeline.__name__}, or one of {known}"
         )
 
 
@@ -278,8 +308,8 @@ def _given_unet(path: str, cache_dir: str | None, subfolder: str = "") -> UNet2D
     return UNet2DModel.from_pretrained(path, subfolder=subfolder, cache_dir=cache_dir, use_safetensors=True)
 
 
-def _given_normalization(path: str, cache_dir: str | None) -> Normalization | None:
-    saved = saved_normalization(DiffusionPipeline.load_config(path, cache_dir=cache_dir))
+def _given_normalization(index: dict) -> Normalization | None:
+    saved = saved_normalization(index)
     if saved is None:
         return None
     offset, scale = (tuple(map(float, saved[name])) for name in ("offset", "scale"))

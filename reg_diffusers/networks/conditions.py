@@ -70,7 +70,7 @@ class ClassLabels(Condition):
     name, flag = "class_labels", "--class_conditional"
 
     def is_taken_by(self, network: Mapping[str, Any], channels: int) -> bool:
-        return network["num_class_embeds"] is not None
+        return any(network.get(entry) is not None for entry in ("num_class_embeds", "num_embeds_ada_norm"))
 
     def for_previews(self, data: TrainingData, number: int) -> Tensor | None:
         """Cycles through all classes."""

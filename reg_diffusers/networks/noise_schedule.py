@@ -51,6 +51,7 @@ def build_noise_scheduler(settings: ModelSettings, given=None):
         prediction_type=settings.prediction_type or "epsilon",
         rescale_betas_zero_snr=settings.rescale_betas_zero_snr,
         timestep_spacing="trailing" if settings.rescale_betas_zero_snr else "leading",
+        clip_sample=settings.vae is None,  # latents are not limited to [-1, 1]
     )
 
 

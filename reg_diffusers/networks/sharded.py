@@ -7,7 +7,6 @@ from contextlib import contextmanager
 
 import torch
 from accelerate import Accelerator
-from diffusers import UNet2DModel
 from diffusers.training_utils import EMAModel
 from torch import Tensor
 
@@ -58,7 +57,7 @@ class SampledNetwork:
         self._is_copy = any(map(is_sharded, unet.parameters()))
         if self._is_copy:
             device = accelerator.device if self._is_main_process else "meta"
-            self.unet = _copy_without_weights(self.unet.config).to(device)
+            self.unet = _copy_without_weights(self.unet).to(device)
 
     @contextmanager
     def ready(self) -> Iterator[None]:
@@ -102,7 +101,7 @@ class SampledNetwork:
                 target.copy_(complete)
 
 
-def _copy_without_weights(config: dict) -> UNet2DModel:
+def _copy_without_weights(network: torch.nn.Module) -> torch.nn.Module:
     # On the CPU, so buffers get their values, too; fork_rng preserves the noise of the training.
     with torch.random.fork_rng(devices=[]):
-        return UNet2DModel.from_config(config).requires_grad_(False).eval()
+        return type(network).from_config(network.config).requires_grad_(False).eval()

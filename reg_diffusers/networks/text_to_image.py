@@ -14,11 +14,11 @@ from diffusers import DiffusionPipeline
 from torch import Tensor, nn
 
 from ..autoencoder import downsampling
-from ..pipeline import RegDDPMPipeline
 from ..sampling.call_inputs import refuse_keywords
 from ..sampling.conditioned_network import checked_guidance_scale
 from ..sampling.sampler import add_weights
 from .families import FAMILIES, Embeddings, Family
+from .latent_pipeline import LatentPipeline
 from .lora import lora_file_arguments
 
 __all__ = ["RegTextToImagePipeline", "text_encoder_sha256"]
@@ -27,7 +27,7 @@ _EMBEDDINGS_KEPT = 32
 _SHIFTS, _PATCH = ("image_seq_len", "shift"), 2  # entries of the schedule; latents per token, along each axis
 
 
-class RegTextToImagePipeline(RegDDPMPipeline):
+class RegTextToImagePipeline(LatentPipeline):
     """Generates images from texts, steered by losses on the decoded image.
 
         pipeline = StableDiffusionPipeline.from_pretrained("stable-diffusion-v1-5/stable-diffusion-v1-5")
@@ -126,14 +126,6 @@ class RegTextToImagePipeline(RegDDPMPipeline):
     def takes_prompts(self) -> bool:
         return True
 
-    @property
-    def condition_channels(self) -> int:
-        return 0
-
-    @property
-    def learns_variance(self) -> bool:
-        return False
-
     @functools.cached_property
     def conditions_sha256(self) -> str:
         """Hash of the text encoders."""
@@ -173,15 +165,15 @@ class RegTextToImagePipeline(RegDDPMPipeline):
         """
         raise ValueError("upload the folder of a run by hf upload, or train with --push_to_hub")
 
-    def set_timesteps(self, steps: int, size: tuple[int, int] | None = None) -> None:
+    def set_timesteps(self, steps: int) -> None:
         """As in `RegDDPMPipeline`, with the shift for the size of the image that some schedules need."""
         config = self.scheduler.config
         if not config.get("use_dynamic_shifting"):
-            super().set_timesteps(steps, size)
+            super().set_timesteps(steps)
             return
         lengths, shifts = ([config[f"{which}_{what}"] for which in ("base", "max")] for what in _SHIFTS)
         slope = (shifts[1] - shifts[0]) / (lengths[1] - lengths[0])
-        tokens = math.prod(size or self._size) // _PATCH**2
+        tokens = math.prod(self._size) // _PATCH**2
         shift = shifts[0] + slope * (tokens - lengths[0])
         self.scheduler.set_timesteps(sigmas=np.linspace(1, 1 / steps, steps), mu=shift)  # as FluxPipeline
 
@@ -203,15 +195,10 @@ class RegTextToImagePipeline(RegDDPMPipeline):
         factor = downsampling(self.vqvae)
         return tuple(side // factor for side in self._sides)
 
-    @property
-    def _multiple(self) -> int:
-        return self._family.multiple(self.unet.config)
-
     def _contexts(
         self,
         batch_size: int,
         guidance_scale: float | None,
-        size: tuple[int, int] | None = None,
         *,
         class_labels=None,
         condition=None,
@@ -252,17 +239,6 @@ class RegTextToImagePipeline(RegDDPMPipeline):
         if self._null is None:
             self._null = self._family.null(self._encoder)
         return self._null
-
-    def _network(self, t, **embeddings: Tensor) -> Callable:
-        called = self.as_in_loss()
-
-        def network(sample: Tensor) -> Tensor:
-            scale = getattr(self.scheduler, "scale_model_input", None)  # flow-matching schedulers lack it
-            timesteps = torch.as_tensor(t, device=sample.device).expand(len(sample))
-            scaled = sample if scale is None else scale(sample, t)
-            return called(scaled, timesteps, **embeddings)[0].to(sample.dtype)
-
-        return network
 
 
 def default_side(family: Family, network: nn.Module) -> int:

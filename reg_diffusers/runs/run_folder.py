@@ -86,7 +86,7 @@ _MODEL = {"evidence": False}
 _PRIVATE = {"uploaded": False, "evidence": False}
 _PIPELINE = (
     Left("", ("model_index.json", "pipeline.py"), "pipeline", **_MODEL),
-    Left("unet", _NETWORK_FILES, **_MODEL),
+    *(Left(name, _NETWORK_FILES, **_MODEL) for name in ("unet", "transformer", "vae")),
     Left("", (LORA_FILE,), "adapters", **_MODEL),
     Left("vqvae", _NETWORK_FILES, **_MODEL),
     Left("scheduler", ("scheduler_config.json",), **_MODEL),

@@ -21,8 +21,9 @@ class ModelSettings:
 
     model_config_name_or_path: str | None = flag(
         None,
-        "config of a UNet2DModel (folder, file or Hub id) to train from scratch, or 'large' for a larger network up to"
-        " 64 pixels; default: depends on resolution, small up to 64 pixels, above as in diffusers' training script",
+        "config of a UNet2DModel, or in latents of a DiTTransformer2DModel (folder, file or Hub id), to train from"
+        " scratch; or 'large' for a larger network up to 64 pixels; default: depends on resolution, small up to 64"
+        " pixels, above as in diffusers' training script",
     )
     pretrained_model_name_or_path: str | None = flag(
         None, "fine-tune this pipeline or UNet2DModel (folder or Hub id); it keeps its config and prediction type"

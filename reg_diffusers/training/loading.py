@@ -23,6 +23,7 @@ from ..data.training_data import (
     cache_folder,
     load_training_data,
 )
+from ..networks import dit
 from ..networks.autoencoders import autoencoder_sha256, load_autoencoder
 from ..networks.build import GivenModel, load_given_model
 from ..networks.families import FAMILIES, Embeddings, Family, family_of
@@ -127,6 +128,8 @@ def load_model_and_data(
     _check_texts(model, data, family, validation_prompts)
     given = load_given_model(model, data.cache_dir, frozen)
     vae = load_autoencoder(model, data.cache_dir, family.vae_entries if family else ())
+    if given.is_dit:
+        dit.check_settings(data, vae)
     if vae is None and family is not None:
         raise UsageError(f"--pretrained_model_name_or_path {base}: it has no autoencoder: name one by --vae")
     if vae is None:

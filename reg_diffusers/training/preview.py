@@ -12,11 +12,13 @@ import PIL.ImageDraw
 import PIL.ImageFont
 import torch
 from accelerate import Accelerator
+from diffusers import DiTTransformer2DModel
 from diffusers.utils import make_image_grid
 from torch import Tensor
 
 from ..data.training_data import TrainingData
 from ..networks.conditions import Conditions
+from ..networks.dit import RegDiTPipeline
 from ..pipeline import RegDDPMPipeline, fast_scheduler
 from ..runtime.errors import warn
 from ..runtime.files import write_whole
@@ -42,7 +44,8 @@ def sampling_pipeline(unet, noise_scheduler, data: TrainingData, vae=None) -> Re
     normalization = None
     if not data.is_picture:
         normalization = {"offset": list(data.normalization.offset), "scale": list(data.normalization.scale)}
-    pipeline = RegDDPMPipeline(unet, noise_scheduler, normalization, vae, data.classes, data.white)
+    kind = RegDiTPipeline if isinstance(unet, DiTTransformer2DModel) else RegDDPMPipeline
+    pipeline = kind(unet, noise_scheduler, normalization, vae, data.classes, data.white)
     pipeline.set_progress_bar_config(disable=True)
     return pipeline
 

@@ -101,6 +101,7 @@ def record_of_data(
         "sha256": data.content,
         "shape": list(data.shape),
         "classes": data.classes,
+        **({"condition_dropout": settings.condition_dropout} if settings.condition_dropout else {}),
         **({"prompts": list(prompts[:_PROMPTS_RECORDED])} if prompts else {}),
         **({} if held_out is None else {"held_out": held_out.record()}),
     }

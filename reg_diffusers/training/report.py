@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -58,6 +59,7 @@ def describe(
     machine: list[str],
     output_dir: str,
     held_out: str | None = None,
+    notes: Sequence[str] = (),
 ) -> str:
     """Describes the run: data, model, objective, time and disk in five lines, then details.
 
@@ -74,6 +76,7 @@ def describe(
         machine: what was chosen for this machine.
         output_dir: output folder.
         held_out: what the held-out images are, if there are any.
+        notes: what else to say about the model, a line each.
     """
     source = source or "embedded Fashion-MNIST"
     kind = "images" if data.is_picture else "fields"
@@ -97,6 +100,7 @@ def describe(
             f"objective  {' + '.join(['denoising loss', *extra])}",
             f"time       {estimates[0]}",
             f"disk       {estimates[1]}",
+            *(f"model      {note}" for note in notes),
             *([f"data       {images.note}"] if images.note else []),
             *([f"latents    {_size(data)}, {data.note}; L' sees decoded images"] if data is not images else []),
             *([f"held out   {held_out}"] if held_out else []),
@@ -268,10 +272,8 @@ def describe_result(output_dir: Path, interruption: Interruption, resume: str) -
     if (output_dir / LORA_FILE).is_file():
         lines.append(f'load it     pipeline.load_lora_weights("{output_dir}"), with the pipeline that was fine-tuned')
         return "\n".join(lines)
-    lines.append(
-        f"load it     from reg_diffusers import RegDDPMPipeline; "
-        f'pipeline = RegDDPMPipeline.from_pretrained("{output_dir}")'
-    )
+    kind = "RegDiTPipeline" if (output_dir / "transformer").is_dir() else "RegDDPMPipeline"
+    lines.append(f'load it     from reg_diffusers import {kind}; pipeline = {kind}.from_pretrained("{output_dir}")')
     return "\n".join(lines)
 
 

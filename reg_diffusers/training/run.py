@@ -53,6 +53,7 @@ from .estimate import describe_needs, number_of_steps
 from .held_out import hold_out
 from .loading import Loaded, load_model_and_data
 from .metrics import check_logger
+from .notes import notes_on
 from .output import claim_output_dir, remove_earlier_run, write_settings
 from .preparation import Training, prepare
 from .preview import inference_steps
@@ -302,7 +303,10 @@ def open_run(launch: Launch) -> Run:
         data_and_model = data, loaded.images, settings.data.source, unet, noise_scheduler
         estimates = describe_needs(settings, state, data, given, unet, noise_scheduler, terms, computation, vae)
         held_out = loaded.held_out and loaded.held_out.describe()
-        described = describe(*data_and_model, loss, terms, on_data, estimates, lines, output.output_dir, held_out)
+        notes = notes_on(settings, given, data, unet, noise_scheduler)
+        described = describe(
+            *data_and_model, loss, terms, on_data, estimates, lines, output.output_dir, held_out, notes
+        )
         say(described)
     interruption = Interruption(state, output.max_train_time)
     loaded = replace(loaded, given=replace(given, unet=None))  # frees the network; each training loads its own
