@@ -117,6 +117,8 @@ class RegDDPMPipeline(ImageSpace, ConditionedNetwork, DiffusionPipeline):
         output_type: str = "pil",
         return_dict: bool = True,
         *,
+        height: int | None = None,
+        width: int | None = None,
         regularizers: Sequence[Regularizer] | Mapping[str, Regularizer] = (),
         class_labels: Tensor | Sequence[int | str] | int | str | None = None,
         condition: Tensor | None = None,
@@ -141,6 +143,9 @@ class RegDDPMPipeline(ImageSpace, ConditionedNetwork, DiffusionPipeline):
                 (B, C, H, W) after the last step, not clipped, not decoded and without units. Pictures are in [0, 1] as
                 "np" and "pt". Fields of a model with `normalization` are in their own units, see `views.Affine`.
             return_dict: return a `RegDDPMPipelineOutput`; otherwise (images, scores), and x0_hat with `return_x0_hat`.
+            height: height of the images in pixels; by default, that of the training. Networks trained on buckets suit
+                several sizes.
+            width: width of the images, likewise.
             regularizers: sequence or dictionary of losses that score the samples before clipping (fields: own units).
             class_labels: (B,) or one for all, as numbers or `class_names`, for a class-conditional network.
             condition: (B, K, H, W) or (1, K, H, W) in [-1, 1], for a network with K additional input channels.
@@ -165,29 +170,29 @@ class RegDDPMPipeline(ImageSpace, ConditionedNetwork, DiffusionPipeline):
             **kwargs: rejected.
 
         Raises:
-            ValueError: a number is out of range; the number of generators differs from batch_size; class labels, a
-                condition, a guidance_scale or texts do not suit the network; output_type is unknown or does not suit
-                the samples; a regularizer needs an argument that is not available, or two have the same name; a tensor
-                for the callback is unknown.
+            ValueError: a number is out of range; the number of generators differs from batch_size; the size, class
+                labels, a condition, a guidance_scale or texts do not suit the network; output_type is unknown or does
+                not suit the samples; a regularizer needs an argument that is not available, or two have the same name;
+                a tensor for the callback is unknown.
             TypeError: an argument is unknown.
         """
         batch_size = at_least_one("batch_size", batch_size)
         num_inference_steps = at_least_one("num_inference_steps", num_inference_steps)
         generator = checked_generator(generator, batch_size)
         check_output_type(output_type, self.image_shape[0])
-        view = self._view
+        size, view = self._size_of(height, width), self._view
         steering = Guidance(guidance, regularizer_scale, guidance_method, guidance_samples, view)
         guidance_scale = self.default_guidance_scale if guidance_scale is None else guidance_scale
         context, without = self._contexts(
-            batch_size, guidance_scale, class_labels=class_labels, condition=condition, **kwargs
+            batch_size, guidance_scale, size, class_labels=class_labels, condition=condition, **kwargs
         )
         regularizers = by_name(regularizers)
         check_needs([*regularizers.items(), *((term.name, term.regularizer) for term in steering.terms)], context)
         callback = StepCallback(callback_on_step_end, callback_on_step_end_tensor_inputs)
 
-        shape = (batch_size, self._channels, *self._size)
+        shape = (batch_size, self._channels, *size)
         sample = randn_tensor(shape, generator=generator, device=self._execution_device, dtype=self._sample_dtype)
-        self.set_timesteps(available_steps(self.scheduler, num_inference_steps, _logger.warning))
+        self.set_timesteps(available_steps(self.scheduler, num_inference_steps, _logger.warning), size)
         sample = sample * self.scheduler.init_noise_sigma if hasattr(self.scheduler, "init_noise_sigma") else sample
         step_kwargs = self._step_kwargs(generator, eta)
         wants_x0_hat = return_x0_hat or callback.wants("x0_hat")
@@ -217,8 +222,8 @@ class RegDDPMPipeline(ImageSpace, ConditionedNetwork, DiffusionPipeline):
             return (images, scores, trajectory) if return_x0_hat else (images, scores)
         return RegDDPMPipelineOutput(images=images, scores=scores, x0_hat=trajectory)
 
-    def set_timesteps(self, steps: int) -> None:
-        """Sets the timesteps of the scheduler for a number of steps."""
+    def set_timesteps(self, steps: int, size: tuple[int, int] | None = None) -> None:
+        """Sets the timesteps of the scheduler for a number of steps, and samples of a size that is not the usual."""
         self.scheduler.set_timesteps(steps)
 
     def with_parts(self, **parts) -> RegDDPMPipeline:

@@ -14,7 +14,9 @@ import pytest
 import torch
 from datasets import Dataset, Features, Image, Value
 from diffusers import AutoencoderTiny
+from in_processes import feed, run_script
 from runs import ROOT, differ, metrics, refusal, weights
+from tiny_pipelines import save_stable_diffusion
 
 from reg_diffusers.cli import main
 from reg_diffusers.regularizers import masked, threshold
@@ -37,6 +39,14 @@ def aligned(x0_hat, /, *, original_samples, mask, age, words, twin):
 
 aligned.needs = ("original_samples", "mask", "age", "words", "twin")
 inside = masked(total_variation)
+
+
+def of_all(x0_hat, /, *, mask, age, words, twin):
+    numbers = torch.tensor([float(text.removeprefix("brightness ")) for text in words])
+    return (mask * (x0_hat - twin).square()).flatten(1).mean(1) * age * numbers
+
+
+of_all.needs = ("mask", "age", "words", "twin")
 
 
 def similar(x0_hat, /, *, prompt):
@@ -183,6 +193,79 @@ def test_a_mask_of_half_the_size_is_accepted_and_fits(on, own):
     on("--train_data_dir", "photos", *ALIGNED)
     for original, mask, *_ in own().seen:
         assert ((mask > 0.5) == (original > 0)).all()
+
+
+def check_same_windows(seen, sizes):
+    """The mask and the twin of each picture are its own window; number and text are those of the whole picture."""
+    assert {original.shape[2:] for original, *_ in seen} == sizes
+    for original, mask, age, words, twin in seen:
+        torch.testing.assert_close(mask, (original[:, :1] + 1) / 2, rtol=0, atol=1e-6)
+        torch.testing.assert_close(twin, original[:, :1], rtol=0, atol=1e-6)
+        assert words == [f"brightness {value:.6f}" for value in age.tolist()]
+
+
+@pytest.mark.parametrize("streaming", [(), ("--streaming",)])
+def test_columns_have_the_random_window_of_their_picture(on, own, streaming):
+    write_folder(size=(21, 21))
+    on("--train_data_dir", "photos", *ALIGNED, *streaming, "--random_crop", "--random_flip")
+    check_same_windows(own().seen, {(16, 16)})
+    windows = {image.numpy().tobytes() for original, *_ in own().seen for image in original}
+    assert len(windows) > ROWS  # not the central ones alone
+
+
+def test_columns_are_in_the_buckets_of_their_pictures(on, own):
+    write_folder()
+    wide = [row for row in range(ROWS) if row % 2]
+    for row in wide:
+        for file in (f"photos/{row}.png", f"photos/areas/{row}.png"):
+            picture(row, (32, 8)).save(file)
+    on("--train_data_dir", "photos", *ALIGNED, "--random_flip", "--buckets", 8)
+    check_same_windows(own().seen, {(16, 16), (8, 32)})
+
+
+@pytest.mark.slow
+def test_columns_reach_the_loss_of_a_text_to_image_model(on, own, tmp_path):
+    pytest.importorskip("peft")
+    save_stable_diffusion("base", tmp_path / "scratch")
+    write_folder()
+    model = ("--pretrained_model_name_or_path", "base")
+    on(
+        "--train_data_dir",
+        "photos",
+        *ALIGNED,
+        "--random_flip",
+        "--caption_column",
+        "text",
+        "--lora_rank",
+        2,
+        model=model,
+    )
+    check_same_windows(own().seen, {(16, 16)})
+
+
+@pytest.mark.slow
+def test_two_processes_train_with_columns_as_one(folder, monkeypatch):
+    """By a loss whose value depends on all columns of an image; the noise belongs to the image."""
+    monkeypatch.chdir(folder)
+    write_folder()
+    (folder / "own_columns.py").write_text(LOSSES)
+    flags = (
+        "--train_data_dir",
+        "photos",
+        *ALIGNED,
+        "--resolution",
+        16,
+        "--max_train_steps",
+        2,
+        "--cache_dir",
+        "cache",
+    )
+    for number in (1, 2):
+        run = ("--train_batch_size", 4 // number, "--output_dir", number)
+        assert run_script(folder, *flags, *run, prepare=feed, number=number) == [0] * number
+    one, two = (weights(folder / str(number)) for number in (1, 2))
+    for name, value in one.items():
+        torch.testing.assert_close(two[name], value, rtol=1e-6, atol=1e-9)
 
 
 def test_without_a_mask_the_loss_sees_nothing_outside(on, own):

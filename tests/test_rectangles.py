@@ -9,10 +9,11 @@ import pytest
 import torch
 from runs import differ, metrics, refusal, weights
 
-from reg_diffusers import RegDDPMPipeline
+from reg_diffusers import RegDDPMPipeline, Term
 from reg_diffusers.cli import main
 from reg_diffusers.data.training_data import load_training_data
 from reg_diffusers.networks.build import load_given_model
+from reg_diffusers.regularizers import total_variation
 from reg_diffusers.settings import DataSettings, ModelSettings
 from reg_diffusers.settings.arguments import as_flags, parse_args
 from reg_diffusers.settings.size import as_setting, shown, sides
@@ -118,6 +119,39 @@ def test_conditioning_images_have_the_size_of_the_model(train, tmp_path):
     sample = ["sample", "--model", str(out), "--num_images", "1", "--num_inference_steps", "1", "--output", "drawn"]
     main([*sample, "--condition_dir", "conditions"])
     assert sizes(tmp_path / "drawn") == {(16, 8)}
+    main([*sample[:-1], "other", "--condition_dir", "conditions", "--size", "8x12"])
+    assert sizes(tmp_path / "other") == {(8, 12)}
+
+
+def test_another_size_can_be_drawn(train, photos, tmp_path, capsys):
+    out = train(*photos, "--resolution", "16x8", "--max_train_steps", 1)
+    pipeline = RegDDPMPipeline.from_pretrained(str(out))
+
+    def draw(**size):
+        generator = torch.Generator().manual_seed(3)
+        guidance = [Term(total_variation, 0.1)]
+        return pipeline(2, generator, 2, "pt", guidance=guidance, regularizers=[total_variation], **size).images
+
+    own, wide = draw(), draw(height=12, width=20)
+    assert torch.equal(own, draw(height=8)) and own.shape == (2, 1, 8, 16)
+    pipeline.unet.register_to_config(sample_size=(12, 20))
+    assert torch.equal(wide, draw()) and wide.shape == (2, 1, 12, 20)
+    for size, message in (
+        ({"height": 9}, "height 9, width 20: both must be multiples of 2"),
+        ({"width": 0}, "width must"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            draw(**size)
+    sample = ["sample", "--model", str(out), "--num_images", "1", "--num_inference_steps", "1", "--output", "drawn"]
+    main([*sample, "--size", "20x12"])
+    assert sizes(tmp_path / "drawn") == {(20, 12)}
+    for size, message in (
+        ("16x8", "size 20x12 instead of 16x8"),
+        ("20x9", "--size 20x9: height 9, width 20: both must"),
+    ):
+        with pytest.raises(SystemExit, match="2"):
+            main([*sample, "--size", size])
+        assert message in capsys.readouterr().err
 
 
 def test_latents_of_rectangles(train, photos, capsys):
@@ -127,6 +161,9 @@ def test_latents_of_rectangles(train, photos, capsys):
     out = train(*photos, "--vae", "vae", "--resolution", "16x8", "--max_train_steps", 1)
     pipeline = RegDDPMPipeline.from_pretrained(str(out))
     assert pipeline.image_shape == (3, 8, 16) and pipeline._size == (4, 8)
+    assert pipeline(num_inference_steps=1, height=16, width=12).images[0].size == (12, 16)
+    with pytest.raises(ValueError, match="height 16, width 14: both must be multiples of 4"):
+        pipeline(height=16, width=14)
     message = refusal(
         train, capsys, *photos, "--vae", "vae", "--resolution", "16x7", "--max_train_steps", 1, output="other"
     )
@@ -134,9 +171,6 @@ def test_latents_of_rectangles(train, photos, capsys):
 
 
 def test_losses_guide_rectangles(train, photos):
-    from reg_diffusers import Term
-    from reg_diffusers.regularizers import total_variation
-
     pipeline = RegDDPMPipeline.from_pretrained(str(train(*photos, "--resolution", "16x8", "--max_train_steps", 1)))
     images = pipeline(
         batch_size=2, num_inference_steps=2, guidance=[Term(total_variation, weight=1.0)], output_type="pt"

@@ -39,14 +39,15 @@ def test_every_family_draws_the_image_of_its_pipeline_in_diffusers(save, tmp_pat
     stock = DiffusionPipeline.from_pretrained(save(tmp_path / "base", tmp_path / "scratch"))
     stock.scheduler = fast_scheduler(stock.scheduler)
     stock.set_progress_bar_config(disable=True)
-    pipeline, size = wrapped(stock, height=16, width=16), {"height": 16, "width": 16}
+    pipeline, of_both = wrapped(stock), {"height": 16, "width": 24}
+    size = dict(of_both)
     if t5 := {"StableDiffusion3Pipeline": "tokenizer_3", "FluxPipeline": "tokenizer_2"}.get(type(stock).__name__):
         size["max_sequence_length"] = getattr(stock, t5).model_max_length  # shorter than usual
     for texts in ({}, {"guidance_scale": 2.0}):
         expected = draw(stock, prompt="a cat", **size, **texts)
-        np.testing.assert_allclose(draw(pipeline, prompt="a cat", **texts), expected, atol=2e-5)
+        np.testing.assert_allclose(draw(pipeline, prompt="a cat", **of_both, **texts), expected, atol=2e-5)
     steer = [Term(total_variation, 50.0, weighting=constant)]
-    assert np.abs(draw(pipeline, prompt="a cat", guidance=steer, **texts) - expected).max() > 1e-3
+    assert np.abs(draw(pipeline, prompt="a cat", guidance=steer, **of_both, **texts) - expected).max() > 1e-3
 
 
 @pytest.fixture

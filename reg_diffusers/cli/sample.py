@@ -10,6 +10,7 @@ from pathlib import Path
 
 from ..runtime.messages import say
 from ..settings.flag_values import positive_int
+from ..settings.size import resolution, sides
 from .model import add_model_flag, load_pipeline
 from .sampling_flags import add_machine_flags, add_sampler_flags, add_units_flag
 
@@ -18,7 +19,17 @@ __all__ = ["add_parser", "run"]
 # With the gradient through the network, the same effect needs a larger scale.
 _GUIDANCE_SCALES = {"mpgd": 0.05, "dps": 2.0, "lgd": 2.0}
 _OF_THE_PICTURES = (
-    *("model", "num_images", "num_inference_steps", "scheduler", "seed", "class_labels", "condition_dir", "guidance"),
+    *(
+        "model",
+        "num_images",
+        "size",
+        "num_inference_steps",
+        "scheduler",
+        "seed",
+        "class_labels",
+        "condition_dir",
+        "guidance",
+    ),
     *("prompts", "negative_prompt"),
     *("regularizer_scale", "guidance_method", "guidance_scale", "reg_units", "mixed_precision"),
 )
@@ -48,6 +59,12 @@ def add_parser(subparsers) -> argparse.ArgumentParser:
         default="samples",
         metavar="PATH",
         help="a folder, for 000000.png and so on, or an .npz file (default: %(default)s)",
+    )
+    add(
+        "--size",
+        type=resolution,
+        metavar="SIZE",
+        help="size of the images, a side or WIDTHxHEIGHT such as 256x192 (default: that of the training)",
     )
     add_sampler_flags(parser)
     add(
@@ -162,6 +179,7 @@ def _sampler(args: argparse.Namespace, pipeline):
         scheduler=args.scheduler or next(iter(fitting_samplers(pipeline))),
         num_inference_steps=args.num_inference_steps,
         seed=args.seed,
+        size=args.size,
         class_labels=tuple(labels),
         prompts=tuple(args.prompts or ()),
         negative_prompt=args.negative_prompt,
@@ -217,7 +235,8 @@ def _conditions(args: argparse.Namespace, pipeline):
             f"--condition_dir supports images of 1 or 3 channels, but the condition of this model has {channels}: use"
             " RegDDPMPipeline in Python"
         )
-    return ConditionFolder(Path(args.condition_dir), pipeline.image_shape[1:], channels)
+    size = pipeline.image_shape[1:] if args.size is None else sides(args.size)
+    return ConditionFolder(Path(args.condition_dir), size, channels)
 
 
 def _store(args: argparse.Namespace, sampler):

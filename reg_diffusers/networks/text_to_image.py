@@ -165,15 +165,15 @@ class RegTextToImagePipeline(LatentPipeline):
         """
         raise ValueError("upload the folder of a run by hf upload, or train with --push_to_hub")
 
-    def set_timesteps(self, steps: int) -> None:
+    def set_timesteps(self, steps: int, size: tuple[int, int] | None = None) -> None:
         """As in `RegDDPMPipeline`, with the shift for the size of the image that some schedules need."""
         config = self.scheduler.config
         if not config.get("use_dynamic_shifting"):
-            super().set_timesteps(steps)
+            super().set_timesteps(steps, size)
             return
         lengths, shifts = ([config[f"{which}_{what}"] for which in ("base", "max")] for what in _SHIFTS)
         slope = (shifts[1] - shifts[0]) / (lengths[1] - lengths[0])
-        tokens = math.prod(self._size) // _PATCH**2
+        tokens = math.prod(size or self._size) // _PATCH**2
         shift = shifts[0] + slope * (tokens - lengths[0])
         self.scheduler.set_timesteps(sigmas=np.linspace(1, 1 / steps, steps), mu=shift)  # as FluxPipeline
 
@@ -195,10 +195,15 @@ class RegTextToImagePipeline(LatentPipeline):
         factor = downsampling(self.vqvae)
         return tuple(side // factor for side in self._sides)
 
+    @property
+    def _multiple(self) -> int:
+        return self._family.multiple(self.unet.config)
+
     def _contexts(
         self,
         batch_size: int,
         guidance_scale: float | None,
+        size: tuple[int, int] | None = None,
         *,
         class_labels=None,
         condition=None,

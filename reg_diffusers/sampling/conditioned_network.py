@@ -78,14 +78,21 @@ class ConditionedNetwork:
         return getattr(self.unet.config, "num_class_embeds", None)
 
     def _contexts(
-        self, batch_size: int, guidance_scale: float | None, *, class_labels=None, condition=None, **kwargs
+        self,
+        batch_size: int,
+        guidance_scale: float | None,
+        size: tuple[int, int] | None = None,
+        *,
+        class_labels=None,
+        condition=None,
+        **kwargs,
     ) -> tuple[dict[str, Tensor], dict[str, Tensor] | None]:
-        """Returns the conditions of the network by name, and those of the unconditional call.
+        """Returns the conditions of the network by name, and those of the unconditional call, for samples of a size.
 
         The latter are None if the call is not needed, because guidance_scale is 1 or None.
         """
         refuse_keywords(kwargs)
-        device, shape = self._execution_device, (self.condition_channels, *self._size)
+        device, shape = self._execution_device, (self.condition_channels, *(size or self._size))
         labels = checked_class_labels(class_labels, self.num_classes, batch_size, device, self.config.class_names)
         condition = checked_condition(condition, shape, batch_size, device)
         given = {"class_labels": labels, "condition": condition}

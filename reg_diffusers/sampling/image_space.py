@@ -8,6 +8,7 @@ from torch import Tensor
 from ..autoencoder import downsampling, encoded
 from ..prediction import image_channels
 from ..views import Affine, DecodedImage
+from .call_inputs import at_least_one
 
 __all__ = ["ImageSpace"]
 
@@ -34,6 +35,33 @@ class ImageSpace:
             return self._channels, *self._size
         factor = downsampling(self.vqvae)
         return self.vqvae.config.out_channels, *(factor * side for side in self._size)
+
+    def _size_of(self, height: int | None = None, width: int | None = None) -> tuple[int, int]:
+        """Returns the height and width of the samples for images of this size in pixels; None: that of the network.
+
+        Raises:
+            ValueError: the network cannot draw images of this size.
+        """
+        factor = 1 if self.vqvae is None else downsampling(self.vqvae)
+        own, given = self._size, {"height": height, "width": width}
+        asked = [
+            factor * side if given[name] is None else at_least_one(name, given[name])
+            for name, side in zip(given, own, strict=True)
+        ]
+        if asked == [factor * side for side in own]:
+            return own
+        named = f"height {asked[0]}, width {asked[1]}"
+        if self._multiple is None:
+            raise ValueError(f"{named}: this network draws images of {factor * own[0]} x {factor * own[1]} only")
+        if any(side % (factor * self._multiple) for side in asked):
+            raise ValueError(f"{named}: both must be multiples of {factor * self._multiple} for this network")
+        return tuple(side // factor for side in asked)
+
+    @property
+    def _multiple(self) -> int | None:
+        """What the sides of samples must be multiples of; None for a network of one size."""
+        channels = self.unet.config.get("block_out_channels")
+        return channels and 2 ** (len(channels) - 1)
 
     @property
     def _channels(self) -> int:

@@ -16,6 +16,7 @@ from diffusers.utils import logging
 from torch import Tensor, nn
 
 from ..pipeline import RegDDPMPipeline
+from ..settings.size import sides
 from ..specs import load_regularizer
 from ..term import Term, needs_of
 from ..views import Affine
@@ -99,6 +100,7 @@ class Sampler:
         self.is_field = normalization is not None or settings.output_type == "latent"
         self.is_picture = not self.is_field and self._pipeline.image_shape[0] in (1, 3, 4)
         self.white = pipeline.config.white or 255
+        self._check_size()
         self._check_steps()
         self._check_class_labels()
         self._check_condition()
@@ -127,6 +129,7 @@ class Sampler:
             [torch.Generator().manual_seed(settings.seed + index) for index in indices],
             settings.num_inference_steps,
             settings.output_type,
+            **self._size,
             **self._conditions_of(indices),
             guidance_scale=settings.guidance_scale,
             guidance=self._guidance,
@@ -175,6 +178,17 @@ class Sampler:
             raise ValueError(f"guidance {spec} needs {', '.join(missing)}, which samples of this model lack")
         is_in_model_units = self._pipeline.config.normalization and self.settings.reg_units == "model"
         return Term(regularizer, 1.0, name=spec, view=Affine(1.0) if is_in_model_units else None)
+
+    @property
+    def _size(self) -> dict[str, int]:
+        size = self.settings.size
+        return {} if size is None else dict(zip(("height", "width"), sides(size), strict=True))
+
+    def _check_size(self) -> None:
+        try:
+            self._pipeline._size_of(**self._size)
+        except ValueError as error:
+            raise ValueError(f"size {self.settings.size}: {error}") from error
 
     def _check_steps(self) -> None:
         steps = self.settings.num_inference_steps

@@ -21,6 +21,7 @@ class SampleSettings:
         scheduler: a name from `schedulers.fitting_samplers`.
         num_inference_steps: network calls per sample.
         seed: the noise of sample i comes from `torch.Generator().manual_seed(seed + i)`.
+        size: size of the images in pixels, see `settings.size`; None for that of the model.
         class_labels: sample i has the class `class_labels[i % n]`; empty for a network without classes.
         condition_sha256: a hash of the n conditioning images; sample i uses image i % n. "" without conditions.
         prompts: sample i has the text `prompts[i % n]`; empty for a network that takes no texts.
@@ -39,6 +40,7 @@ class SampleSettings:
     scheduler: str
     num_inference_steps: int
     seed: int = 0
+    size: int | str | None = None
     class_labels: tuple[int, ...] = ()
     condition_sha256: str = ""
     prompts: tuple[str, ...] = ()
