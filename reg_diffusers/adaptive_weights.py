@@ -72,6 +72,11 @@ class AdaptiveWeights(nn.Module):
             for name in ("units", "multipliers", "weights"):
                 self.register_buffer(name, torch.zeros(number))
 
+    @property
+    def has_rules(self) -> bool:
+        """Whether a rule sets the weight of a term."""
+        return bool(self._terms)
+
     def current(self) -> dict[str, float | Tensor]:
         """Returns the weight of each term by name, before its schedule: a number, or a scalar on the device."""
         found = dict(zip(self._terms, self.weights.clone(), strict=True)) if self._terms else {}
@@ -91,7 +96,7 @@ class AdaptiveWeights(nn.Module):
             ValueError: original_samples are missing, or a target is relative and L' of the data is not above 0.
         """
         is_training = self.training and torch.is_grad_enabled() and prediction.model_output.requires_grad
-        if not (self._terms and is_training):
+        if not is_training:
             return
         if prediction.original_samples is None:
             names = ", ".join(self._terms)

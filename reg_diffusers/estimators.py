@@ -26,8 +26,8 @@ import torch
 from torch import Tensor
 
 from .context import cut, unwrap
+from .precision import input_dtype
 from .prediction import (
-    input_dtype,
     model_output_for,
     noise_level,
     predict_original_sample,

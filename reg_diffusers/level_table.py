@@ -7,18 +7,47 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from .precision import version_of
 from .schedule import has_fixed_levels
 
 __all__ = ["levels_at", "looked_up"]
 
 
-# By scheduler and device: the table, and what it was computed from.
-_TABLES: weakref.WeakKeyDictionary[Any, dict[torch.device, tuple[Tensor, tuple]]] = weakref.WeakKeyDictionary()
+@dataclass(frozen=True)
+class _Table:
+    """Noise levels of a schedule, and what they were computed from, which a scheduler replaces to change it.
+
+    Attributes:
+        levels: (K, T).
+        config, alpha_bar, schedule: those of the scheduler.
+        version: number of changes of alpha_bar in place, by others.
+    """
+
+    levels: Tensor
+    config: Any
+    alpha_bar: Tensor
+    schedule: Tensor | None
+    version: int
+
+    def is_of(self, scheduler) -> bool:
+        """Whether the scheduler is still as it was."""
+        alpha_bar = scheduler.alphas_cumprod
+        return (
+            alpha_bar is self.alpha_bar
+            and version_of(alpha_bar) == self.version
+            and scheduler.config is self.config
+            and getattr(scheduler, "timesteps", None) is self.schedule
+        )
+
+
+# By scheduler and device.
+_TABLES: weakref.WeakKeyDictionary[Any, dict[torch.device, _Table]] = weakref.WeakKeyDictionary()
 
 
 def looked_up(scheduler, timesteps) -> tuple[Tensor, ...] | None:
@@ -62,16 +91,22 @@ def levels_at(scheduler, timesteps: Tensor, compute: Callable[[Tensor], Tensor])
         device = timesteps.device
         with torch.inference_mode(False), torch.no_grad():
             levels = compute(torch.arange(len(scheduler.alphas_cumprod), device=device))
-        _TABLES.setdefault(scheduler, {})[device] = levels, _source(scheduler)
+        alpha_bar, schedule = scheduler.alphas_cumprod, getattr(scheduler, "timesteps", None)
+        table = _Table(levels, scheduler.config, alpha_bar, schedule, version_of(alpha_bar))
+        _TABLES.setdefault(scheduler, {})[device] = table
     return levels.index_select(1, timesteps.long()).unbind(0)
 
 
 def _table(scheduler, timesteps: Tensor) -> Tensor | None:
     """Returns the table of the scheduler on the device of the timesteps, (K, T); None if it must be made."""
-    if torch.compiler.is_compiling() or timesteps.is_meta or not _is_key(scheduler):
+    if torch.compiler.is_compiling() or timesteps.is_meta:
         return None
-    levels, source = _TABLES.get(scheduler, {}).get(timesteps.device, (None, ()))
-    return None if levels is None or not _is_source(source, scheduler) else levels
+    try:
+        tables = _TABLES.get(scheduler)
+    except TypeError:  # it cannot be a key
+        return None
+    table = None if tables is None else tables.get(timesteps.device)
+    return table.levels if table is not None and table.is_of(scheduler) else None
 
 
 def _is_key(scheduler) -> bool:
@@ -80,15 +115,3 @@ def _is_key(scheduler) -> bool:
     except TypeError:  # such as a SimpleNamespace
         return False
     return True
-
-
-def _source(scheduler) -> tuple:
-    """Returns what a table is computed from; `config` and the tensors are replaced by a scheduler, not changed."""
-    alpha_bar = scheduler.alphas_cumprod
-    version = 0 if alpha_bar.is_inference() else alpha_bar._version  # of changes in place by others
-    return scheduler.config, alpha_bar, getattr(scheduler, "timesteps", None), version
-
-
-def _is_source(source: tuple, scheduler) -> bool:
-    *objects, version = _source(scheduler)
-    return version == source[-1] and all(one is other for one, other in zip(objects, source[:-1], strict=True))

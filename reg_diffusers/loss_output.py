@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-__all__ = ["LossOutput", "Records", "alias"]
+__all__ = ["Denoising", "LossOutput", "Records", "alias"]
 
 
 class Records(Mapping):
@@ -37,9 +38,19 @@ class Records(Mapping):
     def __repr__(self) -> str:
         return repr(dict(self))
 
-    def with_first(self, name: str, make: Callable[[], Tensor]) -> Records:
-        """Returns these records behind another one."""
-        return Records({name: make, **{key: lambda key=key: self[key] for key in self}})
+
+class Denoising(NamedTuple):
+    """The denoising loss of a batch.
+
+    Attributes:
+        loss: scalar.
+        per_image: computes its value for each image, (B,), detached.
+        count: number of images in the mean.
+    """
+
+    loss: Tensor
+    per_image: Callable[[], Tensor]
+    count: int
 
 
 @dataclass(frozen=True)

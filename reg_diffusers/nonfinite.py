@@ -54,7 +54,10 @@ class NonFiniteGuard:
             places: (n,) positions of the images in the batch; None: all.
         """
         key = threading.get_ident(), name
-        before = self._last[key].in_a_row if key in self._last else 0
+        last = self._last.get(key)
+        if last is None:
+            self._count(name, torch.zeros((), dtype=torch.long, device="cpu"))
+        before = 0 if last is None else last.in_a_row
         self._last[key] = call = GuardedCall(name, timesteps, places, before, self._count)
         return call
 
@@ -92,12 +95,9 @@ class NonFiniteGuard:
                 self._warned.add(name)
                 warnings.warn(f"an image without finite L' was left out of {name!r}; {remedy}", stacklevel=6)
 
-    def _count(self, name: str, images: Tensor | None) -> None:
+    def _count(self, name: str, images: Tensor) -> None:
         with _COUNTING:
-            if images is not None:
-                self.dropped[name] = self.dropped.get(name, 0) + images
-            elif name not in self.dropped:
-                self.dropped[name] = torch.zeros((), dtype=torch.long, device="cpu")
+            self.dropped[name] = self.dropped.get(name, 0) + images
 
 
 class GuardedCall:
@@ -108,7 +108,7 @@ class GuardedCall:
         timesteps: (B,) timesteps of the batch.
         places: (n,) positions of the images in the batch; None: all.
         before: number of consecutive non-finite steps before this one, a number or a scalar tensor.
-        count: `count(name, images)`, called with the number of dropped images, a scalar tensor; None for none.
+        count: `count(name, images)`, called with the number of dropped images, a scalar tensor.
 
     Attributes:
         timesteps: as given.
@@ -123,7 +123,7 @@ class GuardedCall:
         timesteps: Tensor,
         places: Tensor | None,
         before: Tensor | int,
-        count: Callable[[str, Tensor | None], None],
+        count: Callable[[str, Tensor], None],
     ):
         self.timesteps = timesteps
         self.places = places
@@ -138,8 +138,7 @@ class GuardedCall:
     @property
     def waits(self) -> bool:
         """Whether reading the counts waits for an accelerator."""
-        counts = (self.in_a_row, self.before)
-        return any(isinstance(count, Tensor) and count.device.type != "cpu" for count in counts)
+        return _is_elsewhere(self.in_a_row) or _is_elsewhere(self.before)
 
     def drop_values(self, values: Tensor, given: Callable[[], Tensor | None]) -> tuple[Tensor, Tensor]:
         """Replaces non-finite values of L', (n,): by 0, and in a second, detached tensor by nan.
@@ -154,7 +153,6 @@ class GuardedCall:
         self._find_given = given
         detached = values.detach()
         if _are_known_finite(detached):
-            self._count(self._name, None)
             self.in_a_row = 0
             return values, detached
         bad = ~detached.isfinite()
@@ -240,6 +238,10 @@ class ViewGuard:
 def finite_images(images: Tensor) -> Tensor | None:
     """Whether all values of each image are finite, (n,); None if that is known of all, at once and without waiting."""
     return None if _are_known_finite(images) else are_finite(images)
+
+
+def _is_elsewhere(count: Tensor | int) -> bool:
+    return isinstance(count, Tensor) and count.device.type != "cpu"
 
 
 def _are_known_finite(values: Tensor) -> bool:

@@ -15,7 +15,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import replace
 
 import torch
 import torch.nn.functional as F
@@ -24,13 +23,12 @@ from torch import Tensor, nn
 from .context import unwrap
 from .estimators import Prediction
 from .inputs import one_per_image, refuse_unknown
-from .loss_output import LossOutput, alias
-from .precision import full_precision
+from .loss_output import Denoising, LossOutput, alias
+from .precision import full_precision, input_dtype, version_of
 from .prediction import (
     NoiseLevel,
     add_noise,
     factors_like,
-    input_dtype,
     noise_level,
     output_weight,
     prediction_target,
@@ -43,7 +41,7 @@ from .prediction import (
 )
 from .regularization import X0Regularization
 from .schedule import FirstTimesteps, is_affine, is_edm, unit_of_time
-from .term import Term, TermError, version_of
+from .term import Term, TermError
 
 __all__ = ["LossOutput", "RegularizedLoss", "Term", "TermError", "X0Regularization", "draw_timesteps"]
 __all__ += ["timesteps_of_training"]
@@ -139,52 +137,47 @@ class RegularizedLoss(nn.Module):
             TermError: a regularizer, weighting, view or estimator violates its contract.
             FloatingPointError: L' was non-finite for `max_nonfinite_steps` steps in a row.
         """
-        refuse_unknown(context, self.regularization.terms)
+        regularization, scheduler = self.regularization, self.scheduler
+        refuse_unknown(context, regularization.terms)
         batch_size = original_samples.shape[0]
         if noise is None:
             noise = torch.randn_like(original_samples)
         if timesteps is None:
-            timesteps = draw_timesteps(self.scheduler, batch_size)
+            timesteps = draw_timesteps(scheduler, batch_size)
         timesteps = one_per_image(timesteps, batch_size)
-        self._first_timesteps.check(self.scheduler, timesteps)
-        level = noise_level(self.scheduler, timesteps)
-        at = factors_like(self.scheduler, level, original_samples)
-        noisy_samples = add_noise(self.scheduler, original_samples, noise, at)
-        model_input = scale_model_input(self.scheduler, noisy_samples, at)
+        self._first_timesteps.check(scheduler, timesteps)
+        level = noise_level(scheduler, timesteps)
+        at = factors_like(scheduler, level, original_samples)
+        noisy_samples = add_noise(scheduler, original_samples, noise, at)
+        model_input = scale_model_input(scheduler, noisy_samples, at)
         on_device = timesteps.to(original_samples.device, non_blocking=True)
         model_input = model_input.to(input_dtype(model, original_samples))
         model_output = alias(tensor_of(model(model_input, on_device, **unwrap(model_kwargs or {}))))
-        target = prediction_target(self.scheduler, original_samples, noise, at)
-        in_training = self.regularization.in_training(level)
+        target = prediction_target(scheduler, original_samples, noise, at)
+        in_training = regularization.in_training(level)
         if self.loss_weighting is not None:
-            in_training = replace(level, denoising_weight=level.denoising_weight * self.loss_weighting(level))
-        denoising, per_image = self._denoising(model_output, target, level, in_training)
+            in_training = level.weighted_by(level.denoising_weight * self.loss_weighting(level))
+        denoising = self._denoising(model_output, target, level, in_training)
         prediction = Prediction(
-            self.scheduler, model_output, timesteps, noisy_samples, model, model_kwargs, noise, original_samples
+            scheduler, model_output, timesteps, noisy_samples, model, model_kwargs, noise, original_samples
         )
         context["original_samples"] = original_samples
         with self.section():
-            extra = self.regularization.at_level(
+            return regularization.at_level(
                 in_training,
                 prediction,
                 context,
+                denoising=denoising,
                 # Timesteps may be more precise than the float32 of a noise level.
                 at=None if noisy_samples.dtype == torch.float64 else at,
                 image_mask=image_mask,
                 training_step=training_step,
             )
-        return replace(
-            extra,
-            loss=denoising + extra.loss if extra.terms else denoising,
-            terms={"denoising": denoising, **extra.terms},
-            per_image=extra.per_image.with_first("denoising", per_image),
-            counts={"denoising": batch_size, **extra.counts},
-        )
 
     def _denoising(
         self, model_output: Tensor, target: Tensor, level: NoiseLevel, in_training: NoiseLevel
-    ) -> tuple[Tensor, Callable[[], Tensor]]:
-        """Computes the denoising loss, a scalar, and a function for its value of each image, (B,), detached.
+    ) -> Denoising:
+        """Computes the denoising loss.
 
         Min-SNR, `loss_weighting` and an `AffineSchedule` have weights of their own; else the weight is 1 and not
         multiplied.
@@ -199,11 +192,12 @@ class RegularizedLoss(nn.Module):
         target = target.to(model_output.dtype)
         is_weighted = self.snr_gamma is not None or self.loss_weighting is not None
         if not is_weighted and not (is_affine(self.scheduler) and self.scheduler.denoising_weight):
-            return F.mse_loss(model_output, target), _errors_later(model_output, target)
+            count = target.shape[0]
+            return Denoising(F.mse_loss(model_output, target), _errors_later(model_output, target), count)
         weights = in_training.denoising_weight / output_weight(self.scheduler, level)
         squared_error = F.mse_loss(model_output, target, reduction="none").flatten(1).mean(1)
         per_image = weights.to(squared_error, non_blocking=True) * squared_error
-        return per_image.mean(), per_image.detach
+        return Denoising(per_image.mean(), per_image.detach, per_image.shape[0])
 
 
 def _errors_later(model_output: Tensor, target: Tensor) -> Callable[[], Tensor]:

@@ -34,7 +34,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from .learned_variance import image_channels, learns_variance, output_for_step, without_learned_variance
 from .level_table import levels_at, looked_up
@@ -79,6 +79,10 @@ class NoiseLevel:
     sigma: Tensor
     snr: Tensor
     denoising_weight: Tensor
+
+    def weighted_by(self, denoising_weight: Tensor) -> NoiseLevel:
+        """Returns the same noise levels with another weight of the denoising loss, (B,)."""
+        return NoiseLevel(self.timesteps, self.alpha, self.sigma, self.snr, denoising_weight)
 
 
 def noise_level(scheduler, timesteps) -> NoiseLevel:
@@ -271,13 +275,20 @@ def factors_like(scheduler, timesteps, sample: Tensor) -> Factors:
     """
     if isinstance(timesteps, Factors):
         return timesteps
-    return _shaped(scheduler, _level_of(scheduler, timesteps, sample), sample)
+    level, shape = _level_of(scheduler, timesteps, sample), (-1,) + (1,) * (sample.ndim - 1)
+    dtype = full_precision(sample.dtype)
+
+    def like(factor: Tensor) -> Tensor:
+        return factor.to(sample.device, dtype, non_blocking=True).reshape(shape)
+
+    time = like(level.timesteps) if is_affine(scheduler) else None
+    return Factors(time, like(level.alpha), like(level.sigma))
 
 
-def _level_of(scheduler, timesteps, sample: Tensor) -> Factors:
+def _level_of(scheduler, timesteps, sample: Tensor) -> Factors | NoiseLevel:
     """Returns the factors of each image, (B,) or (1,)."""
     if isinstance(timesteps, NoiseLevel):
-        level = Factors(timesteps.timesteps, timesteps.alpha, timesteps.sigma)
+        level = timesteps
     elif (parts := looked_up(scheduler, timesteps)) is not None:
         level = Factors(*parts[:3])
     else:
@@ -288,18 +299,6 @@ def _level_of(scheduler, timesteps, sample: Tensor) -> Factors:
     if (count := level.timesteps.shape[0]) not in (1, sample.shape[0]):
         raise ValueError(f"{count} timesteps for a batch of {len(sample)}: pass one per image, or a scalar")
     return level
-
-
-def _shaped(scheduler, level: Factors, sample: Tensor) -> Factors:
-    """Returns the factors in a shape that broadcasts against images, in their precision and on their device."""
-    shape = (-1,) + (1,) * (sample.ndim - 1)
-    dtype = full_precision(sample.dtype)
-
-    def like(factor: Tensor) -> Tensor:
-        return factor.to(sample.device, dtype, non_blocking=True).reshape(shape)
-
-    time = like(level.timesteps) if is_affine(scheduler) else None
-    return Factors(time, like(level.alpha), like(level.sigma))
 
 
 def tensor_of(model_result) -> Tensor:
@@ -320,12 +319,6 @@ def tensor_of(model_result) -> Tensor:
         kind = type(model_result).__name__
         raise TypeError(f"model_output must be a tensor, a tuple with one first, or a diffusers output, not {kind}")
     return first
-
-
-def input_dtype(model, sample: Tensor) -> torch.dtype:
-    """Returns the dtype of the network's input: that of its weights, or of the images if it has no weights."""
-    weights = model.parameters() if isinstance(model, nn.Module) else ()
-    return next((weight.dtype for weight in weights if weight.is_floating_point()), sample.dtype)
 
 
 def refuse_zero_terminal_snr(scheduler) -> None:

@@ -22,13 +22,13 @@ from .description import describe
 from .estimators import Prediction, calls_model, mean_of_draws, one_step
 from .frozen import FrozenNetworks
 from .inputs import checked_loss_weight, handed_over, refuse_unknown, weightings_of
-from .loss_output import LossOutput, Records, alias
+from .loss_output import Denoising, LossOutput, Records, alias
 from .nonfinite import NonFiniteGuard
 from .parameterization import Factors
 from .precision import full_precision
 from .prediction import NoiseLevel, noise_level, output_weight
-from .seeding import SeedGuard, random_states
-from .shown import Shown, by_draw, show
+from .seeding import SeedGuard
+from .shown import Shown, by_draw, sharing, show
 from .term import Term, checked_terms, checked_values
 from .watching import Watched, watched
 from .weight_schedules import factors_of
@@ -80,6 +80,8 @@ class X0Regularization(nn.Module):
         self.networks = FrozenNetworks(part for part in parts if isinstance(part, nn.Module))
         self.adaptive = AdaptiveWeights(self.terms)
         self.nonfinite = NonFiniteGuard(max_nonfinite_steps, views={term.name: term.view for term in self.terms})
+        self._sharing = sharing(self.terms)
+        self._separate = tuple(term.name for term in self.terms if calls_model(term.estimator))
         self._seeding = SeedGuard()
         self._tried: set[str] = set()  # terms whose first call had the additional checks
         self._warned = False
@@ -219,6 +221,7 @@ class X0Regularization(nn.Module):
         prediction: Prediction,
         context: dict,
         *,
+        denoising: Denoising | None = None,
         at: Factors | None = None,
         image_mask: Tensor | None = None,
         is_image: bool = False,
@@ -230,40 +233,50 @@ class X0Regularization(nn.Module):
             level: noise level of the timesteps, (B,).
             prediction: for the whole batch; with `is_image`, its model_output is x0_hat.
             context: at least the arguments in the regularizers' `needs`.
+            denoising: the denoising loss, to be the first part of the output; None if the loop has it.
             at: the same noise level in the shape of the images; None: computed from the timesteps.
             image_mask, training_step: as in `forward`.
             is_image: whether the loop passed x0_hat instead of the model output.
         """
         factors = factors_of(self.terms, training_step)
-        extra = {"timesteps": prediction.timesteps, "noise": prediction.noise}
-        context = {**context, **{name: value for name, value in extra.items() if value is not None}}
+        context = {**context, "timesteps": prediction.timesteps}
+        if prediction.noise is not None:
+            context["noise"] = prediction.noise
         dtype = full_precision(prediction.model_output.dtype)
         lambdas = weightings_of(self.terms, level, image_mask, factors)
-        shown = show(self.terms, lambdas, prediction, context, at=at, is_image=is_image, tried=self._tried)
+        shown = show(self._sharing, lambdas, prediction, context, at=at, is_image=is_image, tried=self._tried)
         terms, per_image, counts = {}, {}, {}
+        if denoising is not None:
+            terms["denoising"], per_image["denoising"], counts["denoising"] = denoising
         for term in self.terms:
             name, weights = term.name, lambdas[term.name]
             counts[name] = term.images_in_mean(weights, image_mask)
             total, per_image[name] = self._sum(term, weights, shown[name], context, prediction.timesteps)
             terms[name] = (total / counts[name]).to(dtype)
         self.nonfinite.check()
-        loss = None if terms else torch.zeros((), dtype=dtype, device=prediction.model_output.device)
-        output = LossOutput(
-            loss=loss,  # with terms: set below
-            terms=terms,
-            per_image=Records(per_image),
-            weightings=lambdas,
-            snr=level.snr,
-            model_output=prediction.model_output,
-            counts=counts,
-            separate=tuple(term.name for term in self.terms if calls_model(term.estimator)),
-            factors=factors,
-        )
-        self.adaptive.update(output, prediction, level, context, is_image)
-        weights = {name: weight * factors.get(name, 1) for name, weight in self.adaptive.current().items()}
-        for name, value in terms.items():
-            loss = weights[name] * value if loss is None else loss + weights[name] * value
-        return replace(output, loss=loss, weights=weights)
+        parts = {
+            "terms": terms,
+            "per_image": Records(per_image),
+            "weightings": lambdas,
+            "snr": level.snr,
+            "model_output": prediction.model_output,
+            "counts": counts,
+            "separate": self._separate,
+            "factors": factors,
+        }
+        adaptive = self.adaptive
+        if adaptive.has_rules:
+            adaptive.update(LossOutput(None, **parts), prediction, level, context, is_image)
+        weights = {name: weight * factors.get(name, 1) for name, weight in adaptive.current().items()}
+        loss = None
+        for term in self.terms:
+            weighted = weights[term.name] * terms[term.name]
+            loss = weighted if loss is None else loss + weighted
+        if denoising is not None:
+            loss = denoising.loss if loss is None else denoising.loss + loss
+        elif loss is None:
+            loss = torch.zeros((), dtype=dtype, device=prediction.model_output.device)
+        return LossOutput(loss, weights=weights, **parts)
 
     def noise_level(self, timesteps, loss_weight: Tensor | float | None = None, is_image: bool = False) -> NoiseLevel:
         """Computes the noise level of each timestep, (B,), with the weight of this training's denoising loss.
@@ -285,13 +298,13 @@ class X0Regularization(nn.Module):
             raise ValueError("loss_weight and snr_gamma both specify the weight of the denoising loss: pass only one")
         loss_weight = checked_loss_weight(loss_weight, level)
         of_output = torch.ones_like(level.snr) if is_image else output_weight(self.scheduler, timesteps)
-        return replace(level, denoising_weight=loss_weight * of_output)
+        return level.weighted_by(loss_weight * of_output)
 
     def in_training(self, level: NoiseLevel) -> NoiseLevel:
         """Returns a noise level with the weight of this training's denoising loss."""
         if self.snr_gamma is None:
             return level
-        return replace(level, denoising_weight=level.snr.clamp(max=self.snr_gamma))
+        return level.weighted_by(level.snr.clamp(max=self.snr_gamma))
 
     def describe(self, timesteps, loss_weight: Tensor | float | None = None) -> str:
         """Describes the effect of each term for a draw of timesteps, one line per term.
@@ -348,7 +361,7 @@ class X0Regularization(nn.Module):
         if images.requires_grad:
             images.register_hook(guarded.drop_gradients)
         given = shown.guard_with(guarded)
-        before = random_states(images.device)
+        before = self._seeding.before(term.name, images.device)
         values = checked_values(term, by_draw(images, shown.draws), context, compare=term.name not in self._tried)
         self._seeding.check(term.name, before, images.device)
         self._tried.add(term.name)

@@ -9,49 +9,83 @@ from torch import Tensor
 
 from .term import TermError
 
-__all__ = ["SeedGuard", "random_states"]
+__all__ = ["SeedGuard"]
+
+_FIRST_CALLS = 3  # whose states are compared; later only seeds are, which takes no time
 
 
 class SeedGuard:
     """Detects a regularizer that calls `torch.manual_seed`, which would repeat the noise and timesteps in every step.
 
     A regularizer that draws random numbers leaves the generators in a new state each time. One that seeds them leaves
-    the same state whatever the state before, which shows in the second call.
+    the same state whatever the state before, which shows in the second call. After the first calls, states are
+    compared only after a call that changed a seed. So a regularizer that begins later to seed, and with the seed that
+    the generator has already, is not detected.
     """
 
     def __init__(self):
-        self._last: dict[tuple[int, str], tuple[list[Tensor], list[Tensor]]] = {}  # by thread and term
+        # By thread and term: calls without a change of seed, and states before and after the last call that drew.
+        self._calls: dict[tuple[int, str], int] = {}
+        self._last: dict[tuple[int, str], tuple[list[Tensor], list[Tensor]]] = {}
 
-    def check(self, name: str, before: list[Tensor], device: torch.device) -> None:
-        """Checks the states after a call of the regularizer of a term.
+    def before(self, name: str, device: torch.device) -> tuple[list[int], list[Tensor]]:
+        """Returns the seeds of the generators before a call, and their states, or [] if they are not compared.
 
         Args:
             name: name of the term.
-            before: the `random_states` before the call.
+            device: device of the images.
+        """
+        key = threading.get_ident(), name
+        calls = self._calls.get(key, 0)
+        self._calls[key] = calls + 1
+        generators = _generators(device)
+        return _seeds(generators), _states(generators) if calls < _FIRST_CALLS else []
+
+    def check(self, name: str, before: tuple[list[int], list[Tensor]], device: torch.device) -> None:
+        """Checks the generators after a call of the regularizer of a term.
+
+        Args:
+            name: name of the term.
+            before: result of `before`.
             device: device of the images.
 
         Raises:
             TermError: the generators end in the same state as after the last call, although they started in another
                 one.
         """
-        after = random_states(device)
-        if _same(before, after):
+        (seeds, states), generators = before, _generators(device)
+        is_seeded = seeds != _seeds(generators)
+        if not (states or is_seeded):
+            return
+        after = _states(generators)
+        if _same(states, after):
             return
         key = threading.get_ident(), name
-        last_before, last_after = self._last.get(key, (before, before))
-        if _same(after, last_after) and not _same(before, last_before):
+        last_before, last_after = self._last.get(key, ([], []))
+        if _same(after, last_after) and not _same(states, last_before):
             raise TermError(
                 f"regularizer {name!r} seeds the global random numbers, so every step would have the same noise"
                 " and timesteps: use a torch.Generator of its own instead of torch.manual_seed"
             )
-        self._last[key] = before, after
+        self._last[key] = states, after
+        if is_seeded:
+            self._calls[key] = 0
 
 
-def random_states(device: torch.device) -> list[Tensor]:
-    """Returns the states of the global generators for images on this device."""
-    of_device = [torch.cuda.get_rng_state(device)] if device.type == "cuda" else []
-    return [torch.get_rng_state(), *of_device]
+def _generators(device: torch.device) -> list[torch.Generator]:
+    """Returns the global generators for images on this device."""
+    of_device = [torch.cuda.default_generators[device.index]] if device.type == "cuda" else []
+    return [torch.default_generator, *of_device]
+
+
+def _seeds(generators: list[torch.Generator]) -> list[int]:
+    return [generator.initial_seed() for generator in generators]
+
+
+def _states(generators: list[torch.Generator]) -> list[Tensor]:
+    return [generator.get_state() for generator in generators]
 
 
 def _same(states: list[Tensor], others: list[Tensor]) -> bool:
-    return all(torch.equal(one, other) for one, other in zip(states, others, strict=True))
+    """Whether states are equal; [] stands for unknown ones, which differ from all."""
+    return bool(states) and len(states) == len(others) and all(map(torch.equal, states, others))

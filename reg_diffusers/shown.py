@@ -17,7 +17,7 @@ from .precision import full_precision
 from .prediction import model_output_for, predict_original_sample
 from .term import Term, TermError, draw, term_context, viewed
 
-__all__ = ["Shown", "checked_estimate", "show"]
+__all__ = ["Shown", "checked_estimate", "sharing", "show"]
 
 
 @dataclass(frozen=True)
@@ -82,7 +82,8 @@ class Shown:
             known to be.
         """
         if self.guard is None:
-            return partial(finite_images, by_image(self.images.detach(), self.draws))
+            images, draws = self.images.detach(), self.draws
+            return lambda: finite_images(by_image(images, draws))
         self.guard.report_to(call, self.among)
         return partial(self.guard.given, self.among)
 
@@ -112,8 +113,25 @@ def _cut_draws(value, index: Tensor | None, batch_size: int, draws: int, name: s
     return cut(value, every.flatten(), draws * batch_size, name)
 
 
+def sharing(terms: Iterable[Term]) -> list[list[list[Term]]]:
+    """Groups the terms of a loss by estimator, and those of an estimator by view."""
+    return [_grouped(of_estimator, "view") for of_estimator in _grouped(terms, "estimator")]
+
+
+def _grouped(terms: Iterable[Term], name: str) -> list[list[Term]]:
+    """Groups terms by one of their attributes, which may be unhashable."""
+    groups = []
+    for term in terms:
+        group = next((group for group in groups if getattr(group[0], name) == getattr(term, name)), None)
+        if group is None:
+            groups.append([term])
+        else:
+            group.append(term)
+    return groups
+
+
 def show(
-    terms: Sequence[Term],
+    groups: Sequence[Sequence[Sequence[Term]]],
     lambdas: dict[str, Tensor],
     prediction: Prediction,
     context: dict,
@@ -125,7 +143,7 @@ def show(
     """Computes the input of each term, by name. Terms that share an estimator and a view share its result.
 
     Args:
-        terms: terms of the loss.
+        groups: terms of the loss, grouped by `sharing`.
         lambdas: by name, the weighting of each image, (B,); images with weighting 0 are left out.
         prediction: for the whole batch; with `is_image`, its model_output is x0_hat.
         context: for the whole batch, with `original_samples` and `original_images` if the loop passes them.
@@ -135,14 +153,13 @@ def show(
             pass, which waits for an accelerator.
     """
     found, drawn = {}, []
-    for estimator in _distinct(term.estimator for term in terms):
-        sharing = [term for term in terms if term.estimator == estimator]
-        draws, places = _draws(estimator), _active(lambdas, sharing)
+    for by_view in groups:
+        estimator = by_view[0][0].estimator
+        draws, places = _draws(estimator), _active(lambdas, [term for looking in by_view for term in looking])
         x0_hat = _estimate(estimator, prediction, at, places, is_image)
-        for view in _distinct(term.view for term in sharing):
-            looking = [term for term in sharing if term.view == view]
-            theirs, images = places, x0_hat
-            if len(looking) < len(sharing):
+        for looking in by_view:
+            theirs, images, view = places, x0_hat, looking[0].view
+            if len(by_view) > 1:
                 among = _is_active(lambdas, looking)[places].nonzero().flatten()
                 theirs, images = places[among], _cut_draws(x0_hat, among, len(places), draws)
             if view is not None and theirs.shape[0] > 0 and view not in drawn:
@@ -151,15 +168,6 @@ def show(
             is_new = tried.isdisjoint(term.name for term in looking)
             part = _look(looking, theirs, images, context, len(prediction), is_new, draws)
             found |= {term.name: part for term in looking}
-    return found
-
-
-def _distinct(values: Iterable) -> list:
-    """Returns the distinct values in order; they may be unhashable."""
-    found = []
-    for value in values:
-        if value not in found:
-            found.append(value)
     return found
 
 
@@ -195,7 +203,10 @@ def _estimate(
         output = cut(output, chosen, count)
         if is_image:
             return output.to(dtype)
-        levels = cut(prediction.timesteps, chosen, count) if at is None else _cut_factors(at, chosen, count)
+        if at is None:
+            levels = cut(prediction.timesteps, chosen, count)
+        else:
+            levels = at if chosen is None else _cut_factors(at, chosen, count)
         return predict_original_sample(prediction.scheduler, output, levels, cut(prediction.sample, chosen, count))
     if not calls_model(estimator):
         prediction = replace(prediction, model=None, model_kwargs=None)

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from .context import tensors_in, unwrap
 from .estimators import Prediction, one_step
-from .precision import all_finite, full_precision
+from .precision import all_finite, full_precision, version_of
 from .prediction import NoiseLevel
 from .regularizers.contract import Regularizer, TermError, needs_of, regularizer_name
 from .weight_rules import AutoWeight, Target, rule_of
@@ -36,7 +36,6 @@ __all__ = [
     "score",
     "seen_through",
     "term_context",
-    "version_of",
     "viewed",
 ]
 
@@ -321,8 +320,3 @@ def _outside_autocast(device: torch.device):
 
 def _same(one: Tensor, other: Tensor) -> bool:
     return other.is_meta or bool(((one == other) | (one.isnan() & other.isnan())).all())
-
-
-def version_of(tensor: Tensor) -> int:
-    """Returns a number that changes when a tensor is modified in place."""
-    return 0 if tensor.is_inference() else tensor._version

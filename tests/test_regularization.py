@@ -279,8 +279,17 @@ def test_a_regularizer_that_seeds_is_refused_and_one_that_draws_is_not():
         with pytest.raises(TermError, match="'seeding' seeds the global random numbers"):
             for _ in range(2):
                 loss_fn(lambda sample, t: sample, original)
+    for first in (4, 5):  # one that begins later
+        calls = iter([drawing] * first + [seeding] * 2)
+        term = Term(lambda x0_hat, calls=calls: next(calls)(x0_hat), 1.0, name="late")
+        loss_fn = RegularizedLoss(scheduler_of(), [term])
+        torch.manual_seed(3)
+        for _ in range(first + 1):
+            loss_fn(lambda sample, t: sample, original, timesteps=torch.tensor([5]))
+        with pytest.raises(TermError, match="'late' seeds the global random numbers"):
+            loss_fn(lambda sample, t: sample, original, timesteps=torch.tensor([5]))
     loss_fn = RegularizedLoss(scheduler_of(), [Term(drawing, 1.0, weighting.constant)])
-    for _ in range(3):
+    for _ in range(5):
         torch.manual_seed(3)  # a caller may seed as it likes
         loss_fn(lambda sample, t: sample, original)
 

@@ -24,7 +24,8 @@ from torch import Tensor, nn
 from ..context import unwrap
 from ..estimators import one_step
 from ..loss_output import LossOutput
-from ..prediction import input_dtype, output_for_step, scale_model_input, tensor_of
+from ..precision import input_dtype
+from ..prediction import output_for_step, scale_model_input, tensor_of
 from ..regularization import X0Regularization
 from ..term import Term
 from ..weighting import constant

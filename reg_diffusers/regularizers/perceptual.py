@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from ..frozen import FrozenNetworks
-from ..prediction import input_dtype
+from ..precision import input_dtype
 from .network_input import NetworkInput, RangeCheck, in_colour, read_processor
 
 __all__ = ["Perceptual"]

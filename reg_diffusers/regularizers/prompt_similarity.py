@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..frozen import FrozenNetworks
-from ..prediction import input_dtype
+from ..precision import input_dtype
 from .network_input import NetworkInput, checked_range, in_colour, read_processor
 
 __all__ = ["PromptSimilarity"]

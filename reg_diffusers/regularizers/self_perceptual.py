@@ -9,7 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from ..frozen import FrozenNetworks
-from ..prediction import add_noise, input_dtype, noise_level, scale_model_input, tensor_of
+from ..precision import input_dtype
+from ..prediction import add_noise, noise_level, scale_model_input, tensor_of
 from ..schedule import unit_of_time
 
 __all__ = ["SelfPerceptual"]
