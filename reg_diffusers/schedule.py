@@ -94,8 +94,12 @@ def checked_timesteps(scheduler, timesteps) -> Tensor:
 
 
 class FirstTimesteps:
-    """Detects timesteps that were divided by the number of steps, across the first batches of a run.
+    """Checks the first timesteps of a run: one batch on an accelerator, divided ones on the CPU.
 
+    On an accelerator a check waits for the device, and a timestep that a schedule lacks is a failed assertion of the
+    device, which ends the process without naming it. So the first batch, and only that, is copied to the host.
+
+    On the CPU all timesteps are checked; this detects those that were divided by the number of steps, across batches.
     A single timestep between 0 and 1 is valid in flow matching: about one in a thousand if sigma is drawn uniformly
     from [0, 1]. Two different ones before any timestep above 1 occur by chance in about one of a million runs, and are
     refused.
@@ -103,14 +107,23 @@ class FirstTimesteps:
 
     def __init__(self):
         self._fractions: set[float] | None = set()  # None after a timestep above 1
+        self._is_begun = False
 
     def check(self, scheduler, timesteps: Tensor) -> None:
-        """Checks the timesteps of one batch, on the CPU only, until one is above 1.
+        """Checks the timesteps of one batch: on an accelerator of the first, on the CPU until one is above 1.
 
         Raises:
-            ValueError: this is the second different timestep between 0 and 1.
+            ValueError: on an accelerator, a timestep is out of the scheduler's range; on the CPU, this is the second
+                different timestep between 0 and 1.
         """
-        if self._fractions is None or timesteps.device.type != "cpu" or torch.compiler.is_compiling():
+        if torch.compiler.is_compiling():
+            return
+        if timesteps.device.type != "cpu":
+            if not (self._is_begun or timesteps.is_meta or _is_captured(timesteps)):
+                self._is_begun = True
+                checked_timesteps(scheduler, timesteps.cpu())
+            return
+        if self._fractions is None:
             return
         unit = unit_of_time(scheduler)
         if unit not in ("flow", "interpolated") or (timesteps > 1).any():
@@ -119,6 +132,11 @@ class FirstTimesteps:
         self._fractions.update(value for value in timesteps.tolist() if 0 < value < 1)
         if len(self._fractions) > 1:
             _refuse(scheduler, torch.tensor(sorted(self._fractions), device="cpu"), unit)
+
+
+def _is_captured(timesteps: Tensor) -> bool:
+    """Whether operations are recorded in a CUDA graph, where copying to the host is an error."""
+    return timesteps.is_cuda and torch.cuda.is_current_stream_capturing()
 
 
 def alpha_sigma(scheduler, timesteps: Tensor) -> tuple[Tensor, Tensor]:

@@ -1,6 +1,7 @@
 """Timesteps that a scheduler does not count are refused with their likely cause; those that it counts are not."""
 
 from functools import partial
+from types import SimpleNamespace
 
 import diffusers
 import pytest
@@ -15,6 +16,7 @@ from reg_diffusers.prediction import (
     scale_model_input,
 )
 from reg_diffusers.regularizers import total_variation
+from reg_diffusers.schedule import FirstTimesteps
 
 pytestmark = pytest.mark.loss
 
@@ -151,6 +153,22 @@ def test_fractions_in_the_first_small_batches_are_divided_timesteps():
     call(usual, 0.3)
     call(usual, 300.0)
     call(usual, 0.3, 0.7)  # by chance
+
+
+def test_the_first_batch_on_an_accelerator_is_checked_on_the_host():
+    """A stand-in for timesteps on a device, which counts its copies: later batches would wait for the device."""
+    copies = []
+
+    def on_device(*timesteps):
+        copied = lambda: copies.append(timesteps) or torch.tensor(timesteps)  # noqa: E731
+        return SimpleNamespace(device=torch.device("cuda"), is_meta=False, is_cuda=False, cpu=copied)
+
+    first = FirstTimesteps()
+    with pytest.raises(ValueError, match="timesteps are counted from 1: DDPMScheduler expects integers from 0 to 999"):
+        first.check(diffusers.DDPMScheduler(), on_device(1, 1000))
+    for later in ((2, 3), (4, 1000)):
+        first.check(diffusers.DDPMScheduler(), on_device(*later))
+    assert copies == [(1, 1000)]
 
 
 def test_values_that_cannot_be_read_are_not_looked_at():
