@@ -8,7 +8,8 @@ from dataclasses import dataclass
 import numpy as np
 import PIL.Image
 
-__all__ = ["EIGHT_BITS", "FLOATS", "SIXTEEN_BITS", "WHITE_16", "Depth", "Form", "eight_bits", "look_at_depth"]
+__all__ = ["EIGHT_BITS", "FLOATS", "SIXTEEN_BITS", "WHITE_16", "Depth", "Form", "eight_bits", "is_deep"]
+__all__ += ["look_at_depth"]
 
 WHITE_16 = 2**16 - 1
 EIGHT_BITS, SIXTEEN_BITS, FLOATS = "8-bit", "16-bit", "floating-point"
@@ -118,10 +119,15 @@ def _is_integer(mode: str, kind: str | None) -> bool:
     return mode == "I" and kind not in ("PNG", "PPM")
 
 
+def is_deep(image: PIL.Image.Image) -> bool:
+    """Returns whether the header of an image says that it has more than 8 bits."""
+    return image.mode.startswith("I") or ";16" in str(image.tile)
+
+
 def _is_deep(opener: Callable[[], PIL.Image.Image]) -> bool:
     try:
         with opener() as image:
-            return image.mode.startswith("I") or ";16" in str(image.tile)
+            return is_deep(image)
     except Exception:
         return False
 

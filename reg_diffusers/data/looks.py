@@ -9,7 +9,7 @@ import numpy as np
 
 from ..runtime.errors import UsageError, warn
 from .deep import Kind, kind_of_file
-from .depth import EIGHT_BITS, FLOATS, SIXTEEN_BITS, Form, look_at_depth
+from .depth import EIGHT_BITS, FLOATS, SIXTEEN_BITS, Form, is_deep, look_at_depth
 from .pictures import file_of, open_file, open_stored
 from .source import Source
 
@@ -72,7 +72,8 @@ def look_at(rows: Sequence[Callable[[], dict]], wish: Wish, source: Source) -> L
         UsageError: four channels are wanted, but no image has transparency.
     """
     images = [lambda row=row: row()[wish.column] for row in rows]
-    found = [kind for image in images if (kind := _kind(image, source, wish.keeps_bits)) is not None]
+    kinds = [_kind(image, source, wish.keeps_bits) for image in images]
+    found = [kind for kind in kinds if kind is not None]
     colours = {kind.colours for kind in found}
     channels = wish.channels or (1 if colours == {1} else max(colours - {1}, default=3))
     notes = _notes_on_channels(found, channels, wish)
@@ -83,7 +84,8 @@ def look_at(rows: Sequence[Callable[[], dict]], wish: Wish, source: Source) -> L
         if depth != EIGHT_BITS or colours - {1, 3} or len(found) < len(images):  # decoding names what it cannot read
             return Look(wish.column, Form(channels, depth=depth, keeps_bits=True), "; ".join(notes))
         notes.append("no image has more than 8 bits: --preserve_input_precision changes nothing")
-    depth = look_at_depth([lambda image=image: open_stored(image(), source) for image in images])
+    deep = [image for image, kind in zip(images, kinds, strict=True) if kind is not None and kind.depth != EIGHT_BITS]
+    depth = look_at_depth([lambda image=image: open_stored(image(), source) for image in deep])
     if depth.warning:
         warn(f"{source.flag}: {depth.warning}")
     notes = [note for note in (depth.note, *notes) if note]
@@ -95,8 +97,8 @@ def _kind(image: Callable[[], dict | None], source: Source, keeps_bits: bool) ->
         if keeps_bits:
             return kind_of_file(file_of(image(), source), open_file)
         with open_stored(image(), source) as opened:
-            colours = 1 if opened.mode in _GREY_MODES else 3
-            return Kind(EIGHT_BITS, colours + opened.has_transparency_data, opened.has_transparency_data)
+            colours, depth = 1 if opened.mode in _GREY_MODES else 3, SIXTEEN_BITS if is_deep(opened) else EIGHT_BITS
+            return Kind(depth, colours + opened.has_transparency_data, opened.has_transparency_data)
     except Exception:
         return None
 
