@@ -20,6 +20,7 @@ from reg_diffusers import (
     TermError,
     diagnose,
     judge,
+    noise_level,
     one_step,
     regularizers,
     weighting,
@@ -99,6 +100,26 @@ def test_displacement_and_rise_agree_with_the_closed_form(gaussian, diagnosis):
         rise += level.training_share * level.snr * square
         loss += level.training_share * level.snr * (covariance - of_guess).trace().item() / size
     assert diagnosis.asked.rise == pytest.approx(rise / loss, rel=0.15)
+
+
+@pytest.mark.parametrize("name", ["snr", "constant", "matched"])
+def test_few_levels_predict_the_rise_over_all_timesteps(gaussian, name):
+    """The rise is a sum over the whole schedule; eight levels in place of 100 give the same, by interpolation."""
+    images, covariance = gaussian
+    energy, size, weight = gradient_matrix(), SIZE**2, 0.1
+    levels = noise_level(EPSILON, torch.arange(0, 1000, 10))
+    lambdas, rise, loss = getattr(weighting, name)(levels).double(), 0.0, 0.0
+    identity = torch.eye(size, dtype=torch.float64)
+    for alpha, snr, factor in zip(levels.alpha.double(), levels.snr.double(), lambdas, strict=True):
+        of_guess = (
+            alpha**2 * covariance @ torch.linalg.inv(alpha**2 * covariance + (1 - alpha**2) * identity) @ covariance
+        )
+        away = identity - torch.linalg.inv(identity + weight * factor * size / snr * energy)
+        rise += snr * (away @ of_guess @ away.T).trace()
+        loss += snr * (covariance - of_guess).trace()
+    term = Term(regularizers.gradient_energy, weight, getattr(weighting, name))
+    found = diagnose(EPSILON, term, images, num_levels=8, timesteps=levels.timesteps)
+    assert found.asked.rise == pytest.approx((rise / loss).item(), rel=0.1)
 
 
 def noise_level_of(snr):

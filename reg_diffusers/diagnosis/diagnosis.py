@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable
+from dataclasses import fields
 
 import numpy as np
 import torch
@@ -105,10 +106,15 @@ def diagnose(
         raise ValueError("all images are the same: there is nothing to learn")
     data, values, clean_gradient = _on_images(evaluate, held_out, known, data_spread, generator)
 
-    level, training_shares, decided_shares = _noise_levels(scheduler, snr_gamma, num_levels, timesteps)
+    schedule, *shares, chosen, nearest = _noise_levels(scheduler, snr_gamma, num_levels, timesteps)
+    level = _at(schedule, chosen)
+    training_shares, decided_shares = (
+        torch.zeros(len(chosen), dtype=torch.float64).index_add(0, nearest, share).tolist() for share in shares
+    )
     denoisers = {"ideal": IdealDenoiser(known), "linear": LinearDenoiser(known, held_out)}
     noise = torch.randn(held_out.shape, generator=generator)
-    lambdas, size = checked_weights(term, level).tolist(), held_out[0].numel()
+    of_schedule, size = checked_weights(term, schedule).tolist(), held_out[0].numel()
+    lambdas = [of_schedule[index] for index in chosen.tolist()]
     natural_weights = output_weight(scheduler, level.timesteps).tolist()
     found, responses = [], []
     for index in progress(range(len(level.snr))):
@@ -127,9 +133,9 @@ def diagnose(
         found.append((best, of_model))
         responses.append(path)
 
-    prospects = Prospects(level, training_shares, decided_shares, [best.error for best, _ in found], responses, size)
-    asked = prospects.displacements(term.weight, lambdas) / data_spread
-    constant = prospects.displacements(term.weight, [1.0] * len(lambdas)) / data_spread
+    prospects = Prospects(schedule, *shares, chosen, [best.error for best, _ in found], responses, size)
+    asked = prospects.displacements(term.weight, of_schedule) / data_spread
+    constant = prospects.displacements(term.weight, [1.0] * len(of_schedule)) / data_spread
     levels = [
         LevelDiagnosis(
             timestep=level.timesteps[index].item(),
@@ -162,7 +168,7 @@ def diagnose(
         spread=data_spread,
         data=data,
         levels=tuple(levels),
-        asked=prospects.cost(name, term.weight, lambdas),
+        asked=prospects.cost(name, term.weight, of_schedule),
         affordable={share: prospects.affordable(weightings, share) for share in _AFFORDABLE},
         unbounded=any(path.unbounded for path in responses),
     )
@@ -201,8 +207,12 @@ def _on_images(
 
 def _noise_levels(
     scheduler, snr_gamma: float | None, number: int, timesteps: Tensor | None
-) -> tuple[NoiseLevel, list[float], list[float]]:
-    """Returns timesteps evenly spaced in log SNR, and the shares of the training and of a sample at each of them."""
+) -> tuple[NoiseLevel, Tensor, Tensor, Tensor, Tensor]:
+    """Returns the usable timesteps of a training, SNR falling, with those of them at which to measure.
+
+    These are: noise levels (T,), shares of the training and of a sample at each of them, indices (L,) of timesteps
+    evenly spaced in log SNR, and for each timestep the place (T,) of the nearest one among these.
+    """
     schedule, counts = _drawn(scheduler, timesteps)
     of_training = X0Regularization(scheduler, [], snr_gamma=snr_gamma)
     level = of_training.noise_level(schedule)
@@ -211,14 +221,16 @@ def _noise_levels(
         raise ValueError("no timestep has both image and noise: pass timesteps= as the training draws them")
     order = level.snr.argsort(descending=True, stable=True)  # the time of an AffineSchedule may run either way
     order = order[usable[order]]
-    schedule, counts, snr = schedule[order], counts[order], level.snr[order].double()
+    level, counts, snr = _at(level, order), counts[order].double(), level.snr[order].double()
     wanted = torch.linspace(snr[0].log(), snr[-1].log(), number, dtype=torch.float64)
     chosen = (snr.log()[None] - wanted[:, None]).abs().argmin(1).unique()
-    nearest = (torch.arange(len(schedule))[:, None] - chosen).abs().argmin(1)
+    nearest = (torch.arange(len(snr))[:, None] - chosen).abs().argmin(1)
     steps = snr.sqrt() - torch.cat([snr.sqrt()[1:], snr.new_zeros(1)])
-    training = torch.zeros(len(chosen), dtype=torch.float64).index_add(0, nearest, counts.double()) / counts.sum()
-    decided = torch.zeros(len(chosen), dtype=torch.float64).index_add(0, nearest, steps) / snr[0].sqrt()
-    return of_training.noise_level(schedule[chosen]), training.tolist(), decided.tolist()
+    return level, counts / counts.sum(), steps / snr[0].sqrt(), chosen, nearest
+
+
+def _at(level: NoiseLevel, index: Tensor) -> NoiseLevel:
+    return NoiseLevel(**{field.name: getattr(level, field.name)[index] for field in fields(NoiseLevel)})
 
 
 def _drawn(scheduler, timesteps: Tensor | None) -> tuple[Tensor, Tensor]:

@@ -46,27 +46,30 @@ class Response:
     start: float
     unbounded: bool = False
 
-    def displacement_at(self, tau: float) -> float:
+    def displacement_at(self, tau: np.ndarray | float) -> np.ndarray:
         """Returns the mean square of x0_hat* - D, interpolated and extrapolated by powers of tau."""
-        if len(self.tau) == 0 or tau <= 0:
-            return 0.0
-        if tau < self.tau[0]:
-            return float(self.squared_displacement[0] * (tau / self.tau[0]) ** 2)
-        if tau > self.tau[-1]:
-            return float(self.squared_displacement[-1] * (tau / self.tau[-1]) ** _last_power(self))
+        tau = np.asarray(tau, dtype=float)
+        if len(self.tau) == 0:
+            return np.zeros_like(tau)
         logarithms = np.log(np.maximum(self.squared_displacement, 1e-300))
-        return float(np.exp(np.interp(np.log(tau), np.log(self.tau), logarithms)))
+        with np.errstate(divide="ignore"):
+            inside = np.exp(np.interp(np.log(tau), np.log(self.tau), logarithms))
+        below = self.squared_displacement[0] * (tau / self.tau[0]) ** 2
+        above = self.squared_displacement[-1] * (tau / self.tau[-1]) ** _last_power(self)
+        return np.where(tau < self.tau[0], below, np.where(tau > self.tau[-1], above, inside))
 
-    def value_at(self, tau: float) -> float:
+    def value_at(self, tau: np.ndarray | float) -> np.ndarray:
         """Returns L'(x0_hat*), interpolated in the logarithm of tau.
 
         Below the first tau, the change is proportional to tau; above the last, the value is constant.
         """
-        if len(self.tau) == 0 or tau <= 0:
-            return self.start
-        if tau < self.tau[0]:
-            return float(self.start + (self.value[0] - self.start) * tau / self.tau[0])
-        return float(np.interp(np.log(tau), np.log(self.tau), self.value))
+        tau = np.asarray(tau, dtype=float)
+        if len(self.tau) == 0:
+            return np.full_like(tau, self.start)
+        with np.errstate(divide="ignore"):
+            inside = np.interp(np.log(tau), np.log(self.tau), self.value)
+        below = self.start + (self.value[0] - self.start) * tau / self.tau[0]
+        return np.where(tau < self.tau[0], below, inside)
 
 
 def response(evaluate: Callable[[Tensor], tuple[Tensor, Tensor]], guesses: Tensor, spread: float) -> Response:
