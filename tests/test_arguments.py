@@ -154,7 +154,7 @@ def test_one_weight_serves_all_and_none_means_none():
         ("--resolutoin 3", "unrecognized arguments: --resolutoin"),
         ("nowhere.yaml", "'nowhere.yaml' is neither a flag nor a readable YAML file"),
         ("--seed 1 run.yaml", "a YAML file must come before all flags"),
-        ("--pretrained_model_name_or_path a --model_config_name_or_path b", "exclude each other"),
+        ("--pretrained_model_name_or_path a --model_config_name_or_path b", "are mutually exclusive"),
         ("--reg_weight 1e300", "--reg_weight: 1e300 is above 1e+30: products with it would be infinite in float32"),
         ("--reg_weight auto:1e300", "--reg_weight: 1e300 is above 1e+30"),
         ("--reg_target total_variation=1e300", "--reg_target: 1e300 is above 1e+30"),
@@ -198,7 +198,7 @@ def test_settings_can_be_written_as_the_flags_they_were_read_from(argv):
 def test_settings_in_python_refuse_what_the_command_line_refuses():
     with pytest.raises(UsageError, match="--reg_weight has 2 entries for 1 regularizers"):
         LossSettings(reg_weight=(1.0, 2.0))
-    with pytest.raises(UsageError, match="exclude each other"):
+    with pytest.raises(UsageError, match="are mutually exclusive"):
         ModelSettings(model_config_name_or_path="a", pretrained_model_name_or_path="b")
     with pytest.raises(FrozenInstanceError):
         Settings().data.resolution = 8

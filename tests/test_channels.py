@@ -245,7 +245,5 @@ def test_pictures_of_two_kinds_are_refused_by_name(load, tmp_path):
 def test_several_images_in_a_tiff_are_no_channels(load, tmp_path):
     (tmp_path / "stack").mkdir()
     (tmp_path / "stack" / "a.tif").write_bytes(tiff(random((5, 8, 8), np.uint16), photometric="minisblack"))
-    with pytest.raises(
-        UsageError, match=r"a.tif.* it holds several images .axes QYX.: store each in a file of its own"
-    ):
+    with pytest.raises(UsageError, match=r"a.tif.* it holds several images .axes QYX.: store each in its own file"):
         load("--train_data_dir", tmp_path / "stack", DEEP)

@@ -45,6 +45,7 @@ def test_the_help_of_a_command_lists_its_flags(capsys, command):
         (["train", "-regularizer", "symmetry"], "--regularizer"),
         (["diagnose", "--regulariser=symmetry"], "--regularizer"),
         (["evaluate", "--modle", "out"], "--model"),
+        (["train", "--model", "out"], "--pretrained_model_name_or_path"),
     ],
 )
 def test_the_flag_that_was_meant_is_suggested(capsys, words, meant):

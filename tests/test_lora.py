@@ -18,6 +18,8 @@ from runs import ROOT, refusal
 from safetensors.torch import load_file
 from tiny_pipelines import save_stable_diffusion, write_photos
 
+from reg_diffusers.cli import main
+
 pytestmark = pytest.mark.training
 
 
@@ -154,7 +156,7 @@ def test_what_cannot_work_is_refused_in_one_line(fine_tune, capsys, monkeypatch)
         "--lora_target_modules", "nothing"
     )
     assert "needs a text for each image" in refused(texts=())
-    assert "--prompt and --caption_column exclude each other" in refused("--prompt", "a")
+    assert "--prompt and --caption_column are mutually exclusive" in refused("--prompt", "a")
     assert "there is no such column; the columns are: image" in refused(texts=("--caption_column", "words"))
     assert "holds no texts" in refused(texts=("--caption_column", "number"))
     write_photos(texts=["a cat", ""])
@@ -180,6 +182,29 @@ def test_a_pipeline_of_an_unknown_class_is_refused_with_the_list(train, capsys, 
     (tmp_path / "base" / "model_index.json").write_text(json.dumps(index))
     error = refusal(train, capsys, model=("--pretrained_model_name_or_path", base))
     assert "a StableDiffusionInpaintPipeline is not supported" in error and "StableDiffusionPipeline" in error
+
+
+def test_a_model_at_the_wrong_flag_is_refused_with_the_right_one(train, capsys, tmp_path):
+    base = save_stable_diffusion("base", tmp_path / "scratch")
+    for flag, name, message in (
+        (
+            "--pretrained_model_name_or_path",
+            "unet",
+            "name the folder of its pipeline",
+        ),
+        (
+            "--pretrained_model_name_or_path",
+            "vae",
+            "holds AutoencoderKL, not UNet2DModel or DiTTransformer2DModel: name it by --vae",
+        ),
+        ("--model_config_name_or_path", "vae", "UNet2DModel or DiTTransformer2DModel: name it by --vae"),
+        ("--model_config_name_or_path", ".", "or fine-tune it by --pretrained_model_name_or_path"),
+    ):
+        assert message in refusal(train, capsys, model=(flag, str(tmp_path / base / name)))
+    for command in (("sample",), ("evaluate", "--data", "photos")):
+        with pytest.raises(SystemExit):
+            main([*command, "--model", str(base)])
+        assert f"--model {base}: a StableDiffusionPipeline is not supported" in capsys.readouterr().err
 
 
 PAGE = (ROOT / "docs" / "stable_diffusion.md").read_text()

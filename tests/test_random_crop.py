@@ -99,7 +99,7 @@ def test_held_out_images_and_measurements_see_the_central_window(train, load, ph
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        (("--center_crop",), "--random_crop and --center_crop exclude each other"),
+        (("--center_crop",), "--random_crop and --center_crop are mutually exclusive"),
         (("--buckets", 8), "--random_crop: --buckets keeps what a crop would cut off"),
         (("--train_data_dir", "fields.npy"), "--random_crop crops images, but fields keep their size; drop the flag"),
     ],

@@ -57,7 +57,7 @@ def test_a_second_run_is_refused_in_one_line_and_changes_nothing(train, capsys, 
         for flags in (("--overwrite_output_dir",), ("--resume", "auto"), ()):
             error = refusal(train, capsys, "--max_train_steps", 3, *flags)
             assert (
-                f"--output_dir out: another run writes there (process {os.getpid()} on {socket.gethostname()}, "
+                f"--output_dir out: another run is writing there (process {os.getpid()} on {socket.gethostname()}, "
                 in error
             )
             assert error.endswith("wait until it ends, or name another folder")
@@ -171,5 +171,5 @@ def test_all_processes_of_a_launch_end_where_the_folder_is_taken(folder, capfd):
     (folder / "taken").mkdir()
     with RunLock(folder / "taken"):
         assert run_script(folder, "--output_dir", "taken", "--max_train_steps", 1) == [2, 2]
-    assert capfd.readouterr().err.count("--output_dir taken: another run writes there") == 1
+    assert capfd.readouterr().err.count("--output_dir taken: another run is writing there") == 1
     assert not list((folder / "taken").iterdir())

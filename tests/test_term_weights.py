@@ -442,7 +442,7 @@ def test_targets_are_read_as_they_are_said(text, value):
         ("--reg_target sparsity=0.1", "sparsity=0.1: no regularizer has this name; available: near_background"),
         ("--reg_target near_background=1 near_background=2", "near_background already has another target"),
         ("--regularizer out_of_range --reg_target out_of_range=0.9x", "of the data is 0, which gives no scale"),
-        ("--regularizer none --reg_target sparsity=0.1", "needs a regularizer, but there is none"),
+        ("--regularizer none --reg_target sparsity=0.1", "needs a regularizer, but none is given"),
         ("--regularizer none --reg_balance pcgrad", "it needs a --regularizer"),
         ("--compile --reg_balance config", "for each loss, but --compile supports only one"),
     ],

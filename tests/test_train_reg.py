@@ -336,7 +336,7 @@ def test_a_signal_saves_and_the_printed_command_goes_on(tmp_path):
         ("--train_data_dir nowhere", "--train_data_dir nowhere: no such folder"),
         ("--image_column photo", "--image_column 'photo' is not a column of images; the columns are: image"),
         ("--resolution 9", "--resolution 9: the network halves the resolution 1 time, so sides must be multiples"),
-        ("--pretrained_model_name_or_path tiny_nothing", "exclude each other"),
+        ("--pretrained_model_name_or_path tiny_nothing", "are mutually exclusive"),
         ("--model_config_name_or_path .", "no readable UNet2DModel"),
         ("--resume_from_checkpoint checkpoint-7", "--resume_from_checkpoint checkpoint-7: no such folder"),
         ("--logger wandb", "--logger wandb is not installed"),
@@ -495,7 +495,7 @@ def test_an_estimator_changes_one_step_of_the_weights_and_is_said_and_recorded(t
         ("--reg_estimator ddim(1) --reg_weight auto:0.1", "--reg_estimator ddim(1) calls the network again, so the"),
         ("--reg_estimator ddim(1) --reg_target near_background=0.1", "give --reg_weight as a number"),
         ("--reg_estimator ddim(1) --reg_balance config", "which --reg_balance config cannot combine"),
-        ("--regularizer none --reg_estimator ddim(1)", "needs a regularizer, but there is none"),
+        ("--regularizer none --reg_estimator ddim(1)", "needs a regularizer, but none is given"),
         ("--reg_estimator one_step ddim(1)", "--reg_estimator has 2 entries for 1 regularizers"),
     ],
 )

@@ -217,7 +217,7 @@ def test_a_stream_is_measured_on_other_images_only(train, photos, capsys):
     [
         (("--keep_best",), "--keep_best needs held-out images: pass --validation_split 0.05"),
         (("--validation_steps", 3), "--validation_steps needs held-out images"),
-        (("--validation_split", 0.1, "--validation_data_dir", "x"), "--validation_data_dir exclude each other"),
+        (("--validation_split", 0.1, "--validation_data_dir", "x"), "--validation_data_dir are mutually exclusive"),
         (("--validation_split", 0), "'0' is not a number above 0 and below 1"),
         (("--validation_split", 0.01), "--validation_split 0.01: holds out none of 16 images: use at least 0.031"),
         (("--validation_data_dir", "missing"), "--validation_data_dir missing: no such folder"),
@@ -246,7 +246,7 @@ def test_classes_have_the_numbers_of_the_training(train, photos, capsys, tmp_pat
     assert "classes    0 ant, 1 bee, 2 cow" in capsys.readouterr().out and len(measured(out)) == 1
     photos(range(40, 42), "others/dog")
     error = refusal(train, capsys, *flags, "--validation_data_dir", "others", output="other")
-    assert "--validation_data_dir others: dog is none of the classes ant, bee, cow" in error
+    assert "--validation_data_dir others: dog is not one of the classes ant, bee, cow" in error
 
 
 def test_fields_are_measured_in_the_units_of_the_training(train, capsys, tmp_path):

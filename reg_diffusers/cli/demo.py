@@ -83,7 +83,7 @@ def run(args: argparse.Namespace) -> None:
         )
     except OSError as error:
         if args.host != LOCAL:
-            raise UsageError(f"--host {args.host}: is no address of this machine, or --port is not free") from error
+            raise UsageError(f"--host {args.host}: not an address of this machine, or --port is not free") from error
         raise UsageError(
             f"--port {args.port}: not free; drop the flag to use the first free port from 7860"
         ) from error

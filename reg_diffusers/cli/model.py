@@ -31,6 +31,7 @@ def load_pipeline(model: str, device=None, *, mixed_precision: str = "no"):
     from diffusers import UNet2DModel
 
     from ..networks.attention import prefers_explicit_attention, use_explicit_attention
+    from ..networks.classes import check_pipeline
     from ..networks.dit import RegDiTPipeline
     from ..networks.families import pipeline_name
     from ..pipeline import RegDDPMPipeline
@@ -40,6 +41,9 @@ def load_pipeline(model: str, device=None, *, mixed_precision: str = "no"):
 
     dtype = torch.bfloat16 if mixed_precision == "bf16" else torch.float32
     pipeline = _lora_pipeline(model, dtype) if Path(model, LORA_FILE).is_file() else None
+    if Path(model, "model_index.json").is_file():
+        supported = "LoRA weights, which --lora_rank trains"
+        check_pipeline(model, f"--model {model}", or_else=supported)
     try:
         kind = RegDiTPipeline if pipeline_name(model) == "DiTPipeline" else RegDDPMPipeline
         pipeline = pipeline or kind.from_pretrained(model)

@@ -221,7 +221,7 @@ def _with_tiff(file: File, use: Callable):
         height_width = [series.shape[series.axes.index(axis)] for axis in "YX" if axis in series.axes]
         others = [axis for axis in series.axes if axis not in "YX"]
         if len(height_width) != 2 or others not in ([], ["S"], ["C"]):
-            raise ValueError(f"it holds several images (axes {series.axes}): store each in a file of its own")
+            raise ValueError(f"it holds several images (axes {series.axes}): store each in its own file")
         if np.prod(height_width) > PIL.Image.MAX_IMAGE_PIXELS or series.nbytes > 64 * PIL.Image.MAX_IMAGE_PIXELS:
             raise PIL.Image.DecompressionBombError
         return use(series)

@@ -125,7 +125,7 @@ class PictureData(torch.utils.data.Dataset):
             ValueError: this data set has another class; the message names it.
         """
         if unknown := [name for name in self.classes if name not in classes]:
-            raise ValueError(f"{unknown[0]} is none of the classes {', '.join(classes)}")
+            raise ValueError(f"{unknown[0]} is not one of the classes {', '.join(classes)}")
         numbers = torch.tensor([classes.index(name) for name in self.classes])
         self._class_labels, self.classes = numbers[self._class_labels], classes
 

@@ -84,7 +84,7 @@ def _lock(file: BinaryIO, path: Path) -> None:
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
-        warn(f"another run computes {path}: waiting for it")
+        warn(f"another run is computing {path}: waiting for it")
         fcntl.flock(file, fcntl.LOCK_EX)
     except OSError:
         pass

@@ -48,9 +48,9 @@ class Estimate:
 
 
 def mean_of(values: Tensor) -> Estimate:
-    """Returns the mean of independent values (N,), with N at least 2."""
+    """Returns the mean of independent values (N,); its error is nan for a single one."""
     values = _in_64_bits(values)
-    error = values.std().item() / math.sqrt(len(values))
+    error = values.std().item() / math.sqrt(len(values)) if len(values) > 1 else math.nan
     return Estimate(values.mean().item(), error, NORMAL * error)
 
 

@@ -8,7 +8,6 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-import diffusers
 import torch
 from diffusers import (
     DDPMScheduler,
@@ -31,7 +30,8 @@ from ..runtime.errors import UsageError
 from ..settings.machine import MachineSettings
 from ..settings.model import ModelSettings
 from . import dit
-from .families import FAMILIES, Family, family_of
+from .classes import check_network, check_pipeline, known_families
+from .families import Family, family_of
 from .fit import check_classes, check_sides
 from .lora import frozen_dtype, load_with_lora
 from .noise_schedule import given_scheduler
@@ -143,13 +143,14 @@ def _load(settings: ModelSettings, cache_dir: str | None, frozen: torch.dtype, n
                 network = load_with_lora(family, settings, cache_dir, frozen)
                 return GivenModel(unet=network, scheduler=given_scheduler(path, cache_dir), family=family)
             if not _is_pipeline(path, cache_dir):
-                is_dit = UNet2DModel.load_config(path, cache_dir=cache_dir).get("_class_name") == _DIT
+                config = UNet2DModel.load_config(path, cache_dir=cache_dir)
+                check_network(config, named, fix="name the folder of its pipeline")
+                is_dit = config.get("_class_name") == _DIT
                 unet = dit.load(path, cache_dir) if is_dit else _given_unet(path, cache_dir)
                 return GivenModel(unet=unet, is_dit=is_dit)
             index = DiffusionPipeline.load_config(path, cache_dir=cache_dir)
             is_dit = index.get("_class_name") == DiTPipeline.__name__
-            if not is_dit:
-                _check_class(path, cache_dir)
+            check_pipeline(path, named, or_else=f"one of {known_families()}", cache_dir=cache_dir)
             scheduler = given_scheduler(path, cache_dir)
             of_dit = dit.load(path, cache_dir, "transformer") if is_dit else None
             return GivenModel(
@@ -167,18 +168,25 @@ def _load(settings: ModelSettings, cache_dir: str | None, frozen: torch.dtype, n
             config = json.loads(Path(path).read_text())
             if not isinstance(config, dict):
                 raise ValueError("it holds no JSON object")
-            return _new_model(config)
+            return _new_model(config, named)
         if path is not None:
-            return _new_model(dict(UNet2DModel.load_config(path, cache_dir=cache_dir)))
+            if Path(path, "model_index.json").is_file():
+                raise UsageError(
+                    f"{named}: holds a pipeline: name the folder of its network to train such a network from scratch,"
+                    " or fine-tune it by --pretrained_model_name_or_path"
+                )
+            return _new_model(dict(UNet2DModel.load_config(path, cache_dir=cache_dir)), named)
     except UsageError:
         raise
     except Exception as error:  # of any type, because the files may be corrupt
         reason = " ".join(str(error).split()) or type(error).__name__
-        raise UsageError(f"{named}: no readable UNet2DModel: {reason}") from error
+        what = "no readable UNet2DModel" if Path(path).exists() else "no such folder, and no readable model on the Hub"
+        raise UsageError(f"{named}: {what}: {reason}") from error
     return GivenModel()
 
 
-def _new_model(config: dict) -> GivenModel:
+def _new_model(config: dict, named: str) -> GivenModel:
+    check_network(config, named, fix="use the config of a UNet2DModel or DiTTransformer2DModel")
     is_dit = config.get("_class_name") == _DIT
     return GivenModel(config=dit.new_config(config) if is_dit else config, is_dit=is_dit)
 
@@ -286,21 +294,6 @@ def _is_pipeline(path: str, cache_dir: str | None) -> bool:
     except OSError:
         return False
     return True
-
-
-def _check_class(path: str, cache_dir: str | None) -> None:
-    """Raises `UsageError` for a pipeline with a network that train_reg.py does not know."""
-    try:
-        network = UNet2DModel.load_config(path, subfolder="unet", cache_dir=cache_dir).get("_class_name")
-    except OSError:
-        network = None  # such as a pipeline with a transformer
-    if network is None or (network != UNet2DModel.__name__ and hasattr(diffusers, str(network))):
-        name = DiffusionPipeline.load_config(path, cache_dir=cache_dir).get("_class_name")
-        known = ", ".join(family.pipeline for family in FAMILIES)
-        raise UsageError(
-            f"--pretrained_model_name_or_path {path}: a {name} is not supported: use a pipeline"
-            f" with a UNet2DModel, a {DiTPipeline.__name__}, or one of {known}"
-        )
 
 
 def _given_unet(path: str, cache_dir: str | None, subfolder: str = "") -> UNet2DModel:

@@ -37,7 +37,7 @@ def check_classes(
     if names is not None and list(names) != list(data.classes):
         pairs = zip(names, data.classes, strict=True)
         number, (before, now) = next((number, pair) for number, pair in enumerate(pairs) if pair[0] != pair[1])
-        warn(f"the data name the classes otherwise than the given model: {number} was {before!r} and is {now!r}")
+        warn(f"the data and the given model name classes differently: class {number} was {before!r} and is {now!r}")
 
 
 def check_sides(multiple: int, data: TrainingData, reason: str, fix: str = "") -> None:

@@ -218,7 +218,7 @@ class RegTextToImagePipeline(LatentPipeline):
         null = self._no_text()
         refuse_keywords(name for name in embeddings if name not in null)
         if prompt is not None and embeddings:
-            raise ValueError("prompt and prompt_embeds exclude each other")
+            raise ValueError("prompt and prompt_embeds are mutually exclusive")
         if prompt is None and embeddings.keys() != null.keys():
             raise ValueError(f"the network is conditioned on texts: pass prompt, or {', '.join(null)}")
         device = self._execution_device

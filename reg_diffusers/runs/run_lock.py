@@ -153,7 +153,7 @@ class RunLock:
         if owner is not None and (is_alive := owner.is_alive(self._owner, is_locked)) is not False:
             if is_alive:
                 raise UsageError(
-                    f"{flag}: another run writes there ({owner}): wait until it ends, or name another folder"
+                    f"{flag}: another run is writing there ({owner}): wait until it ends, or name another folder"
                 )
             raise UsageError(
                 f"{flag}: another run may write there ({owner}), but that cannot be checked from here: if it is dead,"

@@ -35,10 +35,11 @@ def advise_on_warmup(settings: OptimizationSettings, max_train_steps: int) -> No
     """Warns if the training ends before --learning_rate is reached."""
     if settings.lr_scheduler != "constant" and settings.lr_warmup_steps >= max_train_steps:
         reached = settings.learning_rate * max_train_steps / settings.lr_warmup_steps
+        steps = f"{max_train_steps:,} step{'s' * (max_train_steps != 1)}"
         warn(
-            f"--lr_warmup_steps {settings.lr_warmup_steps}: the training has {max_train_steps:,} steps, so the"
-            f" learning rate only rises to {reached:.2g} of {settings.learning_rate:g}: pass --lr_warmup_steps"
-            f" {max_train_steps // 10}, or train longer"
+            f"--lr_warmup_steps {settings.lr_warmup_steps}: the training has {steps}, so the learning rate only rises"
+            f" to {reached:.2g} of {settings.learning_rate:g}: pass --lr_warmup_steps {max_train_steps // 10}, or"
+            " train longer"
         )
 
 

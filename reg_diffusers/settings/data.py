@@ -111,9 +111,9 @@ class DataSettings:
 
     def __post_init__(self):
         if self.random_crop and self.center_crop:
-            raise UsageError("--random_crop and --center_crop exclude each other")
+            raise UsageError("--random_crop and --center_crop are mutually exclusive")
         if self.prompt is not None and self.caption_column is not None:
-            raise UsageError("--prompt and --caption_column exclude each other")
+            raise UsageError("--prompt and --caption_column are mutually exclusive")
         names = [renamed.partition("=")[0] for renamed in self.reg_columns or ()]
         if doubled := [name for name in names if names.count(name) > 1]:
             raise UsageError(f"--reg_columns names {doubled[0]} twice")

@@ -116,7 +116,7 @@ class LossSettings:
         if self.regularizer == ("none",):
             for name in ("reg_target", "reg_estimator", "reg_schedule"):
                 if given := getattr(self, name):
-                    raise UsageError(f"--{name} {given[0]} needs a regularizer, but there is none")
+                    raise UsageError(f"--{name} {given[0]} needs a regularizer, but none is given")
             nothing = {"regularizer": (), "reg_weight": (), "reg_weighting": (), "reg_estimator": None}
             self._set(**nothing, reg_schedule=None, compare=False)
         if "none" in self.regularizer:

@@ -52,4 +52,4 @@ class MachineSettings:
 
     def __post_init__(self):
         if self.enable_xformers_memory_efficient_attention and self.attention is not None:
-            raise UsageError("--enable_xformers_memory_efficient_attention and --attention exclude each other")
+            raise UsageError("--enable_xformers_memory_efficient_attention and --attention are mutually exclusive")

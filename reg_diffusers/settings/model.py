@@ -76,7 +76,7 @@ class ModelSettings:
         if self.lora_rank is not None and self.pretrained_model_name_or_path is None:
             raise UsageError("--lora_rank adapts a saved pipeline: name it by --pretrained_model_name_or_path")
         if self.pretrained_model_name_or_path and self.model_config_name_or_path:
-            raise UsageError("--pretrained_model_name_or_path and --model_config_name_or_path exclude each other")
+            raise UsageError("--pretrained_model_name_or_path and --model_config_name_or_path are mutually exclusive")
         for name in ("ddpm_beta_schedule", "rescale_betas_zero_snr"):
             if self.prediction_type == "flow_prediction" and getattr(self, name):
                 raise UsageError(f"--{name} changes the betas of a schedule, which flow matching lacks; drop the flag")

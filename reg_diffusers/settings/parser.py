@@ -9,6 +9,13 @@ import sys
 
 __all__ = ["Parser", "did_you_mean"]
 
+# Other commands, and other programs, have these flags for the same thing.
+_SYNONYMS = {
+    "--model": "--pretrained_model_name_or_path",
+    "--data": "--train_data_dir",
+    "--output": "--output_dir",
+}
+
 
 class Parser(argparse.ArgumentParser):
     """An `ArgumentParser` that ends with a suggestion for each unknown flag; its subparsers do, too."""
@@ -27,7 +34,8 @@ class Parser(argparse.ArgumentParser):
         if unknown:
             flags = [word.partition("=")[0] for word in unknown if word.startswith("-")]
             known = [flag for flag in self._option_string_actions if flag.startswith("--")]
-            hints = dict.fromkeys(hint for flag in flags if (hint := did_you_mean(flag, known)))
+            meant = (_SYNONYMS.get(flag, flag) for flag in flags)
+            hints = dict.fromkeys(hint for flag in meant if (hint := did_you_mean(flag, known)))
             self.error(f"unrecognized arguments: {' '.join(unknown)}{''.join(hints)}")
 
 

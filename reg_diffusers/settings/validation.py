@@ -43,7 +43,7 @@ class ValidationSettings:
 
     def __post_init__(self):
         if self.validation_split is not None and self.validation_data_dir is not None:
-            raise UsageError("--validation_split and --validation_data_dir exclude each other")
+            raise UsageError("--validation_split and --validation_data_dir are mutually exclusive")
         given = {"--validation_steps": self.validation_steps, "--keep_best": self.keep_best}
         for name, value in given.items():
             if value and not self.is_wanted:

@@ -208,7 +208,8 @@ def _time(
     previews = steps // interval + 1
     calls = output.ddpm_num_inference_steps * (previews * output.eval_batch_size + measured)
     seconds = models * (steps * of_a_step + calls * speed.call)
-    each = f"{of_a_step:.2g} s" if of_a_step >= 0.1 else f"{1000 * of_a_step:.2g} ms"
+    short = f"{of_a_step:.2g} s" if of_a_step >= 0.1 else f"{1000 * of_a_step:.2g} ms"
+    each = duration_text(of_a_step) if of_a_step >= 10 else short
     comparison = f", {measured} samples to measure" if measured else ""
     number = f"{previews:.0f} previews" if previews > 1 else "a preview"
     return f"about {duration_text(seconds)}: {trained} of {each}, {number}{' each' * (models > 1)}{comparison}"
@@ -248,7 +249,7 @@ def _disk(
             f"--output_dir {output.output_dir}: {size_text(needed)} are needed, {size_text(free)} are free: name"
             " another disk, or a smaller --checkpoints_total_limit"
         )
-    checkpoints = f"{kept} checkpoint{'s' * (kept != 1)} of {size_text(checkpoint)}"
+    checkpoints = f"{kept} checkpoint{'s' * (kept != 1)} of {size_text(checkpoint)}" if kept else "no checkpoints"
     each = f"{checkpoints}, a pipeline of {size_text(pipeline)}"
     each = f"{models} x ({each})" if models > 1 else each
     return f"about {size_text(needed)}: {each}; {size_text(free)} free"

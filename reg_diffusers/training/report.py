@@ -134,9 +134,10 @@ def describe_machine(
     compiled = f"compiled (takes minutes {takes})" if settings.compile else f"not compiled ({why_not})"
     checkpointing = ", gradient checkpointing" if settings.gradient_checkpointing else ""
     products = "TF32 (--mixed_precision no: float32)" if uses_tf32 else "float32"
+    threads = torch.get_num_threads()
     on_gpu = f", other products in {products}, pinned memory, fused AdamW" if state.device.type == "cuda" else ""
     return [
-        f"{state.num_processes} x {state.device}, {torch.get_num_threads()} threads each ({reason}), {memory}",
+        f"{state.num_processes} x {state.device}, {threads} thread{'s' * (threads != 1)} each ({reason}), {memory}",
         f"mixed precision {precision.value} ({precision.reason}){on_gpu}",
         f"{attention.value} attention ({attention.reason}), {compiled}{checkpointing}",
     ]

@@ -78,7 +78,7 @@ def wanted_columns(terms: tuple[Term, ...], data: DataSettings) -> list[Wanted]:
             found[need] = Wanted(need, column, is_mask, text, term.name)
     for name in renamed:
         if name in _FROM_THE_LOOP:
-            raise UsageError(f"--reg_columns {name}: every run has {name} of its own, which no column replaces")
+            raise UsageError(f"--reg_columns {name}: every run provides {name} itself; a column cannot replace it")
         if name not in found:
             needed = f"they need {', '.join(found)}" if found else "they need no column"
             raise UsageError(f"--reg_columns {name}: no --regularizer needs {name}; {needed}")
