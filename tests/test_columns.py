@@ -341,6 +341,29 @@ def test_diagnose_gives_losses_their_columns(own, monkeypatch, tmp_path, capsys,
     assert json.loads((tmp_path / "diagnosis" / f"{name}.json").read_text())["verdict"]
 
 
+@pytest.mark.parametrize("vae", [False, True])
+def test_evaluate_gives_losses_the_columns_of_the_data_on_predictions(on, own, capsys, vae):
+    """The column is the one that the training recorded; each image has its own, and the data have their own L'."""
+    write_folder(rows=44)
+    flags = ("--regularizer", "own_columns:aligned", "--reg_columns", *COLUMNS, "--train_data_dir", "photos")
+    in_latents(on, *flags[:-2]) if vae else on(*flags)
+    del own().seen[:]
+    common = "--num_images 20 --num_inference_steps 2 --num_threads 1 --features pixels --model out".split()
+    main(["evaluate", *common, "--regularizer", "own_columns:aligned", "total_variation", "--cache_dir", "cache"])
+    printed = capsys.readouterr().out
+    assert "aligned needs original_samples, mask, age, words, twin, which samples lack: measured on x0_hat" in printed
+    check_alignment(own().seen)
+    rows = json.loads(Path("evaluation", "evaluation.json").read_text())["rows"]
+    assert list(rows["out"]["terms"]) == ["own_columns:aligned of x0_hat", "total_variation"]
+    data, model = (rows[name]["terms"]["own_columns:aligned of x0_hat"]["value"] for name in ("data", "out"))
+    assert data < 1e-6 < model
+    page = Path("evaluation", "index.html").read_text()
+    assert "own_columns:aligned of x0_hat" in page and "because samples lack what it needs" in page
+    with pytest.raises(SystemExit, match="2"):
+        main(["evaluate", *common, "--regularizer", "own_columns:inside", "--data", "photos", "--output", "other"])
+    assert "mask" in capsys.readouterr().err.splitlines()[-1]
+
+
 def in_latents(on, *flags, **kwargs):
     torch.manual_seed(0)
     AutoencoderTiny(

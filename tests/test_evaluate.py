@@ -19,7 +19,7 @@ from diffusers import DDPMScheduler, UNet2DModel
 from in_processes import in_processes
 from runs import evaluation_result
 
-from reg_diffusers import RegDDPMPipeline
+from reg_diffusers import RegDDPMPipeline, Term, noise_level
 from reg_diffusers.cli import main
 from reg_diffusers.cli.bench import Bench
 from reg_diffusers.cli.judging import check_regularizers, recorded_regularizers, regularizers_of
@@ -28,7 +28,7 @@ from reg_diffusers.evaluation.distances import frechet, jackknife, kernel, mean_
 from reg_diffusers.evaluation.features import Features, FeaturesError, named_features, pixels, train_classifier
 from reg_diffusers.evaluation.images import Images
 from reg_diffusers.evaluation.judgement import Row, compare_rows, copies_of, judge_samples
-from reg_diffusers.evaluation.measuring import SLICED
+from reg_diffusers.evaluation.measuring import SLICED, losses_of_predictions
 from reg_diffusers.regularizers import classifier, total_variation
 from reg_diffusers.regularizers.network_input import NetworkInput
 from reg_diffusers.runtime.errors import UsageError
@@ -425,7 +425,7 @@ def test_samples_that_are_not_finite_are_counted_and_said(folder, evaluate, netw
     assert all(distance["value"] is None for distance in row["distances"].values()) and len(row["distances"]) == 7
 
 
-def test_recorded_losses_are_those_that_samples_can_have(tmp_path):
+def test_recorded_losses_are_built_in_ones_that_read_nothing(tmp_path):
     Path(tmp_path, "A").mkdir()
     (tmp_path / "A" / "reg_config.json").write_text(
         json.dumps(
@@ -448,7 +448,8 @@ def test_recorded_losses_are_those_that_samples_can_have(tmp_path):
         )
     )
     found = recorded_regularizers([str(tmp_path / "A")])
-    assert found == ["physics.divergence(spacing=0.5)", "physics.poisson(source=1.0)", "mean_intensity(targt=1)"]
+    physics = ["physics.divergence(spacing=0.5)", "physics.poisson", "physics.poisson(source=1.0)"]
+    assert found == ["spectrum(kind='amplitude')", *physics, "mean_intensity(targt=1)"]
     with pytest.raises(UsageError, match="no argument 'targt'"):
         regularizers_of(found)
 
@@ -497,12 +498,12 @@ def test_what_cannot_work_is_one_line(folder, evaluate, tiny_unet):
     assert "the data have 1 channels, but --model A has 3" in refusal("--model", "A", *PIXELS, "--data", "fields.npy")
     assert "error: --data nowhere/: cannot be read" in refusal("--model", "A", *PIXELS, "--data", "nowhere/")
     Path("my_loss.py").write_text(
-        "def by_class(x, /, *, class_labels):\n    return x.flatten(1).mean(1) * class_labels\n"
-        'by_class.needs = ("class_labels",)\n'
+        "def of_noise(x, /, *, noise):\n    return (x - noise).flatten(1).mean(1)\n"
+        'of_noise.needs = ("noise",)\n'
         "def one(x, /):\n    return x.mean()\n"
     )
     flags = ("--model", "A", *FLAGS, "--features", "pixels", "--regularizer")
-    assert "--regularizer my_loss:by_class needs class_labels" in refusal(*flags, "my_loss:by_class")
+    assert "--regularizer my_loss:of_noise needs noise, which neither" in refusal(*flags, "my_loss:of_noise")
     assert "regularizer 'my_loss:one' must return one value per image" in refusal(*flags, "my_loss:one")
     assert "--regularizer: unknown regularizer 'no'" in refusal(*flags, "no")
     assert "--scheduler Foo: this model can be sampled with" in refusal("--model", "A", *PIXELS, "--scheduler", "Foo")
@@ -514,6 +515,39 @@ def test_what_cannot_work_is_one_line(folder, evaluate, tiny_unet):
     Path("evaluation").write_text("")
     assert "is a file: name a folder" in evaluate("--model", "A", *PIXELS, refused=True)
     assert "holds no evaluation: name another" in evaluate("--model", "A", *PIXELS, "--output", "data", refused=True)
+
+
+def test_losses_of_predictions_are_those_of_the_images_for_a_perfect_network_with_what_belongs_to_each():
+    scheduler, number = DDPMScheduler(), 40
+    images, mask = torch.full((number, 1, 4, 4), 0.5), torch.zeros(number, 1, 4, 4)
+    for row in range(number):
+        mask[row].flatten()[: row % 16] = 1
+
+    def share(x0_hat, /, *, mask, original_samples):
+        assert x0_hat.requires_grad
+        return (mask * x0_hat + x0_hat - original_samples).flatten(1).mean(1)
+
+    share.needs = ("mask", "original_samples")
+    seen = []
+
+    def perfect(sample, timesteps, return_dict=True):
+        level = noise_level(scheduler, timesteps)
+        alpha, sigma = (value.reshape(-1, 1, 1, 1) for value in (level.alpha, level.sigma))
+        seen.append((timesteps, sample))
+        return ((sample - 0.5 * alpha) / sigma,)
+
+    found = losses_of_predictions(Term(share, 7.0), perfect, scheduler, images, 3, {"mask": mask})
+    torch.testing.assert_close(found.float(), 0.5 * mask.flatten(1).mean(1), atol=1e-4, rtol=0)
+    timesteps = torch.cat([times for times, _ in seen])
+    snr = noise_level(scheduler, timesteps).snr
+    assert len(timesteps) == 4 * number and snr.min() >= 1 and len(timesteps.unique()) > 0.9 * len(timesteps)
+    assert snr.min() < 1.1 and snr.max() > 100
+    before = list(seen)
+    seen.clear()
+    losses_of_predictions(Term(share, 1.0), perfect, scheduler, images, 3, {"mask": mask})
+    assert all(
+        torch.equal(one, other) for pair in zip(before, seen, strict=True) for one, other in zip(*pair, strict=True)
+    )
 
 
 def test_a_class_conditional_model_is_asked_for_the_classes_of_the_data(folder, evaluate, tiny_unet):

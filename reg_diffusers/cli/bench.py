@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import hashlib
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -105,13 +106,33 @@ class Bench:
         kind = "images" if self.data.is_picture else "fields"
         return f"{len(self.data):,} {kind} of {channels} x {height} x {width} from {self.source}"
 
+    def lacking(self, term) -> list[str]:
+        """Returns what a loss needs and samples lack: columns of the data, or original images."""
+        return [need for need in term.needs if need not in self.conditions]
+
+    def belonging(self, number: int) -> dict:
+        """Returns what losses may need of the first reference images, and samples lack: N each by name.
+
+        These are conditions that no model takes, columns of the data, and the images themselves as the original ones.
+        """
+        from ..networks.conditions import Conditions
+
+        batch = self.data.__getitems__(self.order[:number])
+        given = {**Conditions.of_batch(self.data, batch), **batch.get("columns", {})}
+        return {"original_samples": self.reference[:number], **given}
+
     def images(self, places: range):
         """Returns the images at these places of `order`, (n, C, H, W) in [-1, 1]."""
         return _images(self.data, [self.order[place] for place in places])
 
 
-def open_bench(args: argparse.Namespace, models: dict) -> Bench:
-    """Loads the data that the flags name, at the size of the models.
+def open_bench(args: argparse.Namespace, models: dict, wanted: Sequence = ()) -> Bench:
+    """Loads the data that the flags name, at the size of the models, with the columns that losses need.
+
+    Args:
+        args: the flags.
+        models: the models by title.
+        wanted: the columns, see `training.terms.wanted_columns`.
 
     Raises:
         UsageError: if the data cannot be read, are too few, differ in size, or lack labels that are needed.
@@ -127,7 +148,7 @@ def open_bench(args: argparse.Namespace, models: dict) -> Bench:
     title, pipeline = next(iter(models.items()))
     _check_texts(args, models)
     by_class = any(model.num_classes is not None for model in models.values())
-    data = load_data(args, title, pipeline, by_class)
+    data = load_data(args, title, pipeline, by_class, wanted)
     source = args.data or "embedded Fashion-MNIST"
     total = len(data)
     number = min(NUM_IMAGES, total // 2) if args.num_images is None else args.num_images
@@ -190,7 +211,7 @@ def _images(data, indices: list[int]):
     return data.normalization.normalize(data.__getitems__(indices)["values"])
 
 
-def load_data(args: argparse.Namespace, title: str, pipeline, by_class: bool):
+def load_data(args: argparse.Namespace, title: str, pipeline, by_class: bool, wanted: Sequence = ()):
     """Loads the data that --data and the flags about them name, at the size of a model, with labels if there are any.
 
     Raises:
@@ -210,7 +231,7 @@ def load_data(args: argparse.Namespace, title: str, pipeline, by_class: bool):
     def load(class_conditional: bool):
         settings = DataSettings(**given, class_conditional=class_conditional)
         model_of = (channels, (height, width), normalization, condition_channels)
-        return load_training_data(settings, *model_of, naming, white=white)
+        return load_training_data(settings, *model_of, naming, wanted, white=white)
 
     try:
         data = _with_labels_if_there(load, by_class or args.label_column or args.features == "classifier")

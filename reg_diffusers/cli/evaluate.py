@@ -12,8 +12,11 @@ from .bench import load_models, open_bench
 from .explanations import explanations
 from .judged import judge_models
 from .judging import (
+    axis_of,
     check_regularizers,
     choose_features,
+    columns_of,
+    describe_predicted,
     recorded_regularizers,
     recorded_units,
     regularizers_of,
@@ -88,14 +91,19 @@ def run(args: argparse.Namespace) -> None:
     together(state, lambda: _find_data(args))
     specs = args.regularizer or recorded_regularizers(args.model)
     regularizers = together(state, lambda: regularizers_of(specs))
-    bench = in_turn(state, lambda: open_bench(args, models))
+    wanted = together(state, lambda: columns_of(regularizers, args, is_recorded=bool(args.data_reason)))
+    bench = in_turn(state, lambda: open_bench(args, models, wanted))
     units = together(state, lambda: _find_units(args, bench))
     terms = together(state, lambda: check_regularizers(regularizers, bench, models, state.device, args.reg_units))
     on_main_process(state, lambda: _check_fid(args, bench))
     names = dict(zip(models, args.model, strict=True))
     samplers = together(state, lambda: samplers_of(args, models, names, bench, output / "samples"))
     if state.is_main_process:
-        say("\n".join([f"data        {bench.description}{args.data_reason}", *units]))
+        say(
+            "\n".join(
+                [f"data        {bench.description}{args.data_reason}", *units, *describe_predicted(terms, bench)]
+            )
+        )
     features = on_main_process(state, lambda: _features(args, bench, state.device))
     settings = _settings(args, samplers, bench, specs, features)
     on_main_process(state, lambda: _keep_settings(args, output, settings))
@@ -263,7 +271,7 @@ def _figure(rows: dict) -> tuple:
     return (
         panels,
         f"{distance} to the data (left is closer)",
-        f"loss: mean over {some.images} samples",
+        axis_of(some),
     )
 
 
@@ -342,7 +350,7 @@ def _command(args: argparse.Namespace) -> str:
     """Returns the command line that reproduces the results."""
     words = ["reg-diffusers", "evaluate"]
     names = ("model", "regularizer", "data", "dataset_config_name", "image_column", "label_column")
-    names += ("conditioning_image_column", "caption_column", "prompt", "num_images", "features")
+    names += ("conditioning_image_column", "caption_column", "prompt", "reg_columns", "num_images", "features")
     names += ("num_inference_steps", "guidance_scale", "scheduler", "seed", "mixed_precision", "reg_units")
     for name in names:
         value = getattr(args, name)

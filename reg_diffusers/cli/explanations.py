@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from .judging import PREDICTED
+
 __all__ = ["explanations"]
 
 
 def explanations(rows: dict, bench) -> list[tuple[str, str]]:
     """Returns pairs of a number's name and its explanation."""
-    from ..evaluation.measuring import SLICED
+    from ..evaluation.measuring import LEAST_SNR, SLICED
 
     some = next(iter(rows.values()))
     named = {
@@ -20,7 +22,14 @@ def explanations(rows: dict, bench) -> list[tuple[str, str]]:
         "coverage": "share of the data that has a sample nearby; low if variety is missing.",
         "Inception FID": "the standard Frechet inception distance; compare it only for the same number of images.",
     }
-    explained = [(name, "the loss L' on finished samples, before they are clipped to [-1, 1].") for name in some.terms]
+    on_samples = "the loss L' on finished samples, before they are clipped to [-1, 1]."
+    on_predictions = (
+        "the loss L' on x0_hat, because samples lack what it needs: images of the data with what belongs to them,"
+        f" each at 4 noise levels of an SNR of at least {LEAST_SNR:g}, the same for every model. In the column of the"
+        " data, L' of the images themselves; a perfect model does not reach it exactly, because x0_hat is a mean of"
+        " images. Images that a model was trained on may flatter it."
+    )
+    explained = [(name, on_predictions if name.endswith(PREDICTED) else on_samples) for name in some.terms]
     for name in some.distances:
         if name in named:
             explained.append((name, named[name]))

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 from ..runtime.messages import bars_are_hidden, say
 from .bench import Bench
+from .judging import PREDICTED
 
 __all__ = ["Judged", "judge_models"]
 
@@ -60,6 +61,7 @@ def judge_models(
     from ..evaluation.measuring import denoising_losses
 
     number, titles = bench.number, list(samples)
+    of_samples = {name: term for name, term in regularizers.items() if not bench.lacking(term)}
     halves = [dataclasses.replace(half, device=device) for half in (bench.reference, bench.other)]
     drawn = {title: dataclasses.replace(images, device=device) for title, images in samples.items()}
     vectors = {}
@@ -75,7 +77,7 @@ def judge_models(
         return judge_samples(
             images,
             halves[0],
-            regularizers,
+            of_samples,
             features=features,
             vectors=pair,
             copies=copies[title],
@@ -88,13 +90,17 @@ def judge_models(
         loss = None
         if with_denoising_loss:
             pipeline = models[title]
-            some = {name: value[:_IMAGES_OF_LOSS].to(device) for name, value in bench.conditions.items()}
-            some |= pipeline.embeddings(bench.texts[:_IMAGES_OF_LOSS]) if pipeline.takes_prompts else {}
+            some = _conditions(pipeline, bench, device)
             some |= {name: getattr(args, name) for name in ("snr_gamma", "loss_weighting", "timestep_sampling")}
             encoded = pipeline.encode(halves[0][:_IMAGES_OF_LOSS])
             losses = denoising_losses(pipeline.as_in_loss(), pipeline.scheduler, encoded, args.seed, **some)
             loss = losses.mean().item()
         rows[title] = row(title, drawn[title], bench.conditions, 0, loss)
+    if predicted := {name: term for name, term in regularizers.items() if name not in of_samples}:
+        for title, terms in _of_predictions(predicted, models, titles, bench, device, args.seed).items():
+            measured = {**rows[title].terms, **terms}
+            terms = {f"{name}{PREDICTED * (name in predicted)}": measured[name] for name in regularizers}
+            rows[title] = dataclasses.replace(rows[title], terms=terms)
     if args.fid:
         from ..evaluation.inception import inception_distance
 
@@ -102,6 +108,41 @@ def judge_models(
             fid = Estimate(inception_distance(images, halves[0]), float("nan"), float("nan"))
             rows[title] = dataclasses.replace(rows[title], distances={**rows[title].distances, "Inception FID": fid})
     return Judged(rows, copies, features)
+
+
+def _conditions(pipeline, bench: Bench, device) -> dict:
+    """Returns the conditions of a model for the first reference images, by name."""
+    found = {name: value[:_IMAGES_OF_LOSS].to(device) for name, value in bench.conditions.items()}
+    return found | (pipeline.embeddings(bench.texts[:_IMAGES_OF_LOSS]) if pipeline.takes_prompts else {})
+
+
+def _of_predictions(terms: dict, models: dict, titles: list[str], bench: Bench, device, seed: int) -> dict:
+    """Measures L' of x0_hat on the first reference images, and of these images themselves, by title and name."""
+    import dataclasses
+
+    from accelerate.utils import send_to_device
+
+    from ..evaluation.distances import mean_of
+    from ..evaluation.measuring import losses_of_predictions
+    from ..term import score
+
+    number = min(bench.number, _IMAGES_OF_LOSS)
+    images, belonging = bench.reference[:number].to(device), send_to_device(bench.belonging(number), device)
+    given = {**{name: value[:number].to(device) for name, value in bench.conditions.items()}, **belonging}
+    found = {"data": {}, **{title: {} for title in titles}}
+    for name, term in terms.items():
+        needed = {need: given[need] for need in term.needs}
+        found["data"][name] = mean_of(score(term, images, needed))
+        context = {need: value for need, value in needed.items() if need != "original_samples"}
+        for title in titles:
+            pipeline, seen = models[title], term
+            if pipeline.vqvae is not None:
+                seen = dataclasses.replace(term, view=pipeline._view)
+                context |= {"original_images": images} if "original_samples" in needed else {}
+            network, encoded = pipeline.as_in_loss(), pipeline.encode(images)
+            parts = (seen, network, pipeline.scheduler, encoded, seed, context)
+            found[title][name] = mean_of(losses_of_predictions(*parts, **_conditions(pipeline, bench, device)))
+    return found
 
 
 def _note(compared: int, number: int) -> str:

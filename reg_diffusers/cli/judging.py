@@ -10,22 +10,26 @@ from ..runtime.messages import bars_are_hidden
 from .bench import Bench
 
 __all__ = [
+    "PREDICTED",
+    "axis_of",
     "check_regularizers",
     "choose_features",
+    "columns_of",
+    "describe_predicted",
     "recorded_regularizers",
     "recorded_units",
     "regularizers_of",
 ]
 
+PREDICTED = " of x0_hat"  # ends the name of a loss that is measured on predictions of the data
 _BATCH_SIZE = 64
 
 
 def recorded_regularizers(names: list[str]) -> list[str]:
     """Returns the built-in regularizers that the models in these folders were trained with, in order.
 
-    Leaves out those that compare an image with its own original, which samples lack. Ignores other names in a
-    reg_config.json: they would be imported and run, or a file or a network would be read, which a downloaded file must
-    not cause.
+    Ignores other names in a reg_config.json: they would be imported and run, or a file or a network would be read,
+    which a downloaded file must not cause.
     """
     from .. import regularizers
     from ..specs import built_in_regularizers, name_of
@@ -34,19 +38,7 @@ def recorded_regularizers(names: list[str]) -> list[str]:
     safe = built_in_regularizers().keys() - reading
     terms = [term for name in names for term in _objective(name).get("terms", ())]
     found = [term.get("regularizer") for term in terms]
-    named = [spec for spec in dict.fromkeys(found) if name_of(spec) in safe]
-    return [spec for spec in named if _is_of_samples(spec)]
-
-
-def _is_of_samples(spec: str) -> bool:
-    """Whether a loss needs the image only; what cannot be loaded is reported by `regularizers_of`."""
-    from ..specs import load_regularizer
-    from ..term import needs_of
-
-    try:
-        return not needs_of(load_regularizer(spec))
-    except ValueError:
-        return True
+    return [spec for spec in dict.fromkeys(found) if name_of(spec) in safe]
 
 
 def recorded_units(names: list[str]) -> tuple[str, str]:
@@ -157,14 +149,40 @@ def _batches(number: int, size: int = _BATCH_SIZE) -> list[range]:
     return [range(start, min(start + size, number)) for start in range(0, number, size)]
 
 
+def columns_of(regularizers: dict, args: argparse.Namespace, *, is_recorded: bool = False) -> list:
+    """Returns the columns of the data that the regularizers need.
+
+    Args:
+        regularizers: the regularizers by name.
+        args: the flags.
+        is_recorded: whether --reg_columns is that of the models, where other losses may have needed more: `args` then
+            keeps only those that the regularizers need.
+
+    Raises:
+        UsageError: --reg_columns names what no regularizer needs.
+    """
+    from ..settings.data import DataSettings
+    from ..term import Term
+    from ..training.terms import wanted_columns
+
+    terms = tuple(Term(regularizer, 1.0, name=name) for name, regularizer in regularizers.items())
+    texts = {name: getattr(args, name) for name in ("caption_column", "prompt")}
+    if is_recorded:
+        needs = {need for term in terms for need in term.needs}
+        args.reg_columns = [one for one in args.reg_columns or () if one.partition("=")[0] in needs]
+    return wanted_columns(terms, DataSettings(reg_columns=args.reg_columns, **texts))
+
+
 def check_regularizers(regularizers: dict, bench: Bench, models: dict, device, reg_units: str | None) -> dict:
     """Freezes the regularizers that are networks, moves them to the device, and tries each on two images.
 
     Returns their terms by the same names. The terms see fields in the units of --reg_units.
 
     Raises:
-        UsageError: if a regularizer needs what samples lack, raises, or does not return one value per image.
+        UsageError: if a regularizer needs what data lack, too, raises, or does not return one value per image.
     """
+    from accelerate.utils import send_to_device
+
     from ..objective import X0Regularization
     from ..runtime.errors import UsageError
     from ..term import Term, TermError, score
@@ -173,16 +191,19 @@ def check_regularizers(regularizers: dict, bench: Bench, models: dict, device, r
     terms = (Term(regularizer, 1.0, name=name) for name, regularizer in regularizers.items())
     terms = in_units(tuple(terms), bench.data, reg_units or "user")
     some = next(iter(models.values()))
-    images = bench.reference[:2].to(device)
+    images, given = bench.reference[:2].to(device), bench.conditions
+    if any(bench.lacking(term) for term in terms):
+        given = {**given, **bench.belonging(2)}
     for name, term in zip(regularizers, terms, strict=True):
         X0Regularization(some.scheduler, [term]).to(device)
-        if missing := [need for need in term.needs if need not in bench.conditions]:
+        if missing := [need for need in term.needs if need not in given]:
             raise UsageError(
-                f"--regularizer {name} needs {', '.join(missing)}, which samples of --model {next(iter(models))} lack:"
-                " train with --validation_split, which measures L' on held-out images"
+                f"--regularizer {name} needs {', '.join(missing)}, which neither samples of --model"
+                f" {next(iter(models))} nor the data have: train with --validation_split, which measures L' on"
+                " held-out images"
             )
         try:
-            score(term, images, {need: bench.conditions[need][:2].to(device) for need in term.needs})
+            score(term, images, send_to_device({need: given[need][:2] for need in term.needs}, device))
         except TermError as error:
             raise UsageError(f"--regularizer {name}: {error}") from error
         except Exception as error:
@@ -191,3 +212,19 @@ def check_regularizers(regularizers: dict, bench: Bench, models: dict, device, r
             usage_error.show_cause = True
             raise usage_error from error
     return dict(zip(regularizers, terms, strict=True))
+
+
+def describe_predicted(terms: dict, bench: Bench) -> list[str]:
+    """Returns a line for each loss that is measured on predictions of the data, because samples lack what it needs."""
+    return [
+        f"loss        {name} needs {', '.join(lacking)}, which samples lack: measured on x0_hat of images of the data"
+        for name, term in terms.items()
+        if (lacking := bench.lacking(term))
+    ]
+
+
+def axis_of(row) -> str:
+    """Returns the label of the axis of L' in a figure."""
+    if any(name.endswith(PREDICTED) for name in row.terms):
+        return "loss: mean over samples, or over images of the data (of x0_hat)"
+    return f"loss: mean over {row.images} samples"

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import argparse
 
-from ..settings.flag_values import positive_int
+from ..settings.flag_values import positive_int, renaming
 from .sampling_flags import add_machine_flags, add_sampler_flags
 
 __all__ = ["DATA_FLAGS", "NUM_IMAGES", "add_judging_flags", "add_measuring_flags"]
 
 NUM_IMAGES = 2048
 DATA_FLAGS = ("dataset_config_name", "image_column", "label_column", "conditioning_image_column", "caption_column")
-DATA_FLAGS += ("prompt", "cache_dir", "random_crop")
+DATA_FLAGS += ("prompt", "cache_dir", "random_crop", "reg_columns")
 
 
 def add_judging_flags(parser: argparse.ArgumentParser) -> None:
@@ -49,6 +49,14 @@ def _add_data_flags(parser: argparse.ArgumentParser) -> None:
         "--random_crop",
         action="store_true",
         help="compare with the central windows of the images, as --random_crop trains on (default: as recorded)",
+    )
+    add(
+        "--reg_columns",
+        type=renaming,
+        nargs="+",
+        metavar="NAME=COLUMN",
+        help="columns of the data that a regularizer needs under another name, such as mask=segmentation (default: as"
+        " recorded)",
     )
     add("--cache_dir", metavar="FOLDER", help="folder for decoded images (default: the Hugging Face cache)")
 

@@ -19,18 +19,8 @@ __all__ = ["add_parser", "run"]
 # With the gradient through the network, the same effect needs a larger scale.
 _GUIDANCE_SCALES = {"mpgd": 0.05, "dps": 2.0, "lgd": 2.0}
 _OF_THE_PICTURES = (
-    *(
-        "model",
-        "num_images",
-        "size",
-        "num_inference_steps",
-        "scheduler",
-        "seed",
-        "class_labels",
-        "condition_dir",
-        "guidance",
-    ),
-    *("prompts", "negative_prompt"),
+    *("model", "num_images", "num_inference_steps", "scheduler", "seed", "class_labels", "condition_dir", "guidance"),
+    *("size", "prompts", "negative_prompt"),
     *("regularizer_scale", "guidance_method", "guidance_scale", "reg_units", "mixed_precision"),
 )
 

@@ -12,7 +12,7 @@ from ..runtime.messages import say
 from ..settings import Settings
 from .bench import check_num_images, load_models, open_bench
 from .judged import judge_models
-from .judging import check_regularizers, choose_features, regularizers_of
+from .judging import axis_of, check_regularizers, choose_features, columns_of, describe_predicted, regularizers_of
 from .judging_flags import DATA_FLAGS, add_measuring_flags
 from .model_samples import draw_samples_of, read_samples, samplers_of
 from .output import check_folder, read_settings, write_settings
@@ -78,7 +78,6 @@ def run(args: argparse.Namespace) -> None:
     training = parse_args(args.training)
     _check_training(training)
     regularizers = regularizers_of(list(training.loss.regularizer))
-    _check_needs(regularizers, training)
     runs = _runs(args)
     settings = _settings(args) | _units(training)
     _keep_settings(output, settings)
@@ -96,8 +95,10 @@ def run(args: argparse.Namespace) -> None:
     args.data = training.data.source
     for name in (*DATA_FLAGS, "snr_gamma", "loss_weighting", "timestep_sampling"):
         setattr(args, name, training.values()[name])
-    bench = open_bench(args, models)
+    bench = open_bench(args, models, columns_of(regularizers, args))
     terms = check_regularizers(regularizers, bench, models, state.device, training.loss.reg_units)
+    for line in describe_predicted(terms, bench):
+        say(line)
     samplers = samplers_of(args, models, names, bench, output / "samples")
     features, why = choose_features(args, bench, state.device)
     if why:
@@ -148,22 +149,6 @@ def _check_training(training: Settings) -> None:
             raise UsageError(f"--{name} {_DECIDED}; remove it from the YAML file")
     if not training.loss.regularizer:
         raise UsageError("--regularizer none leaves nothing to weight: name a loss after --")
-
-
-def _check_needs(regularizers: dict, training: Settings) -> None:
-    """Raises `UsageError`, before any training, for losses that need more than a sample and its conditions."""
-    from ..networks.conditions import KINDS
-    from ..runtime.errors import UsageError
-    from ..term import needs_of
-
-    given = [kind.name for kind in KINDS if kind.is_wanted(training.data)]
-    for name, regularizer in regularizers.items():
-        if missing := [need for need in needs_of(regularizer) if need not in given]:
-            raise UsageError(
-                f"--regularizer {name} needs {', '.join(missing)}, which images of the data have, but not samples: a"
-                " sweep cannot measure it. Train once per weight with --validation_split, which measures L' on images"
-                " that are held out"
-            )
 
 
 def _runs(args: argparse.Namespace) -> list[tuple[str, str, float]]:
@@ -265,7 +250,7 @@ def _write(output: Path, rows: dict, runs: list, settings: dict) -> None:
         fronts[name] = [panels[name][1 + index] for index in front]
         titles_on_front[name] = [runs[index][0] for index in front]
     groups = ["", *(weighting if weight else "" for _, weighting, weight in runs)]
-    axes = f"{distance} to the data (left is closer)", f"loss: mean over {some.images} samples"
+    axes = f"{distance} to the data (left is closer)", axis_of(some)
     for suffix in ("png", "svg"):
         write_whole(output / f"sweep.{suffix}", lambda path: draw_pareto([path], panels, fronts, groups, *axes))
     write_whole(output / "sweep.json", lambda path: write_rows(path, rows, pareto=titles_on_front, settings=settings))

@@ -3,23 +3,32 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from ..context import cut
+from ..estimators import one_step
 from ..loss_weighting import DENSITIES, LOSS_WEIGHTINGS
 from ..networks.conditions import Conditions
 from ..objective import RegularizedLoss, timesteps_of_training
+from ..prediction import noise_level, tensor_of
 from ..term import Term, score
+from ..weighting import constant
 from .distances import GROUPS, Estimate, jackknife, mean_of
 from .images import Images, blocks
 
-__all__ = ["SLICED", "denoising_losses", "distance_to_data", "mean_loss", "sliced_wasserstein"]
+__all__ = ["LEAST_SNR", "SLICED", "WithoutGradient", "denoising_losses", "distance_to_data"]
+__all__ += ["losses_of_predictions", "mean_loss", "sliced_wasserstein"]
 
 SLICED = "sliced Wasserstein"
 _DIRECTIONS = 512
 _NOISE_LEVELS_PER_IMAGE = 4
+LEAST_SNR = 1.0  # of the noise levels at which a loss sees x0_hat: below, x0_hat is a blur, and L' says little
+_AT_A_TIME = 16
 
 
 def mean_loss(term: Term, samples: Tensor | Images, context: Mapping[str, Tensor]) -> Estimate:
@@ -93,6 +102,66 @@ def denoising_losses(
             )
             total[batch] += output.per_image["denoising"].double().cpu()
     return total / _NOISE_LEVELS_PER_IMAGE
+
+
+def losses_of_predictions(
+    term: Term,
+    network,
+    noise_scheduler,
+    original_samples: Tensor,
+    seed: int,
+    context: Mapping[str, Any],
+    **conditions: Tensor,
+) -> Tensor:
+    """Computes L' of x0_hat for each of some images, (N,), for losses that need more than a sample has.
+
+    Noise and timesteps are equal for every model. Each image has 4 noise levels with an SNR of at least 1, evenly
+    spread over the timesteps of such levels.
+
+    Args:
+        term: the loss; it sees x0_hat through its view. Its weight and weighting are ignored.
+        network: the network, in evaluation mode.
+        noise_scheduler: the scheduler it was trained with.
+        original_samples: (N, C, H, W) images in [-1, 1], or their latents.
+        seed: the seed of the noise.
+        context: what the regularizer needs for each image, N each, by name.
+        **conditions: the conditions of the network, by name.
+    """
+    name, number = "loss", len(original_samples)
+    seen = replace(term, weight=1.0, weighting=constant, schedule=None, estimator=one_step, name=name)
+    loss_fn = RegularizedLoss(noise_scheduler, [seen], max_nonfinite_steps=None).to(original_samples.device)
+    all_levels = timesteps_of_training(noise_scheduler, torch.arange(1000) / 1000)
+    levels = all_levels[noise_level(noise_scheduler, all_levels).snr >= LEAST_SNR]
+    generator, total = torch.Generator().manual_seed(seed), torch.zeros(number, dtype=torch.float64)
+    for repetition in range(_NOISE_LEVELS_PER_IMAGE):
+        places = (torch.randperm(number, generator=generator) + (repetition + 0.5) / _NOISE_LEVELS_PER_IMAGE) / number
+        timesteps = levels[(places * len(levels)).long()]
+        noise = torch.randn(original_samples.shape, generator=generator)
+        for rows in torch.arange(number).split(_AT_A_TIME):
+            model, arguments = Conditions(conditions).of_images(rows).bind(WithoutGradient(network))
+            output = loss_fn(
+                model,
+                original_samples[rows],
+                noise=noise[rows].to(original_samples.device),
+                timesteps=timesteps[rows],
+                model_kwargs=arguments,
+                **{need: cut(value, rows, number, need) for need, value in context.items()},
+            )
+            total[rows] += output.per_image[name].double().cpu()
+    return total / _NOISE_LEVELS_PER_IMAGE
+
+
+class WithoutGradient(nn.Module):
+    """A network whose output is a leaf, so that L' is differentiable as in training, and the network keeps nothing."""
+
+    def __init__(self, network: Callable):
+        super().__init__()
+        self.network = network
+
+    def forward(self, *arguments, **keywords) -> Tensor:
+        with torch.no_grad():
+            output = tensor_of(self.network(*arguments, **keywords))
+        return output.detach().requires_grad_()
 
 
 def sliced_wasserstein(samples: Tensor, reference: Tensor, *, directions: int = _DIRECTIONS, seed: int = 0) -> float:

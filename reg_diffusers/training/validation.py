@@ -22,9 +22,9 @@ from torch import Tensor, nn
 from ..data.buckets import part_of
 from ..data.parts import of_one_size, parts_of
 from ..data.training_data import TrainingData
+from ..evaluation.measuring import WithoutGradient
 from ..loss_weighting import DENSITIES, LOSS_WEIGHTINGS
 from ..objective import RegularizedLoss, timesteps_of_training
-from ..prediction import tensor_of
 from ..runs.run_folder import BEST_FOLDER, LOGS, VALIDATION_FILE, VALIDATION_PICTURE
 from ..runtime.errors import warn
 from ..runtime.files import write_whole
@@ -147,7 +147,7 @@ class Validation:
         """Measures a network: the denoising loss, and L' of each term over the images where it is active."""
         device, names = self._training.accelerator.device, self._loss_fn.regularization.names
         values: dict[str, list[Tensor]] = {"denoising": [], **{name: [] for name in names}}
-        called = _WithoutGradient(self._training.as_called(network))
+        called = WithoutGradient(self._training.as_called(network))
         with random_numbers_as_before(device):
             torch.manual_seed(self._seed)  # of estimators and views that draw
             for rows, timesteps, noise in self._batches():
@@ -200,19 +200,6 @@ class Validation:
         write_whole(path, lambda temporary: temporary.write_text(json.dumps(content, indent=2) + "\n"))
         picture = self._output_dir / VALIDATION_PICTURE
         write_whole(picture, lambda temporary: draw_validation(temporary, self._output_dir / LOGS[0], weights))
-
-
-class _WithoutGradient(nn.Module):
-    """A network whose output is a leaf, so that L' is differentiable as in training, and the network keeps nothing."""
-
-    def __init__(self, network: nn.Module):
-        super().__init__()
-        self.network = network
-
-    def forward(self, *arguments, **keywords) -> Tensor:
-        with torch.no_grad():
-            output = tensor_of(self.network(*arguments, **keywords))
-        return output.detach().requires_grad_()
 
 
 def _shown(name: str) -> str:
