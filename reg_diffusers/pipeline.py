@@ -26,7 +26,7 @@ from torch import Tensor
 from .guidance import Guidance
 from .hub.card import write_card
 from .hub.model_index import as_saved, check_components, check_saved_schedule, check_weights, own_entries
-from .hub.repository import STALE, check_source, fetch_evidence, open_repository, remote_card
+from .hub.repository import STALE, check_kind, check_source, fetch_evidence, open_repository, remote_card
 from .prediction import output_for_step, predict_original_sample
 from .regularizers.contract import Regularizer
 from .runs.run_folder import CARD_FILE
@@ -293,13 +293,15 @@ class RegDDPMPipeline(ImageSpace, ConditionedNetwork, DiffusionPipeline):
             The URL of the commit.
 
         Raises:
-            ValueError: `private` is True but the existing repository is public, the existing card cannot be read, or a
-                link leads out of the folder that the pipeline was loaded from.
+            ValueError: `private` is True but the existing repository is public, the existing card cannot be read, a
+                link leads out of the folder that the pipeline was loaded from, or the repository holds LoRA weights.
             HfHubHTTPError: there is no network, or no write access.
         """
         api = HfApi(token=token)
         check_source(self.name_or_path)
         repo_id = open_repository(api, repo_id, private, write=not create_pr)
+        if subfolder is None:
+            check_kind(api, repo_id, is_adapter=False)
         with TemporaryDirectory() as temporary:
             folder = Path(temporary)
             self.save_pretrained(folder, safe_serialization, variant)

@@ -201,6 +201,25 @@ def test_a_loss_calls_the_network_as_the_pipeline_does(name, tmp_path):
     torch.testing.assert_close(output, unpack(expected, 8, 12))
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["StableDiffusion3Pipeline"])
+def test_a_pipeline_without_t5_is_trained_on_its_embeddings(name, fine_tune, capsys):
+    stock = DiffusionPipeline.from_pretrained("base", text_encoder_3=None, tokenizer_3=None)
+    shutil.rmtree("base")
+    stock.save_pretrained("base")
+    out = fine_tune("--max_train_steps", 2)
+    assert (
+        "base has no text_encoder_3 and no tokenizer_3: embedded without, as its pipeline does"
+        in capsys.readouterr().out
+    )
+    stock.load_lora_weights(str(out))
+    assert drawn(stock).shape == (1, 16, 16, 3)
+    encoder = BY_NAME[name].load_encoder("base", None, torch.float32)
+    embedded, _, pooled, _ = stock.encode_prompt("a cat", "a cat", "a cat", do_classifier_free_guidance=False)
+    found = BY_NAME[name].embed(encoder, ["a cat"])
+    assert torch.equal(found["prompt_embeds"], embedded) and torch.equal(found["pooled_prompt_embeds"], pooled)
+
+
 # What is refused or counted
 
 
@@ -213,8 +232,8 @@ def test_what_does_not_fit_a_family_is_refused_in_one_line(name, fine_tune, caps
     assert "sides must be multiples of 4, such as 16 or 20" in refused("--resolution", 18)
     index = Path("base", "model_index.json")
     whole = json.loads(index.read_text())
-    index.write_text(json.dumps({**whole, "text_encoder_3": [None, None], "tokenizer_3": [None, None]}))
-    assert refused().endswith("no readable text encoder: the pipeline was saved without text_encoder_3, tokenizer_3")
+    index.write_text(json.dumps({**whole, "text_encoder_2": [None, None], "tokenizer_2": [None, None]}))
+    assert refused().endswith("no readable text encoder: the pipeline was saved without text_encoder_2, tokenizer_2")
     index.write_text(json.dumps({**whole, "vae": [None, None]}))
     assert refused().endswith("it has no autoencoder: name one by --vae")
     index.write_text(json.dumps(whole))

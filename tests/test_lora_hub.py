@@ -64,6 +64,48 @@ def test_a_pushed_run_has_a_card_with_its_base_and_is_sampled_by_name(hub, clien
     assert (remote == local).all()
 
 
+def test_a_pipeline_with_adapters_is_pushed_and_nothing_is_left_beside_it(hub, client):
+    """By Python: weights that were loaded go on with a card; a repository of the other kind of model is refused."""
+    facts = client.python(
+        """
+        from diffusers import DDPMScheduler, StableDiffusionPipeline, UNet2DModel
+        from reg_diffusers import RegDDPMPipeline, RegTextToImagePipeline
+        from reg_diffusers.hub.uploads import Uploads
+        from reg_diffusers.settings.arguments import parse_args
+
+        stock = StableDiffusionPipeline.from_pretrained("tester/base")
+        plain = RegTextToImagePipeline.of(stock)
+        facts = dict(plain=error_of(plain.push_to_hub, "tester/plain"))
+        stock.load_lora_weights("tester/lora")
+        pipeline = RegTextToImagePipeline.of(stock)
+        facts["url"] = str(pipeline.push_to_hub("again"))
+        facts["over"] = error_of(pipeline.push_to_hub, "tester/base")
+        settings = parse_args([])
+        facts["training"] = error_of(Uploads, settings.hub, "tester/base", settings.output, is_adapter=True)
+        shape = dict(down_block_types=("DownBlock2D",), up_block_types=("UpBlock2D",), norm_num_groups=4)
+        unet = UNet2DModel(sample_size=8, block_out_channels=(8,), layers_per_block=1, **shape)
+        facts["under"] = error_of(RegDDPMPipeline(unet, DDPMScheduler()).push_to_hub, "tester/lora")
+        tell(**facts)
+        """
+    )
+    assert "the network has no LoRA weights, and other weights are not saved" in facts["plain"]
+    assert "tester/plain" not in hub.repositories
+    assert facts["url"].startswith(f"{hub.endpoint}/tester/again/commit/")
+    names = ("tester/lora", "tester/again")
+    first, again = (load(hub.files[name]["pytorch_lora_weights.safetensors"]) for name in names)
+    assert first.keys() == again.keys() and all((first[name] == again[name]).all() for name in first)
+    card = ModelCard(hub.files["tester/again"]["README.md"].decode())
+    assert card.data.base_model == "tester/base" and 'load_lora_weights("tester/again")' in card.text
+    assert (
+        "unet/config.json" in hub.files["tester/base"]
+        and "pytorch_lora_weights.safetensors" not in hub.files["tester/base"]
+    )
+    for said in (facts["over"], facts["training"]):
+        assert "tester/base holds a whole pipeline, which would stay there beside LoRA weights: name another" in said
+        assert "hf repos delete-files tester/base model_index.json 'scheduler/*' 'text_encoder/*'" in said
+    assert "hf repos delete-files tester/lora pytorch_lora_weights.safetensors" in facts["under"]
+
+
 def test_weights_whose_base_is_on_another_machine_are_one_line(hub, client):
     names = ("--pretrained_model_name_or_path", "base", "--train_data_dir", "photos", "--output_dir", "own")
     client.start_training(*names, *QUICK, "--regularizer", "none", "--hub_model_id", "tester/own").finish(seconds=400)

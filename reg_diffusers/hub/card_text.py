@@ -341,8 +341,8 @@ def _call(facts: CardFacts) -> tuple[list[str], list[str]]:
 
 
 def reproduction_section(record: dict) -> str:
-    """Builds the section with command, seed and versions; empty without a record."""
-    if not record:
+    """Builds the section with command, seed and versions; empty without the record of a training."""
+    if "command" not in record:
         return ""
     command = record["command"]
     versions = ", ".join(f"{name} {version}" for name, version in record["versions"].items())

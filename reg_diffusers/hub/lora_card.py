@@ -1,18 +1,20 @@
-"""Writes the card of LoRA weights from the files in their folder, between the marks of `card`."""
+"""Writes the card of LoRA weights from the files in their folder, between the marks of `card`; uploads them."""
 
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
-from huggingface_hub import ModelCard, ModelCardData
+from huggingface_hub import HfApi, ModelCard, ModelCardData
 
 from ..runs.measurement import as_text
 from ..runs.run_folder import LORA_FILE
 from .card import BEGIN, END, as_card, facts_of, results_of, write_card, write_merged
 from .card_text import CardFacts, block, evidence_section, objective_section, reproduction_section
+from .repository import STALE, check_kind, open_repository, remote_card
 
-__all__ = ["write_card_of_run"]
+__all__ = ["push_adapters", "write_card_of_run"]
 
 _TASK = "text-to-image"
 
@@ -26,7 +28,47 @@ def write_card_of_run(folder: Path, repo_id: str, old: ModelCard | None = None, 
     if not (folder / LORA_FILE).is_file():
         write_card(folder, repo_id, old, license)
         return
-    facts = facts_of(folder)
+    _write_card(folder, repo_id, facts_of(folder), old, license)
+
+
+def push_adapters(
+    folder: Path,
+    repo_id: str,
+    about: dict,
+    commit_message: str | None = None,
+    private: bool | None = None,
+    token: str | None = None,
+    *,
+    create_pr: bool = False,
+) -> str:
+    """Uploads LoRA weights without the record of a training, with a card; returns the URL of the commit.
+
+    Args:
+        folder: folder of the weights; the card is written there.
+        repo_id: user/name, or a name of the token's user; created if necessary.
+        about: what is known of them, as in reg_config.json.
+        commit_message, private, token, create_pr: see `RegDDPMPipeline.push_to_hub`.
+
+    Raises:
+        ValueError: as in `repository.open_repository` and `check_kind`.
+        HfHubHTTPError: there is no network, or no write access.
+    """
+    api = HfApi(token=token)
+    repo_id = open_repository(api, repo_id, private, write=not create_pr)
+    check_kind(api, repo_id, is_adapter=True)
+    _write_card(folder, repo_id, replace(facts_of(folder), record=about), remote_card(api, repo_id))
+    return api.upload_folder(
+        repo_id=repo_id,
+        folder_path=folder,
+        commit_message=commit_message or "Upload LoRA weights",
+        create_pr=create_pr,
+        delete_patterns=list(STALE),
+    )
+
+
+def _write_card(
+    folder: Path, repo_id: str, facts: CardFacts, old: ModelCard | None, license: str | None = None
+) -> None:
     text = f"{BEGIN}\n\n{_text(facts, repo_id)}\n\n{END}"
     write_merged(folder, as_card(_metadata(facts, repo_id, license), text), old)
 

@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import filecmp
 import hashlib
+import shlex
 from pathlib import Path
 
 from huggingface_hub import HfApi, ModelCard
 from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, HFValidationError
 
-from ..runs.run_folder import CARD_FILE, CONFIG_FILE, EVIDENCE, evidence_patterns
+from ..runs.run_folder import CARD_FILE, CONFIG_FILE, EVIDENCE, LORA_FILE, evidence_patterns
 from ..runtime.links import check_links
 from .card import copy_evidence, read_card
 
-__all__ = ["STALE", "check_source", "fetch_evidence", "open_repository", "remote_card"]
+__all__ = ["STALE", "check_kind", "check_source", "fetch_evidence", "open_repository", "remote_card"]
+
+_INDEX = "model_index.json"
 
 # Evidence of the previous model, which an upload deletes if the new model has no file of that name.
 _NETWORKS = ("unet", "transformer")
@@ -49,6 +52,31 @@ def open_repository(api: HfApi, repo_id: str, private: bool | None = None, write
     if private and not api.model_info(repo_id).private:
         raise ValueError(f"{repo_id} already exists and is public: make it private in its settings on the Hub")
     return repo_id
+
+
+def check_kind(api: HfApi, repo_id: str, *, is_adapter: bool) -> None:
+    """Checks that a repository does not hold the other kind of model, which an upload would leave beside the new one.
+
+    Args:
+        api: the client.
+        repo_id: user/name.
+        is_adapter: whether LoRA weights are uploaded, and not a whole pipeline.
+
+    Raises:
+        ValueError: it holds that kind, and not this one.
+    """
+    own, other = (LORA_FILE, _INDEX) if is_adapter else (_INDEX, LORA_FILE)
+    if not api.file_exists(repo_id, other) or api.file_exists(repo_id, own):
+        return
+    files = api.list_repo_files(repo_id)
+    folders = {name.split("/")[0] for name in files if name.endswith(("/config.json", "/scheduler_config.json"))}
+    parts = [other, *(["pipeline.py"] if "pipeline.py" in files else []), *(f"{name}/*" for name in sorted(folders))]
+    command = shlex.join(["hf", "repos", "delete-files", repo_id, *([other] if other == LORA_FILE else parts)])
+    kinds = ("a whole pipeline", "LoRA weights") if is_adapter else ("LoRA weights", "this pipeline")
+    raise ValueError(
+        f"{repo_id} holds {kinds[0]}, which would stay there beside {kinds[1]}: name another repository, or delete the"
+        f" old files first: {command}"
+    )
 
 
 def _check_write(api: HfApi, repo_id: str) -> None:

@@ -18,7 +18,7 @@ from ..settings.hub import HubSettings
 from ..settings.output import OutputSettings
 from .background_upload import Upload, reason
 from .card import copy_evidence, merge_cards
-from .repository import open_repository, remote_card
+from .repository import check_kind, open_repository, remote_card
 
 __all__ = ["Uploads", "check_upload", "hub_user"]
 
@@ -72,16 +72,18 @@ class Uploads:
         hub: the settings of the uploads.
         repo_id: user/name.
         output: the settings of the output folder.
+        is_adapter: whether LoRA weights are uploaded, and not a whole pipeline.
 
     Attributes:
         old_card: the previous card of the repository.
 
     Raises:
         UsageError: if a link leads out of the output folder, the token lacks write access, the Hub does not know the
-            licence, the card cannot be read, or a private repository is requested but it is public.
+            licence, the card cannot be read, a private repository is requested but it is public, or it holds the other
+            kind of model.
     """
 
-    def __init__(self, hub: HubSettings, repo_id: str, output: OutputSettings):
+    def __init__(self, hub: HubSettings, repo_id: str, output: OutputSettings, *, is_adapter: bool = False):
         self.repo_id = repo_id
         self._hub = hub
         self._api = HfApi(token=hub.hub_token)
@@ -96,6 +98,7 @@ class Uploads:
             raise UsageError(f"--push_to_hub: {error}") from error
         try:
             open_repository(self._api, repo_id, hub.hub_private_repo or None)
+            check_kind(self._api, repo_id, is_adapter=is_adapter)
             self.old_card = remote_card(self._api, repo_id)
         except ValueError as error:
             raise UsageError(f"{flag}: {error}") from error

@@ -96,17 +96,24 @@ def add_lora(network: nn.Module, settings: ModelSettings, default_modules: tuple
 
 
 def lora_file_arguments(network: nn.Module, component: str) -> dict:
-    """Returns the arguments of `save_lora_weights` of a pipeline: the adapters, and their rank and alpha."""
+    """Returns the arguments of `save_lora_weights` of a pipeline: the adapters, and their rank and alpha.
+
+    Raises:
+        ValueError: the network has no adapters, or several sets of them.
+    """
     from diffusers.utils import convert_state_dict_to_diffusers
     from peft.utils import get_peft_model_state_dict
 
-    layers = {name: tensor.float().cpu() for name, tensor in get_peft_model_state_dict(network).items()}
+    adapters = getattr(network, "peft_config", {})
+    if len(adapters) != 1:
+        found = f"several LoRA weights ({', '.join(adapters)}): keep one" if adapters else "no LoRA weights"
+        raise ValueError(f"the network has {found}, and other weights are not saved: save them with diffusers")
+    ((name, config),) = adapters.items()
+    layers = get_peft_model_state_dict(network, adapter_name=name)
+    layers = {key: tensor.float().cpu() for key, tensor in layers.items()}
     if component == "unet":  # as diffusers' training scripts do
         layers = convert_state_dict_to_diffusers(layers)
-    return {
-        f"{component}_lora_layers": layers,
-        f"{component}_lora_adapter_metadata": network.peft_config["default"].to_dict(),
-    }
+    return {f"{component}_lora_layers": layers, f"{component}_lora_adapter_metadata": config.to_dict()}
 
 
 def frozen_dtype(network: nn.Module) -> torch.dtype:

@@ -7,6 +7,7 @@ import hashlib
 import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import numpy as np
 import torch
@@ -14,6 +15,7 @@ from diffusers import DiffusionPipeline
 from torch import Tensor, nn
 
 from ..autoencoder import downsampling
+from ..hub.lora_card import push_adapters
 from ..sampling.call_inputs import refuse_keywords
 from ..sampling.conditioned_network import checked_guidance_scale
 from ..sampling.sampler import add_weights
@@ -152,18 +154,61 @@ class RegTextToImagePipeline(LatentPipeline):
             self._encoder.to(*args, **kwargs)
         return super().to(*args, **kwargs)
 
-    def save_pretrained(self, save_directory, *args, **kwargs) -> None:
-        """Writes pytorch_lora_weights.safetensors, which `load_lora_weights` of the pipeline reads; nothing else."""
-        arguments = lora_file_arguments(self.unet, self._family.component)
-        self._family.pipeline_class.save_lora_weights(str(save_directory), **arguments)
+    def save_pretrained(self, save_directory: str | Path, push_to_hub: bool = False, **kwargs) -> None:
+        """Writes pytorch_lora_weights.safetensors, which `load_lora_weights` of the pipeline reads; nothing else.
 
-    def push_to_hub(self, *args, **kwargs) -> str:
-        """Refused: adapters are uploaded with the records of their training.
+        Args:
+            save_directory: the folder; created if necessary.
+            push_to_hub: then upload by `push_to_hub`, to `repo_id` or else the folder's name.
+            **kwargs: arguments of the upload.
 
         Raises:
-            ValueError: always.
+            ValueError: the network has no LoRA weights, or several.
         """
-        raise ValueError("upload the folder of a run by hf upload, or train with --push_to_hub")
+        if kwargs and not push_to_hub:
+            raise TypeError(f"save_pretrained: {', '.join(kwargs)} has no effect without push_to_hub")
+        arguments = lora_file_arguments(self.unet, self._family.component)
+        self._family.pipeline_class.save_lora_weights(str(save_directory), **arguments)
+        if push_to_hub:
+            self.push_to_hub(kwargs.pop("repo_id", None) or Path(save_directory).resolve().name, **kwargs)
+
+    def push_to_hub(
+        self,
+        repo_id: str,
+        commit_message: str | None = None,
+        private: bool | None = None,
+        token: str | None = None,
+        create_pr: bool = False,
+    ) -> str:
+        """Uploads the LoRA weights with a model card, which names their base if it was loaded from the Hub.
+
+        Records and measurements of a training are in its output folder: `hf upload` that, or train with --push_to_hub.
+
+        Args:
+            repo_id: user/name, or a name of the token's user; created if necessary.
+            commit_message: message of the commit.
+            private: whether a new repository is private.
+            token: Hub token. Default: the stored one.
+            create_pr: open a pull request instead of committing.
+
+        Returns:
+            The URL of the commit.
+
+        Raises:
+            ValueError: the network has no LoRA weights, or several; the base is unknown; the repository holds a whole
+                pipeline; or `private` is True but the existing repository is public.
+            HfHubHTTPError: there is no network, or no write access.
+        """
+        if self._encoder is None:
+            raise ValueError(
+                "this pipeline does not know its base: upload the output folder of its training by hf upload"
+                f" {repo_id} FOLDER, or train with --push_to_hub"
+            )
+        base = self._encoder.name_or_path
+        with TemporaryDirectory() as folder:
+            self.save_pretrained(folder)
+            about = {"base_model": None if not base or Path(base).exists() else base}
+            return push_adapters(Path(folder), repo_id, about, commit_message, private, token, create_pr=create_pr)
 
     def set_timesteps(self, steps: int, size: tuple[int, int] | None = None) -> None:
         """As in `RegDDPMPipeline`, with the shift for the size of the image that some schedules need."""

@@ -281,7 +281,8 @@ def open_run(launch: Launch) -> Run:
     batches = batches_per_epoch(data, optimization.train_batch_size, state.num_processes)
     on_main_process(state, lambda: check_settings(output, optimization, mathematics, batches))
     ending.command = resume_command(argv, state)
-    uploads = on_main_process(state, lambda: Uploads(settings.hub, repo_id, output) if repo_id else None)
+    is_adapter = settings.model.lora_rank is not None
+    uploads = on_main_process(state, lambda: repo_id and Uploads(settings.hub, repo_id, output, is_adapter=is_adapter))
     if state.is_main_process:
         folder = Path(output.output_dir)
         remove_earlier_run(output)

@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import inspect
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 import diffusers
 import torch
 from diffusers import DiffusionPipeline
+from diffusers.configuration_utils import FrozenDict
 from torch import Tensor
+
+from ...runtime.messages import say
 
 __all__ = ["Embeddings", "Family", "loaded_in"]
 
@@ -24,6 +27,13 @@ def loaded_in(dtype: torch.dtype, kind: type, path: str, **kwargs):
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)  # about torch_dtype; older versions of diffusers lack `dtype`
         return kind.from_pretrained(path, torch_dtype=dtype, **kwargs)
+
+
+@dataclass(frozen=True)
+class _OnlyConfig:
+    """Stands for a network of which a pipeline reads the config, to know the shape of its embeddings."""
+
+    config: FrozenDict
 
 
 @dataclass(frozen=True)
@@ -47,6 +57,7 @@ class Family:
             input, "guidance" (n,) among the embeddings: (config of the network) -> bool.
         sample_size: side of the latents if the config of the network lacks it.
         vae_entries: entries that this pipeline reads in the config of its autoencoder, besides scaling_factor.
+        optional: text encoders and tokenizers that a saved pipeline may lack: the pipeline embeds texts without them.
         without: arguments that load or build the pipeline without parts that a training never uses.
     """
 
@@ -64,6 +75,7 @@ class Family:
     is_distilled: Callable[[Mapping], bool] | None = None
     sample_size: int | None = None
     vae_entries: tuple[str, ...] = ()
+    optional: tuple[str, ...] = ()
     without: Mapping[str, Any] = field(default_factory=dict)
 
     @property
@@ -78,14 +90,25 @@ class Family:
 
     def load_encoder(self, path: str, cache_dir: str | None, dtype: torch.dtype) -> DiffusionPipeline:
         """Loads the pipeline without its network and autoencoder, to embed texts."""
-        left_out = {self.component: None, "vae": None, **self.without}
-        return loaded_in(dtype, self.pipeline_class, path, cache_dir=cache_dir, use_safetensors=True, **left_out)
+        lacking = self._absent(self.optional, path, cache_dir)
+        left_out = {self.component: None, "vae": None, **self.without, **dict.fromkeys(lacking)}
+        encoder = loaded_in(dtype, self.pipeline_class, path, cache_dir=cache_dir, use_safetensors=True, **left_out)
+        if lacking:
+            say(f"texts       {path} has no {' and no '.join(lacking)}: embedded without, as its pipeline does")
+            config = self.network_class.load_config(path, subfolder=self.component, cache_dir=cache_dir)
+            encoder.register_modules(**{self.component: _OnlyConfig(FrozenDict(config))})
+        return encoder
 
     def missing_parts(self, path: str, cache_dir: str | None) -> list[str]:
-        """Returns the text encoders and tokenizers that a saved pipeline lacks."""
-        saved = DiffusionPipeline.load_config(path, cache_dir=cache_dir)
+        """Returns the text encoders and tokenizers that a saved pipeline lacks, but needs."""
         wanted = (name for name in self._required if name.startswith(("text_encoder", "tokenizer")))
-        return sorted(name for name in wanted if (saved.get(name) or [None])[0] is None)
+        return sorted(self._absent((name for name in wanted if name not in self.optional), path, cache_dir))
+
+    @staticmethod
+    def _absent(names: Iterable[str], path: str, cache_dir: str | None) -> list[str]:
+        """Returns the parts that a saved pipeline lacks."""
+        saved = DiffusionPipeline.load_config(path, cache_dir=cache_dir)
+        return [name for name in names if (saved.get(name) or [None])[0] is None]
 
     @property
     def _required(self) -> list[str]:

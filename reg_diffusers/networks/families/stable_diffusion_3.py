@@ -20,13 +20,15 @@ def _embed(pipeline, texts: list[str]) -> Embeddings:
         *(texts, texts, texts),
         device=pipeline.text_encoder.device,
         do_classifier_free_guidance=False,
-        max_sequence_length=_token_limits(pipeline)["tokenizer_3"],
+        max_sequence_length=_token_limits(pipeline).get("tokenizer_3", _TOKENS),
     )
     return {"prompt_embeds": embedded.float(), "pooled_prompt_embeds": pooled.float()}
 
 
 def _token_limits(pipeline) -> dict[str, int]:
     of_clip = dict.fromkeys(("tokenizer", "tokenizer_2"), pipeline.tokenizer.model_max_length)
+    if pipeline.text_encoder_3 is None:  # many save memory by leaving T5 out: zeros take its place
+        return of_clip
     return of_clip | {"tokenizer_3": min(_TOKENS, pipeline.tokenizer_3.model_max_length)}
 
 
@@ -56,5 +58,6 @@ FAMILY = Family(
     channels=lambda config: config["out_channels"],
     multiple=lambda config: config["patch_size"],
     vae_entries=("shift_factor",),
+    optional=("text_encoder_3", "tokenizer_3"),
     without={"image_encoder": None, "feature_extractor": None},
 )
