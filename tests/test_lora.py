@@ -182,6 +182,11 @@ def test_a_pipeline_of_an_unknown_class_is_refused_with_the_list(train, capsys, 
     (tmp_path / "base" / "model_index.json").write_text(json.dumps(index))
     error = refusal(train, capsys, model=("--pretrained_model_name_or_path", base))
     assert "a StableDiffusionInpaintPipeline is not supported" in error and "StableDiffusionPipeline" in error
+    error = refusal(train, capsys, "--lora_rank", 2, model=("--pretrained_model_name_or_path", base))
+    assert error.endswith(
+        f"FluxPipeline): name one by --pretrained_model_name_or_path in the place of {base}, a"
+        " StableDiffusionInpaintPipeline"
+    )
 
 
 def test_a_model_at_the_wrong_flag_is_refused_with_the_right_one(train, capsys, tmp_path):
@@ -236,3 +241,17 @@ def test_a_run_without_texts_imports_no_text_to_image_pipeline():
     )
     done = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True)
     assert done.stdout.strip() == "[]" and "torchvision" not in done.stderr
+
+
+@pytest.mark.slow
+def test_held_out_images_are_measured_and_the_best_adapters_are_kept(fine_tune):
+    """The best ones are the last ones here, because the loss falls."""
+    flags = ("--validation_split", 0.25, "--validation_steps", 2, "--keep_best", "--random_flip")
+    out = fine_tune(*flags, "--lr_warmup_steps", 0)
+    measured = json.loads((out / "validation.json").read_text())
+    assert measured["best"]["step"] == measured["last"]["step"] == 4
+    assert measured["last"]["validation/raw/total_variation"] > 0
+    assert {path.name for path in (out / "best").iterdir()} == {"pytorch_lora_weights.safetensors"}
+    assert not differ(adapters(out / "best"), adapters(out))
+    own = json.loads((out / "reg_config.json").read_text())["data"]["held_out"]
+    assert own["images"] == 2 and measured["images"] == 2

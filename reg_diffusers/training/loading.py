@@ -26,7 +26,7 @@ from ..data.training_data import (
 from ..networks import dit
 from ..networks.autoencoders import autoencoder_sha256, load_autoencoder
 from ..networks.build import GivenModel, load_given_model
-from ..networks.families import FAMILIES, Embeddings, Family, family_of
+from ..networks.families import FAMILIES, Embeddings, Family, family_of, pipeline_name
 from ..networks.lora import frozen_sha256
 from ..networks.text_to_image import text_encoder_sha256
 from ..runs.lineage import CONTENT
@@ -203,8 +203,11 @@ def _check_texts(
         known = ", ".join(family.pipeline for family in FAMILIES)
         if flags == ["--condition_dropout"]:
             raise UsageError("--condition_dropout drops class labels or texts: add --class_conditional, or drop it")
+        base = model.pretrained_model_name_or_path
+        name = base and pipeline_name(base, data.cache_dir)
         raise UsageError(
             f"{flags[0]} needs a text-to-image pipeline ({known}): name one by --pretrained_model_name_or_path"
+            f"{f' in the place of {base}, a {name}' if name else ''}"
         )
 
 
