@@ -4,8 +4,10 @@ import json
 import subprocess
 import sys
 import time
+from types import SimpleNamespace
 
 import pytest
+import torch
 from runs import ROOT
 
 pytestmark = pytest.mark.training
@@ -15,6 +17,7 @@ FOLDER = ROOT / "docs" / "benchmarks" / "gpu"
 BARE = f"""
 import sys
 names = "datasets pyarrow pandas torchvision scipy sklearn matplotlib peft gradio kornia skimage pytorch_msssim psutil"
+names += " accelerate jinja2"
 sys.modules.update(dict.fromkeys(names.split()))
 sys.path.insert(0, {str(FOLDER)!r})
 import gpu
@@ -62,6 +65,25 @@ def test_a_section_that_fails_or_hangs_leaves_the_numbers_of_the_others(tmp_path
     assert [row["value"] for row in found["rows"]] == [2.0, 1.0]
     assert found["left_out"] == ["broken: TypeError: of another version", "endless: TimeoutError: longer than 0 s"]
     assert "left out: broken: TypeError" in capsys.readouterr().out
+
+
+def test_a_comparison_that_runs_out_of_time_keeps_its_complete_turns(monkeypatch):
+    monkeypatch.syspath_prepend(FOLDER)
+    import sections
+
+    calls = iter(range(9))
+
+    def step():
+        if next(calls) == 7:  # in the fourth turn, of which the first warms up
+            raise TimeoutError("longer than 60 s")
+        return torch.ones(())
+
+    found, sizes = [], SimpleNamespace(rounds=5, steps=1)
+    loops = {"usual loop": lambda: step, "ours": lambda: step}
+    with pytest.raises(TimeoutError, match="longer than 60 s"):
+        found.extend(iter(sections._compare("toy", loops, sizes, torch.device("cpu"), 4)))
+    assert [(row["what"], row["turns"]) for row in found] == [("usual loop", 2), ("ours", 2)]
+    assert found[0]["times_as_fast"] == 1
 
 
 def test_without_a_gpu_it_says_what_to_do(tmp_path):

@@ -3,9 +3,10 @@
     python docs/benchmarks/gpu/gpu.py                # at most 8 minutes on one H100
     python docs/benchmarks/gpu/gpu.py --dry_run      # tiny sizes, any machine, under a minute
 
-It needs torch, diffusers, transformers and this package, neither data nor a network connection: images are generated,
-weights are random. Contestants take turns in blocks of steps; times are medians, ratios are those of neighbouring
-blocks. A section that fails, or takes longer than its share of the time, is named and left out; the others go on.
+It needs torch, diffusers and this package (installed, or by PYTHONPATH=. in its checkout), and transformers for one
+section; neither data nor a network connection: images are generated, weights are random. Contestants take turns in
+blocks of steps; times are medians, ratios are those of neighbouring blocks. A section that fails, or takes longer than
+its share of the time, is named, and the turns that it has completed are kept; the others go on.
 Results are written to gpu.json and gpu.txt in --output after each row, so a run that is killed loses none.
 """
 
@@ -72,7 +73,10 @@ def main() -> None:
 
 @contextmanager
 def _at_most(seconds: float) -> Iterator[None]:
-    """Raises TimeoutError in the block after that time, when the call that runs then returns to Python."""
+    """Raises TimeoutError in the block after that time, when the call that runs then returns to Python.
+
+    It is raised again every ten seconds, because what runs, such as a compiler, may catch it and go on.
+    """
 
     def stop(*_) -> None:
         raise TimeoutError(f"longer than {max(seconds, 0):.0f} s")
@@ -80,7 +84,7 @@ def _at_most(seconds: float) -> Iterator[None]:
     if seconds <= 0:
         stop()
     before = signal.signal(signal.SIGALRM, stop)
-    signal.setitimer(signal.ITIMER_REAL, seconds)
+    signal.setitimer(signal.ITIMER_REAL, seconds, 10)
     try:
         yield
     finally:

@@ -13,7 +13,6 @@ from diffusers import AutoencoderKL, DDIMScheduler, DDPMPipeline, UNet2DModel
 from loops import Images, ours, usual
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
-from transformers import ViTConfig, ViTModel
 
 from reg_diffusers import Ddim, RegDDPMPipeline, RegularizedLoss, Term, X0Regularization
 from reg_diffusers.regularizers import Perceptual, total_variation
@@ -101,6 +100,8 @@ def half_precision(sizes: Sizes, device: torch.device) -> Iterator[dict]:
 
 def perceptual(sizes: Sizes, device: torch.device) -> Iterator[dict]:
     """What a perceptual term of the size of ViT-S adds to a step, on the images that the default weighting uses."""
+    from transformers import ViTConfig, ViTModel  # the other sections do without transformers
+
     side, batch = sizes.training[0]
     width, layers = sizes.vit
     config = ViTConfig(
@@ -267,31 +268,38 @@ def _compare(
     """Times contestants by turns, in blocks; yields the median time of each and its ratio to the first.
 
     The loss is read once per block, as a training reads it when it logs. Memory is the peak of the contestant's own
-    blocks, with the weights of the others in it.
+    blocks, with the weights of the others in it. If the time of the section ends, the rows are those of the turns that
+    are complete, before the error is raised.
     """
     made, steps = {name: make() for name, make in loops.items()}, steps or sizes.steps
-    times, peaks = {name: [] for name in made}, dict.fromkeys(made, 0)
-    for turn in range(sizes.rounds + 1):
-        for name, step in made.items():
-            _reset_peak(device)
-            _wait(device)
-            start = time.perf_counter()
-            for _ in range(steps):
-                loss = step()
-            if not loss.isfinite().item():
-                raise FloatingPointError(f"{section}: the loss of {name!r} is {loss.item()}")
-            taken = (time.perf_counter() - start) / steps
-            if turn:  # the first turn warms up
-                times[name].append(taken)
-                peaks[name] = max(peaks[name], _peak(device))
-    first = next(iter(times))
-    for name, taken in times.items():
-        ratios = sorted(one / other for one, other in zip(times[first], taken, strict=True))
-        row = {"section": section, "what": name, "ms": 1000 * statistics.median(taken)}
+    times, peaks, ended = {name: [] for name in made}, dict.fromkeys(made, 0), None
+    try:
+        for turn in range(sizes.rounds + 1):
+            for name, step in made.items():
+                _reset_peak(device)
+                _wait(device)
+                start = time.perf_counter()
+                for _ in range(steps):
+                    loss = step()
+                if not loss.isfinite().item():
+                    raise FloatingPointError(f"{section}: the loss of {name!r} is {loss.item()}")
+                taken = (time.perf_counter() - start) / steps
+                if turn:  # the first turn warms up
+                    times[name].append(taken)
+                    peaks[name] = max(peaks[name], _peak(device))
+    except TimeoutError as error:
+        ended = error
+    first, turns = next(iter(times)), min(map(len, times.values()))
+    for name, taken in times.items() if turns else ():
+        taken = taken[:turns]
+        ratios = sorted(one / other for one, other in zip(times[first], taken, strict=False))
+        row = {"section": section, "what": name, "turns": turns, "ms": 1000 * statistics.median(taken)}
         row |= {"images_per_s": images / statistics.median(taken), "times_as_fast": statistics.median(ratios)}
         row |= {"from": ratios[0], "to": ratios[-1], "peak_GiB": peaks[name] / 2**30 if peaks[name] else None}
         row["mfu"] = _utilisation(flops, statistics.median(taken), device)
         yield row
+    if ended is not None:
+        raise ended
     del made
     gc.collect()
     if device.type == "cuda":
