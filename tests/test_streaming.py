@@ -364,8 +364,8 @@ def kill_when(process, condition):
 @pytest.mark.slow
 @pytest.mark.parametrize(("processes", "workers"), [(1, 2), (2, 2)])
 def test_a_killed_training_ends_as_one_that_was_not(command_line, tmp_path, processes, workers):
-    data = tables(tmp_path / "tables", sizes=(40, 30, 50))
-    flags = [*QUICK, "--no-compare", "--streaming", "--dataset_name", data, "--max_train_steps", 40]
+    data = tables(tmp_path / "tables", sizes=(20, 16, 24))
+    flags = [*QUICK, "--no-compare", "--streaming", "--dataset_name", data, "--max_train_steps", 24]
     flags += ["--checkpointing_steps", 5, "--train_batch_size", 2, "--dataloader_num_workers", workers]
     launcher = (*ACCELERATE, "--multi_gpu", "--num_processes", "2") if processes == 2 else (sys.executable,)
     env = {**os.environ, "ACCELERATE_USE_CPU": "true"}
@@ -375,7 +375,7 @@ def test_a_killed_training_ends_as_one_that_was_not(command_line, tmp_path, proc
         [*launcher, str(ROOT / "train_reg.py"), *map(str, flags), "--output_dir", "part"],
         cwd=tmp_path, env=env, start_new_session=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
     )  # fmt: skip
-    kill_when(process, lambda: (tmp_path / "part" / "checkpoint-10").is_dir())
+    kill_when(process, lambda: (tmp_path / "part" / "checkpoint-5").is_dir())
     assert not (tmp_path / "part" / "unet").exists()
     resume = ("--resume", "auto", "--output_dir", "part")
     command_line(*flags, *resume, launcher=launcher, env=env, check=processes == 1)

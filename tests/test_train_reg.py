@@ -302,8 +302,10 @@ def test_a_resumed_run_ends_in_the_same_weights(train):
 
 
 @pytest.mark.slow
-def test_a_signal_saves_and_the_printed_command_goes_on(tmp_path):
+def test_a_signal_saves_and_the_printed_command_goes_on(tmp_path, tiny_unet):
+    tiny_unet().save_config(tmp_path / "tiny")
     flags = [*QUICK, *"--no-compare --max_train_steps 100000 --output_dir out --preview_steps 100000".split()]
+    flags += ["--model_config_name_or_path", "tiny", "--mixed_precision", "no"]
     flags += ["--lr_scheduler", "constant"]  # so that the run may become shorter
     process = subprocess.Popen(
         [sys.executable, str(ROOT / "train_reg.py"), *flags],
