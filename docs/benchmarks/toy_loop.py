@@ -5,9 +5,10 @@
 Your copy of PIDM (github.com/jhbastek/PhysicsInformedDiffusionModels, with einops and imageio installed) gives the
 network, an MLP, the schedule and, for its side, the loss with mean estimation: x0-prediction, min-SNR-5 weights, and
 -0.1 times the logarithm of the likelihood of the residual |x|^2 - 1. Ours is the same loss by a `Term`; that both give
-the same number is checked first. Then they take turns on one thread, in blocks of 200 steps. "PIDM" does in a step
-what main_toy.py does, progress bar and all, without wandb. "tight" is the same mathematics with nothing around it,
-neither checks nor records: as fast as this network can be trained step by step.
+the same number is checked first. Then they take turns on one thread, in blocks of 50 steps, and their CPU times are
+compared, so that other programs on the machine matter little. "PIDM" does in a step what main_toy.py does, progress
+bar and all, without wandb. "tight" is the same mathematics with nothing around it, neither checks nor records: as fast
+as this network can be trained step by step. The last lines are the losses alone, without network and optimizer.
 
 The result is printed and kept in toy_loop.txt beside this file.
 """
@@ -24,14 +25,14 @@ from tqdm import tqdm
 
 from reg_diffusers import RegularizedLoss, Term, weighting
 
-BATCH, STEPS, BLOCK = 128, 100, 200
+BATCH, STEPS, BLOCK = 128, 100, 50
 WEIGHT, LARGEST = 0.1, 27.6310211159  # of PIDM: a likelihood is no smaller than exp(-27.6), 1e-12
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--pidm", type=Path, required=True, help="your copy of PIDM's repository")
-    parser.add_argument("--rounds", type=int, default=15)
+    parser.add_argument("--rounds", type=int, default=40)
     args = parser.parse_args()
     sys.path.insert(0, str(args.pidm))
     from src import denoising_toy_utils as pidm
@@ -41,20 +42,23 @@ def main() -> None:
     points = torch.nn.functional.normalize(torch.randn(10000, 2), dim=1)
     tables = pidm.create_diff_dict(STEPS, "cpu")
     check(pidm, tables, points)
-    loops = {"PIDM": theirs(pidm, tables, points), "ours": ours(pidm, tables, points)}
-    loops["tight"] = tight(pidm, tables, points)
+    losses = {"ours": ours(tables, points), "tight": tight(tables, points)}
+    loops = {"PIDM": theirs(pidm, tables, points)}
+    loops |= {name: loop(pidm.ConditionalModel(2, STEPS), loss) for name, loss in losses.items()}
     found = {name: [] for name in loops}
     for _ in range(args.rounds + 1):
         for name, step in loops.items():
-            start = time.perf_counter()
+            start = time.process_time()
             for _ in range(BLOCK):
                 step()
-            found[name].append(BLOCK / (time.perf_counter() - start))
-    lines = [f"torch {torch.__version__}, 1 thread, {args.rounds} rounds of {BLOCK} steps, batch {BATCH}"]
+            found[name].append(BLOCK / (time.process_time() - start))
+    lines = [f"torch {torch.__version__}, 1 thread, CPU time, {args.rounds} rounds of {BLOCK} steps, batch {BATCH}"]
     for name, rates in found.items():
         ratios = sorted(rate / other for rate, other in zip(rates[1:], found["PIDM"][1:], strict=True))
         lines.append(f"  {name:<6}{statistics.median(rates[1:]):6.0f} steps/s  {statistics.median(ratios):.2f} x PIDM"
                      f"  ({ratios[0]:.2f} to {ratios[-1]:.2f})")  # fmt: skip
+    for name, times in alone(losses, args.rounds).items():
+        lines.append(f"  {name:<6}the loss alone, {times[0]:.0f} us forward and {times[1]:.0f} us backward")
     text = "\n".join(lines) + "\n"
     Path(__file__).with_suffix(".txt").write_text(text)
     print("\n" + text)
@@ -119,17 +123,17 @@ def theirs(pidm, tables, points):
     return step
 
 
-def ours(pidm, tables, points):
+def ours(tables, points):
     loss_fn, variance = loss_of(tables), tables["posterior_variance_clipped"]
 
     def loss(model):
         timesteps = torch.randint(STEPS, (BATCH,))
         return loss_fn(model, draw(points), timesteps=timesteps, variance=variance[timesteps]).loss
 
-    return loop(pidm.ConditionalModel(2, STEPS), loss)
+    return loss
 
 
-def tight(pidm, tables, points):
+def tight(tables, points):
     alpha, sigma = tables["alphas_bar_sqrt"], tables["one_minus_alphas_bar_sqrt"]
     of_data, variance = tables["p2_loss_weight"], tables["posterior_variance_clipped"]
 
@@ -139,7 +143,24 @@ def tight(pidm, tables, points):
         denoising = (of_data[timesteps] * (x0_hat - batch).square().mean(1)).mean()
         return denoising + WEIGHT * surprise(x0_hat, variance=variance[timesteps]).mean()
 
-    return loop(pidm.ConditionalModel(2, STEPS), loss)
+    return loss
+
+
+def alone(losses, rounds):
+    """By name, the median CPU times of a loss and its backward pass in microseconds, for an output that is given."""
+    output = torch.randn(BATCH, 2, requires_grad=True)
+    found = {name: ([], []) for name in losses}
+    for _ in range(rounds + 1):
+        for name, loss in losses.items():
+            start = time.process_time()
+            made = [loss(lambda noisy_samples, timesteps: output) for _ in range(BLOCK)]
+            between = time.process_time()
+            for each in made:
+                each.backward()
+            end = time.process_time()
+            for times, taken in zip(found[name], (between - start, end - between), strict=True):
+                times.append(1e6 * taken / BLOCK)
+    return {name: [statistics.median(times[1:]) for times in both] for name, both in found.items()}
 
 
 def loop(model, loss_of_model):
