@@ -27,7 +27,18 @@ FOLDER = Path(__file__).parents[1] / "docs" / "benchmarks" / "rivals"
 @pytest.fixture
 def rivals(monkeypatch):
     """The modules of the benchmark, by name."""
-    names = ("circle", "ensemble", "methods", "fields", "heat", "darcy", "picture_data", "pictures", "kept")
+    names = (
+        "circle",
+        "ensemble",
+        "methods",
+        "fields",
+        "heat",
+        "darcy",
+        "picture_data",
+        "pictures",
+        "kept",
+        "predictions",
+    )
     monkeypatch.syspath_prepend(str(FOLDER))
     yield {name: importlib.import_module(name) for name in names}
     for name in names:
@@ -177,7 +188,8 @@ def test_rows_of_pictures_train_from_the_same_draws(rivals):
     for term in (None, Term(total_variation, 0.0), Term(total_variation, 1.0)):
         torch.manual_seed(0)
         network = pictures.Network(4, width=8, local=2)
-        pictures.train(network, known, pictures.diffusion("v_prediction"), term, 5, 1e-2, seed=0)
+        training = pictures.Training(5, 16, 1e-2)
+        pictures.train(network, known, pictures.diffusion("v_prediction"), term, training, seed=0)
         trained.append(torch.cat([value.flatten() for value in network.state_dict().values()]))
     assert torch.equal(trained[0], trained[1])
     assert (trained[0] - trained[2]).abs().max() > 1e-4
@@ -218,6 +230,24 @@ def test_rows_of_another_training_are_not_mixed_with_new_ones(rivals, tmp_path):
     with pytest.raises(kept.OtherSettings, match=r"circle\.json has rows with seeds \[0\], asked for is \[1\]"):
         circle.run(circle.uniform, [1], path)
     assert path.read_text() == before
+
+
+def test_a_remembered_loss_has_its_values_and_gradients(rivals):
+    calls = []
+
+    def counted(x0_hat, /):
+        calls.append(len(x0_hat))
+        return total_variation(x0_hat) ** 2
+
+    remembered = rivals["predictions"].Remembered(counted)
+    images = torch.rand(3, 1, 4, 4, generator=torch.Generator().manual_seed(0))
+    for factor in (1, 1, 2):
+        x = (factor * images).requires_grad_()
+        values = remembered(x)
+        expected = total_variation(x) ** 2
+        torch.testing.assert_close(values, expected)
+        torch.testing.assert_close(*(torch.autograd.grad(loss.sum(), x)[0] for loss in (values, expected)))
+    assert calls == [3, 3]  # the second time it was known
 
 
 @pytest.mark.slow

@@ -1,9 +1,8 @@
 """Cases E and F: pictures, a perceptual loss against each picture and total variation, judged by other networks.
 
 A small network is trained without a loss, and then for some more steps: without, and with each loss, from the same
-weights, batches, noise and timesteps. Rows are weightings and weights; seeds change everything. Before that,
-`diagnose` says what will happen: its verdict and the rise of the denoising loss are in the row beside what was
-measured.
+weights, batches, noise and timesteps. Rows are weightings and weights; seeds change everything. predictions.py has
+what `diagnose` says of them.
 
 E. Letters of 32 x 32 in the fonts of matplotlib; the network predicts the image, for flow matching with the loss of
 the velocity. The loss compares features of EfficientNet-Lite0 (ImageNet); MobileNetV2 (ImageNet) is the judge.
@@ -27,15 +26,13 @@ from kept import Kept
 from picture_data import Pictures, clothes, letters, perceptual
 from torch import Tensor, nn
 
-from reg_diffusers import AffineSchedule, RegularizedLoss, Target, Term, diagnose, judge
+from reg_diffusers import AffineSchedule, RegularizedLoss, Target, Term
 from reg_diffusers.evaluation.distances import frechet, manifolds
 from reg_diffusers.prediction import noise_level, predict_original_sample
 from reg_diffusers.regularizers import total_variation
 from reg_diffusers.weighting import constant, gated, low_noise, matched, snr
 
-BATCH = 16
-RATE, TUNED_RATE = 1e-3, 5e-4
-SAMPLING_STEPS, HELD_OUT, LEVELS = 20, 512, 5
+SAMPLING_STEPS, HELD_OUT = 20, 512
 DATA = ("data", 0.0)
 
 
@@ -86,6 +83,15 @@ def times(schedule, u: Tensor) -> Tensor:
 
 
 @dataclass(frozen=True)
+class Training:
+    """Steps, pictures per step, and Adam's rate at the start; it falls to 0 along a cosine."""
+
+    steps: int
+    batch: int
+    rate: float
+
+
+@dataclass(frozen=True)
 class Case:
     """What is trained, and how strong the losses are.
 
@@ -94,8 +100,9 @@ class Case:
         schedule: () -> schedule of training.
         regularizer: () -> L'.
         rows: the weights of each weighting.
-        diagnosed: number of pictures for the diagnosis.
-        steps: steps without a loss, and then with it.
+        diagnosed: number of pictures for the diagnosis of predictions.py.
+        plain: the training without a loss.
+        tuned: the training after it, with a loss.
         targets: bounds on L' of x0_hat, in shares of L' of the data, each for a row with `matched`.
         paired: whether L' compares x0_hat with its own picture. It is then measured on x0_hat of held-out pictures at
             SNR >= 0.184, else on samples.
@@ -106,7 +113,8 @@ class Case:
     regularizer: Callable
     rows: dict
     diagnosed: int
-    steps: tuple[int, int]
+    plain: Training = Training(2000, 16, 1e-3)
+    tuned: Training = Training(500, 16, 5e-4)
     targets: tuple[float, ...] = ()
     paired: bool = False
 
@@ -118,8 +126,8 @@ CASES = {
         flow,
         perceptual,
         {matched: (0.01, 0.05, 0.25), GATE: (0.1, 0.5, 2.5), low_noise: (0.5, 2.5, 12.5)},
-        60,
-        (600, 200),
+        100,
+        plain=Training(1500, 64, 3e-3),
         paired=True,
     ),
     "clothes": Case(
@@ -128,7 +136,6 @@ CASES = {
         lambda: total_variation,
         {matched: (0.02, 0.1, 0.5), constant: (0.1, 0.5, 2.5), snr: (0.004, 0.02, 0.1)},
         2000,
-        (2000, 500),
     ),
     "clothes_noise": Case(
         clothes,
@@ -136,22 +143,18 @@ CASES = {
         lambda: total_variation,
         {matched: (0.02, 0.1, 0.5), constant: (0.05, 0.25, 1.25), snr: (0.004, 0.02, 0.1)},
         2000,
-        (2000, 500),
-        (1.0, 0.8),
+        targets=(1.0, 0.8),
     ),
 }
 
 
 def run(name: str, seeds, path: Path | None, *, quick: bool = False) -> dict:
-    """Diagnoses, trains and judges the rows that are not in the file yet; returns all rows."""
+    """Trains and judges the rows that are not in the file yet; returns all rows."""
     case = CASES[name]
-    terms = [None]
-    for weighting, weights in case.rows.items():
-        terms += [(weighting, weight) for weight in weights]
-    terms += [(matched, Target(share, relative=True)) for share in case.targets]
+    terms = [None, *weighted(case), *((matched, Target(share, relative=True)) for share in case.targets)]
     if quick:
-        terms, case = terms[::4], replace(case, diagnosed=40, steps=(5, 5))
-    length = "{} steps without a loss and {} with it".format(*case.steps)
+        terms, case = terms[::4], replace(case, plain=Training(5, 16, 1e-3), tuned=Training(5, 16, 5e-4))
+    length = f"{case.plain.steps} steps without a loss and {case.tuned.steps} with it"
     kept = Kept(path, seeds, length, [*map(named, terms), DATA])
     if not (missing := kept.missing):
         return kept.found
@@ -162,10 +165,10 @@ def run(name: str, seeds, path: Path | None, *, quick: bool = False) -> dict:
         if named(chosen) not in missing:
             continue
         term = Term(regularizer, chosen[1], chosen[0], "loss") if chosen else None
-        row = dict(zip(("method", "weight"), named(chosen), strict=True)) | said(term, case, schedule, pictures)
+        row = dict(zip(("method", "weight"), named(chosen), strict=True))
         for seed, beginning in beginnings.items():
             network = deepcopy(beginning)
-            train(network, pictures.known, schedule, term, case.steps[1], TUNED_RATE, seed + 1000)
+            train(network, pictures.known, schedule, term, case.tuned, seed + 1000)
             found = errors(network, pictures.held_out, schedule, regularizer if case.paired else None)
             found |= judged(sample(network, pictures.known[: len(pictures.held_out)], schedule, seed), pictures, case)
             for key, value in found.items():
@@ -176,6 +179,11 @@ def run(name: str, seeds, path: Path | None, *, quick: bool = False) -> dict:
         of_data = judged(pictures.known[: len(pictures.held_out)], pictures, case)
         kept.add([{"method": DATA[0], "weight": DATA[1]} | {key: [value] for key, value in of_data.items()}])
     return kept.found
+
+
+def weighted(case: Case) -> list[tuple[Callable, float]]:
+    """Weighting and weight of the rows with a fixed weight."""
+    return [(weighting, weight) for weighting, weights in case.rows.items() for weight in weights]
 
 
 def named(chosen: tuple[Callable, float | Target] | None) -> tuple[str, float]:
@@ -192,33 +200,22 @@ def started(case: Case, pictures: Pictures, schedule, seed: int) -> Network:
     """A network that is trained without a loss."""
     torch.manual_seed(seed)
     network = Network(pictures.known.shape[-1])
-    train(network, pictures.known, schedule, None, case.steps[0], RATE, seed)
+    train(network, pictures.known, schedule, None, case.plain, seed)
     return network
 
 
-def said(term: Term | None, case: Case, schedule, pictures: Pictures) -> dict:
-    """What `diagnose` says of a term before training, if it has a fixed weight."""
-    if term is None or isinstance(term.weight, Target):
-        return {}
-    timesteps = times(schedule, (torch.arange(1000) + 0.5) / 1000)
-    known = pictures.known[: case.diagnosed]
-    diagnosis = diagnose(schedule, term, known, timesteps=timesteps, num_levels=LEVELS)
-    verdict = judge(diagnosis)
-    return {"verdict": verdict.answer, "reason": verdict.reasons[0], "predicted rise": diagnosis.asked.rise}
-
-
-def train(network: Network, images: Tensor, schedule, term: Term | None, steps: int, rate: float, seed: int) -> None:
+def train(network: Network, images: Tensor, schedule, term: Term | None, training: Training, seed: int) -> None:
     """Trains in place; batches, noise and timesteps of a seed are the same for every term."""
     loss_fn = RegularizedLoss(schedule, [term] if term else [])
-    optimizer = torch.optim.Adam(network.parameters(), lr=rate, fused=True)
+    optimizer = torch.optim.Adam(network.parameters(), lr=training.rate, fused=True)
     decay = torch.optim.lr_scheduler.LambdaLR(
-        optimizer, lambda step: min(1, (step + 1) / 50) * (1 + math.cos(math.pi * step / steps)) / 2
+        optimizer, lambda step: min(1, (step + 1) / 50) * (1 + math.cos(math.pi * step / training.steps)) / 2
     )
     generator = torch.Generator().manual_seed(seed)
-    for _ in range(steps):
-        batch = images[torch.randint(len(images), (BATCH,), generator=generator)]
+    for _ in range(training.steps):
+        batch = images[torch.randint(len(images), (training.batch,), generator=generator)]
         noise = torch.randn(batch.shape, generator=generator)
-        timesteps = times(schedule, torch.rand(BATCH, generator=generator))
+        timesteps = times(schedule, torch.rand(training.batch, generator=generator))
         optimizer.zero_grad()
         loss_fn(network, batch, noise=noise, timesteps=timesteps).loss.backward()
         nn.utils.clip_grad_norm_(network.parameters(), 1.0)
