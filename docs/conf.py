@@ -27,6 +27,7 @@ templates_path = ["_templates"]
 napoleon_use_ivar = True
 html_theme = "furo"
 html_static_path = ["_static"]
+html_css_files = ["pages.css"]
 mathjax_path = "mathjax/tex-svg.js"  # bundled, with its fonts: the pages need no other server
 copybutton_exclude = ".linenos, .gp, .go"
 html_title = f"reg_diffusers {release}"

@@ -156,7 +156,7 @@ def test_the_data_are_the_reference():
     runs = finished(0.5, 0.4)
     assert "dotted" not in show("name", "", *runs) and "class='data'" not in show("name", "", *runs)
     html = show("name", "", *runs, 0.2)
-    assert "Images of the data have 0.2; less is not better." in html and "dotted: data" in html
+    assert "Images of the data have 0.2; going below that is no improvement." in html and "dotted: data" in html
     root = ElementTree.fromstring(f"<div>{html.partition('</style>')[2].replace('/png;base64', '')}</div>")
     heights = {path.get("class"): path.get("d") for path in root.iter("path")}
     axis = [float(part.split()[1].partition("H")[0]) for part in heights["axis"].split("M")[1:]]  # of 0, 0.2, 0.4

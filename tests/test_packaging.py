@@ -63,6 +63,25 @@ def test_the_image_takes_the_versions_of_the_constraints():
     assert set(lines) - set(others) == set(torch)
 
 
+def test_the_image_installs_what_the_package_has():
+    text, setup = (ROOT / "docs" / "Dockerfile").read_text(), configparser.ConfigParser()
+    setup.read(ROOT / "setup.cfg")
+    assert set(re.search(r'"\.\[(.*?)\]"$', text, re.MULTILINE)[1].split(",")) <= set(setup["options.extras_require"])
+    assert (
+        re.search(r'^ENTRYPOINT \["(.*?)"\]$', text, re.MULTILINE)[1]
+        in setup["options.entry_points"]["console_scripts"]
+    )
+    assert (
+        f"Python :: {re.search(r'^FROM python:([0-9.]+)-slim$', text, re.MULTILINE)[1]}"
+        in setup["metadata"]["classifiers"]
+    )
+    copied = " ".join(re.findall(r"^COPY (.*) \S+$", text, re.MULTILINE)).split()
+    assert {f"{module}.py" for module in setup["options"]["py_modules"].split()} <= set(copied)
+    assert "reg_diffusers" in copied and set(setup["metadata"]["license_files"].split()) - {*copied} == {
+        "reg_diffusers/data/LICENSE.fashion-mnist"
+    }
+
+
 def test_the_workflow_runs_the_checks_of_this_repository():
     workflow = yaml.safe_load((ROOT / "docs" / "ci" / "github.yml").read_text())
     steps = workflow["jobs"]["checks"]["steps"]

@@ -1,4 +1,4 @@
-"""The picture of the demo's page in docs/guidance.md: what a browser shows of a real model.
+"""The pictures of the demo's page in docs/guidance.md: what a browser shows of a real model, and what a phone shows.
 
     python docs/figures/demo.py --model reg-ddpm-model/plain
 
@@ -17,27 +17,35 @@ from pathlib import Path
 from PIL import Image
 from selenium import webdriver
 
-IMAGE = Path(__file__).parents[1] / "images" / "demo.png"
-WIDTH, HEIGHT = 1080, 1060
+IMAGES = Path(__file__).parents[1] / "images"
+SIZES = {"demo.png": (1080, 1060, False), "demo_phone.png": (390, 844, True)}  # width, height, whether on a phone
 FLAGS = "headless=new no-sandbox disable-gpu disable-dev-shm-usage hide-scrollbars no-first-run"
-SECONDS = 120  # to draw everything
+SECONDS = 600  # to draw everything
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--model", default="reg-ddpm-model/plain", help="folder of a pipeline")
     with served(parser.parse_args().model) as url, browser() as page:
-        page.get(url)
-        deadline = time.monotonic() + SECONDS
-        while not page.execute_script("return document.querySelector('#status')?.innerText.startsWith('Done')"):
-            if time.monotonic() > deadline:
-                raise SystemExit("the page was not done in time")
-            time.sleep(0.2)
-        print(page.execute_script("return document.querySelector('#status').innerText"))
-        page.save_screenshot(str(IMAGE))
-    picture = Image.open(IMAGE).convert("RGB")
-    picture.quantize(128, dither=Image.Dither.NONE).save(IMAGE, optimize=True)
-    print(f"wrote docs/images/{IMAGE.name}, {IMAGE.stat().st_size // 1000} kB")
+        for name, (width, height, is_phone) in SIZES.items():
+            size = {"width": width, "height": height, "deviceScaleFactor": 1, "mobile": is_phone}
+            page.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", size)
+            shoot(page, url, IMAGES / name)
+
+
+def shoot(page, url: str, image: Path) -> None:
+    """Opens the page, waits until it has drawn, and writes what is visible."""
+    page.get(url)
+    deadline = time.monotonic() + SECONDS
+    while not page.execute_script("return document.querySelector('#status')?.innerText.startsWith('Done')"):
+        if time.monotonic() > deadline:
+            raise SystemExit("the page was not done in time")
+        time.sleep(0.2)
+    print(page.execute_script("return document.querySelector('#status').innerText"))
+    page.save_screenshot(str(image))
+    picture = Image.open(image).convert("RGB")
+    picture.quantize(128, dither=Image.Dither.NONE).save(image, optimize=True)
+    print(f"wrote docs/images/{image.name}, {image.stat().st_size // 1000} kB")
 
 
 @contextmanager
@@ -48,7 +56,7 @@ def served(model: str):
     line = [sys.executable, "-m", "reg_diffusers", "demo", "--model", model, "--port", str(port)]
     with subprocess.Popen(line, stdout=subprocess.PIPE, text=True) as server:
         try:
-            yield server.stdout.readline().split()[0]
+            yield next(line for line in server.stdout if line.startswith("http")).split()[0]
         finally:
             server.terminate()
 
@@ -57,7 +65,7 @@ def served(model: str):
 def browser():
     options = webdriver.ChromeOptions()
     options.binary_location = shutil.which("chromium")
-    for flag in [*FLAGS.split(), f"window-size={WIDTH},{HEIGHT}"]:
+    for flag in FLAGS.split():
         options.add_argument(f"--{flag}")
     opened = webdriver.Chrome(options, webdriver.ChromeService(shutil.which("chromedriver")))
     try:

@@ -36,8 +36,8 @@ _STYLE = """<style>
 .curve .data { stroke-dasharray: 2 4; opacity: .8; }
 .curve .axis { stroke-width: 1; opacity: .4; }
 </style>"""
-_WIDTH, _HEIGHT = 640, 210  # size of the curve, in SVG units
-_LEFT, _RIGHT, _TOP, _BOTTOM = 52, 12, 26, 34  # its margins
+_WIDTH, _HEIGHT = 640, 232  # size of the curve, in SVG units
+_LEFT, _RIGHT, _TOP, _BOTTOM = 52, 12, 40, 42  # its margins
 
 
 def show(name: str, description: str, plain: Run, guided: Run, mean_on_data: float | None = None) -> str:
@@ -57,7 +57,7 @@ def show(name: str, description: str, plain: Run, guided: Run, mean_on_data: flo
     about = f"<p>L' is <code>{escape(name)}</code>. {escape(description)}</p>"
     status = _status(plain, guided)
     if mean_on_data is not None:
-        status += f" Images of the data have {mean_on_data:.4g}; less is not better."
+        status += f" Images of the data have {mean_on_data:.4g}; going below that is no improvement."
     return (
         f"{_STYLE}<div class='runs'>{figures}</div><p id='status'>{status}</p>"
         f"{_curve(plain, guided, mean_on_data)}{about}"
@@ -120,16 +120,16 @@ def _curve(plain: Run, guided: Run, mean_on_data: float | None) -> str:
         for value in (0, top / 2, top)
     )
     marks += "".join(
-        f"<text x='{x(step):.1f}' y='{_HEIGHT - 16}' text-anchor='middle'>{step}</text>" for step in {1, steps}
+        f"<text x='{x(step):.1f}' y='{_HEIGHT - 22}' text-anchor='middle'>{step}</text>" for step in {1, steps}
     )
     of_data = "".join(f"<path class='data' d='M{_LEFT} {y(value):.1f}H{_WIDTH - _RIGHT}'/>" for value in known)
     kinds = f"dashed: without guidance{'; dotted: data' if known else ''}"
     return (
         f"<svg class='curve' viewBox='0 0 {_WIDTH} {_HEIGHT}' role='img'"
         ' aria-label="L\' of x̂₀ at each step">'
-        f"<text x='0' y='13'>L'(x̂₀), mean of the images</text>"
+        f"<text x='0' y='16'>L'(x̂₀), mean of the images</text>"
         f"<path class='axis' d='{grid_lines}'/>{marks}"
-        f"<text x='{_WIDTH / 2}' y='{_HEIGHT - 4}' text-anchor='middle'>step ({kinds})</text>"
+        f"<text x='{_WIDTH / 2}' y='{_HEIGHT - 6}' text-anchor='middle'>step ({kinds})</text>"
         f"{of_data}<path class='plain' d='{line(plain.values)}'/><path d='{line(guided.values)}'/></svg>"
     )
 
