@@ -47,7 +47,8 @@ def add_machine_flags(parser: argparse.ArgumentParser) -> None:
         "--mixed_precision",
         choices=["no", "bf16"],
         default="no",
-        help="bf16: run the network in bfloat16, faster on recent CPUs and GPUs (default: %(default)s)",
+        help="bf16: run the network in bfloat16, faster on recent CPUs and GPUs (default: %(default)s, float32; never"
+        " chosen by timing as in a training, so that a seed gives the same samples)",
     )
     add(
         "--num_threads",
