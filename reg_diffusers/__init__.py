@@ -26,6 +26,7 @@ if TYPE_CHECKING:  # for editors and type checkers, which do not follow __getatt
     from .estimators import one_step as one_step
     from .guidance import Guidance as Guidance
     from .loss_output import LossOutput as LossOutput
+    from .networks.dit import RegDiTPipeline as RegDiTPipeline
     from .networks.text_to_image import RegTextToImagePipeline as RegTextToImagePipeline
     from .objective import RegularizedLoss as RegularizedLoss
     from .objective import draw_timesteps as draw_timesteps

@@ -138,7 +138,9 @@ def test_one_text_for_all_images_and_dropped_texts_change_the_training(fine_tune
 def test_texts_are_embedded_once_and_the_tokenizer_s_cuts_are_counted(fine_tune, capsys):
     write_photos(texts=["a cat", "dog", "abcdefgh abcdefgh"])
     fine_tune()
-    assert "cuts off the end of 2 of 8 texts, such as 'abcdefgh abcdefgh'" in capsys.readouterr().err
+    printed = capsys.readouterr()
+    assert "cuts off the end of 2 of 8 texts, such as 'abcdefgh abcdefgh'" in printed.err
+    assert ", LoRA weights of 16 kB; " in printed.out
     (cached,) = Path("cache", "reg_diffusers").glob("prompts-*.npy")
     assert len(np.load(cached)) == 4  # three texts and the empty one
     before = cached.stat().st_mtime_ns

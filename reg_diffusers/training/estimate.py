@@ -83,7 +83,8 @@ def describe_needs(
     whole, beside = (sum(p.numel() for p in module.parameters()) if module else 0 for module in (unet, vae))
     is_adapted = trained < whole  # by LoRA, which saves the trained parameters only
     kept, saved = (trained, trained) if is_adapted else (whole, whole + beside)
-    return needed, _disk(saved, kept, trained, optimization, output, steps, models=models)
+    named = "LoRA weights" if is_adapted else "a pipeline"
+    return needed, _disk(saved, kept, trained, optimization, output, steps, models=models, named=named)
 
 
 def number_of_steps(settings: OptimizationSettings, data: TrainingData, processes: int) -> tuple[int, float]:
@@ -224,6 +225,7 @@ def _disk(
     steps: int,
     *,
     models: int,
+    named: str,
 ) -> str:
     """Returns the line about the space of the files of a run, and warns if the disk has less.
 
@@ -235,6 +237,7 @@ def _disk(
         output: settings of the output.
         steps: steps of a training.
         models: number of trainings.
+        named: what is saved.
     """
     pipeline = _BYTES * saved
     checkpoint = _BYTES * kept_at_each + _BYTES * trained * (2 + optimization.use_ema)
@@ -250,6 +253,6 @@ def _disk(
             " another disk, or a smaller --checkpoints_total_limit"
         )
     checkpoints = f"{kept} checkpoint{'s' * (kept != 1)} of {size_text(checkpoint)}" if kept else "no checkpoints"
-    each = f"{checkpoints}, a pipeline of {size_text(pipeline)}"
+    each = f"{checkpoints}, {named} of {size_text(pipeline)}"
     each = f"{models} x ({each})" if models > 1 else each
     return f"about {size_text(needed)}: {each}; {size_text(free)} free"
