@@ -10,6 +10,7 @@ from reg_diffusers import cli
 from reg_diffusers.settings.arguments import build_parser
 
 project = "reg_diffusers"
+copyright = "the reg_diffusers authors"
 author = "the reg_diffusers authors"
 release = version = reg_diffusers.__version__
 

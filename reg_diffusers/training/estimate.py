@@ -115,7 +115,7 @@ def measure_speed(
     is_explicit: bool,
     batch_size: int,
 ) -> Speed | str:
-    """Times one step on the first images, after a warm-up; returns the reason if that is not possible.
+    """Times a step on the first images, the faster of two; returns the reason if that is not possible.
 
     The network is left on the device of the training, with gradients removed and weights unchanged. The global random
     generators are left unchanged.
@@ -168,9 +168,9 @@ def measure_speed(
     try:
         with random_numbers_as_before(device):
             number = max(min(batch_size, int(_SECONDS / step(1))), 1)
-            if number > 1:
-                step(number)
-            return Speed(step(number) + encoding, step(number, with_gradient=False))
+            warm_up = step(number) if number > 1 else math.inf
+            fastest = min(warm_up, step(number))  # other programs may delay one of them
+            return Speed(fastest + encoding, step(number, with_gradient=False))
     except Exception as error:  # the training itself reports it, with the step
         return f"a step failed: {' '.join(str(error).split())[:80] or type(error).__name__}"
     finally:
