@@ -33,6 +33,7 @@ _MODULES = (
         "runtime/files",
         "runtime/links",
         "runs/run_folder",
+        "hub/data_text",
         "hub/held_out_text",
         "hub/card_text",
         "hub/card",

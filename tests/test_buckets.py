@@ -327,6 +327,8 @@ def test_held_out_images_of_another_folder_get_the_sizes_of_the_training(train, 
         PIL.Image.new("RGB", size, (60 * index, 9, 0)).save(others / f"{index}.png")
     shutil.copy(photos / "square2.png", others)
     out = train(*flags_for(photos, 3), "--validation_data_dir", others)
+    card = (out / "README.md").read_text()
+    assert "The images are grey, with 8 bits. They have 3 sizes near their own aspect ratios: 12x4 (9)" in card
     printed = capsys.readouterr()
     assert "1 of 5 held-out images are among the training images, too: not measured" in printed.err
     assert "held out   4 images" in printed.out

@@ -165,6 +165,7 @@ def test_samples_have_the_depth_of_the_data(train, tmp_path, capsys):
     write(tmp_path / "scans", [random((8, 8, 3), np.uint16, seed) >> 4 for seed in range(24)])
     out = train("--train_data_dir", "scans", DEEP, "--max_train_steps", 2, "--compare", "--random_flip")
     assert "white is 4,095" in capsys.readouterr().out
+    assert "The images are grey, with all bits of values up to 4,095." in (out / "README.md").read_text()
     pipeline = RegDDPMPipeline.from_pretrained(out)
     assert pipeline.config.white == 4095 and pipeline.config.normalization is None
     sample = ["sample", "--model", str(out), "--num_images", "2", "--num_inference_steps", "2", "--output"]

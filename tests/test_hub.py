@@ -298,11 +298,13 @@ def test_what_the_owner_wrote_while_the_training_went_on_stays(hub, client, run,
     assert card.text.strip().startswith("Written meanwhile.\n\n<!-- reg_diffusers") and card.data.license == "mit"
 
 
-def test_links_to_folders_which_the_client_leaves_out_are_named(hub, client, run, tmp_path):
+def test_links_to_folders_and_the_best_model_which_are_left_out_are_named(hub, client, run, tmp_path):
     at_home = shutil.ignore_patterns("checkpoint-*", "plain")
     folder = shutil.copytree(client.folder / OUT, tmp_path / "run", ignore=at_home)
     for name, target in {"more": "samples", "samples/unet": "../unet", "checkpoint-9": "samples"}.items():
         (folder / name).symlink_to(target)
+    (folder / "best").mkdir()
+    (folder / "best" / "model_index.json").write_text("{}")
     script = """
         import sys
         from pathlib import Path
@@ -317,7 +319,9 @@ def test_links_to_folders_which_the_client_leaves_out_are_named(hub, client, run
     said = f"warning: --push_to_hub: links to folders were not uploaded: {links}"
     assert any(line.endswith(said) for line in done.stderr.splitlines()), done.stderr
     uploaded = set(hub.files["tester/links"])
-    assert "samples/step-000002.png" in uploaded and not [path for path in uploaded if path.startswith("more")]
+    assert "samples/step-000002.png" in uploaded
+    assert not [path for path in uploaded if path.startswith(("more", "best"))]
+    assert f"hf upload tester/links-best {folder}/best" in done.stdout.splitlines()[-1]
 
 
 # What cannot work, and what goes wrong

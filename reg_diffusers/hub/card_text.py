@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 
 from ..prediction import image_channels
 from ..runs.measurement import Measurement, as_code, as_text, markdown_table
+from .data_text import data_text
 from .held_out_text import held_out_text
 
 __all__ = ["CardFacts", "block", "card_text", "objective_section", "reproduction_section"]
@@ -136,7 +137,8 @@ def _introduction(facts: CardFacts) -> str:
     if data:
         number = f"a stream of {kind}" if data["images"] is None else f"{data['images']:,} {kind}"
         trained = f", {_start(facts.record)} on {number} of {_data_name(data)}"
-    return f"A diffusion model that generates {' '.join([drawn, *given])}: {network}{trained}."
+    generates = f"A diffusion model that generates {' '.join([drawn, *given])}: {network}{trained}."
+    return generates if facts.is_field or not data else f"{generates} {data_text(data)}"
 
 
 def _start(record: dict) -> str:

@@ -10,7 +10,7 @@ from huggingface_hub import HfApi, ModelCard, ModelCardData
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalTokenNotFoundError
 from huggingface_hub.utils import validate_repo_id
 
-from ..runs.run_folder import private_patterns
+from ..runs.run_folder import BEST_FOLDER, private_patterns
 from ..runtime.errors import UsageError, warn
 from ..runtime.links import check_links, linked_folders
 from ..runtime.messages import say
@@ -157,6 +157,10 @@ class Uploads:
             if links := linked_folders(output_dir, self._ignored):
                 warn(f"--push_to_hub: links to folders were not uploaded: {', '.join(links)}")
             print(f"uploaded    {self._api.endpoint}/{self.repo_id}")
+            best = output_dir / BEST_FOLDER
+            if best.is_dir():
+                command = shlex.join(["hf", "upload", f"{self.repo_id}-best", str(best)])
+                print(f"best model  not uploaded with the others; to a repository of its own: {command}")
         return not failure
 
     def _upload_result(self, output_dir: Path) -> str:

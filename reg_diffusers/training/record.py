@@ -12,6 +12,7 @@ import torch
 from accelerate import PartialState
 
 from .. import __version__
+from ..data.buckets import Buckets
 from ..data.training_data import TrainingData
 from ..prediction import noise_level, prediction_type
 from ..runs.run_folder import CONFIG_FILE, files_left
@@ -100,6 +101,8 @@ def record_of_data(
         "images": data.number,
         "sha256": data.content,
         "shape": list(data.shape),
+        **({} if data.white is None else {"white": data.white}),
+        **({"sizes": data.numbers()} if isinstance(data, Buckets) else {}),
         "classes": data.classes,
         **({"condition_dropout": settings.condition_dropout} if settings.condition_dropout else {}),
         **({"prompts": list(prompts[:_PROMPTS_RECORDED])} if prompts else {}),
