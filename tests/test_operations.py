@@ -24,7 +24,7 @@ from reg_diffusers import (
 )
 from reg_diffusers.level_table import _TABLES
 from reg_diffusers.loss_output import Records
-from reg_diffusers.precision import all_finite, full_precision, promoted
+from reg_diffusers.precision import all_finite, full_precision, input_dtype, promoted
 from reg_diffusers.prediction import _level_parts
 from reg_diffusers.regularizers import isotropic_total_variation, spectrum, total_variation
 from reg_diffusers.training.loss_parts import LossParts
@@ -174,6 +174,18 @@ def test_dtypes_are_promoted_as_in_torch():
     assert promoted(torch.float16, torch.bfloat16) == torch.float32
     assert full_precision(torch.float16) == full_precision() == torch.float32
     assert full_precision(torch.bfloat16, torch.float64) == torch.float64
+
+
+def test_the_input_has_the_dtype_of_the_first_weight_that_is_a_real_number():
+    integers, half = nn.Module(), nn.Conv2d(1, 1, 1, bias=False).half()
+    integers.codes = nn.Parameter(torch.zeros(2, dtype=torch.int8), requires_grad=False)
+    nested = nn.Sequential(nn.SiLU(), integers, nn.Sequential(half, nn.Linear(1, 1)))
+    sample = torch.zeros(1, dtype=torch.float64)
+    for network in (nested, nn.DataParallel(nested), torch.jit.script(half)):
+        first = next(weight.dtype for weight in network.parameters() if weight.is_floating_point())
+        assert input_dtype(network, sample) == first == torch.float16
+    for without in (integers, nn.SiLU(), abs):
+        assert input_dtype(without, sample) == torch.float64
 
 
 # Waiting for an accelerator
