@@ -31,9 +31,10 @@ def load_pipeline(model: str, device=None, *, mixed_precision: str = "no"):
     from diffusers import UNet2DModel
 
     from ..networks.attention import prefers_explicit_attention, use_explicit_attention
-    from ..networks.classes import check_pipeline
+    from ..networks.classes import check_pipeline, known_families
     from ..networks.dit import RegDiTPipeline
-    from ..networks.families import pipeline_name
+    from ..networks.families import FAMILIES, pipeline_name
+    from ..networks.whole_pipeline import load_whole_pipeline
     from ..pipeline import RegDDPMPipeline
     from ..runs.run_folder import LORA_FILE
     from ..runtime.errors import UsageError
@@ -41,11 +42,14 @@ def load_pipeline(model: str, device=None, *, mixed_precision: str = "no"):
 
     dtype = torch.bfloat16 if mixed_precision == "bf16" else torch.float32
     pipeline = _lora_pipeline(model, dtype) if Path(model, LORA_FILE).is_file() else None
-    if Path(model, "model_index.json").is_file():
-        supported = "LoRA weights, which --lora_rank trains"
-        check_pipeline(model, f"--model {model}", or_else=supported)
+    name = None if pipeline else pipeline_name(model)
+    is_family = name in {family.pipeline for family in FAMILIES}
+    if not is_family and Path(model, "model_index.json").is_file():
+        check_pipeline(model, f"--model {model}", or_else=f"one of {known_families()}")
     try:
-        kind = RegDiTPipeline if pipeline_name(model) == "DiTPipeline" else RegDDPMPipeline
+        if is_family:
+            pipeline = load_whole_pipeline(model, dtype=dtype)
+        kind = RegDiTPipeline if name == "DiTPipeline" else RegDDPMPipeline
         pipeline = pipeline or kind.from_pretrained(model)
     except (OSError, ValueError) as error:
         pipeline = None if Path(model).exists() else _lora_pipeline(model, dtype, missing_ok=True)

@@ -1,4 +1,4 @@
-"""Writes the card of LoRA weights from the files in their folder, between the marks of `card`; uploads them."""
+"""Writes the card of a text-to-image model, LoRA weights or a pipeline, from its folder; uploads LoRA weights."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from huggingface_hub import HfApi, ModelCard, ModelCardData
 
 from ..runs.measurement import as_text
 from ..runs.run_folder import LORA_FILE
-from .card import BEGIN, END, as_card, facts_of, results_of, write_card, write_merged
+from .card import BEGIN, END, as_card, facts_of, read_json, results_of, write_card, write_merged
 from .card_text import CardFacts, block, evidence_section, objective_section, reproduction_section
 from .repository import STALE, check_kind, open_repository, remote_card
 
@@ -20,15 +20,17 @@ _TASK = "text-to-image"
 
 
 def write_card_of_run(folder: Path, repo_id: str, old: ModelCard | None = None, license: str | None = None) -> None:
-    """Writes README.md: the card of the pipeline or of the LoRA weights in this folder; see `card.write_card`.
+    """Writes README.md: the card of the model in this folder, with that of text-to-image models; see `write_card`.
 
     Raises:
         ValueError: README.md is a link out of the folder, or its metadata cannot be read.
     """
-    if not (folder / LORA_FILE).is_file():
+    is_lora = (folder / LORA_FILE).is_file()
+    pipeline = "" if is_lora else read_json(folder / "model_index.json").get("_class_name", "")
+    if not (is_lora or (folder / "tokenizer").is_dir()):
         write_card(folder, repo_id, old, license)
         return
-    _write_card(folder, repo_id, facts_of(folder), old, license)
+    _write_card(folder, repo_id, facts_of(folder), old, license, pipeline)
 
 
 def push_adapters(
@@ -67,13 +69,19 @@ def push_adapters(
 
 
 def _write_card(
-    folder: Path, repo_id: str, facts: CardFacts, old: ModelCard | None, license: str | None = None
+    folder: Path,
+    repo_id: str,
+    facts: CardFacts,
+    old: ModelCard | None,
+    license: str | None = None,
+    pipeline: str = "",
 ) -> None:
-    text = f"{BEGIN}\n\n{_text(facts, repo_id)}\n\n{END}"
-    write_merged(folder, as_card(_metadata(facts, repo_id, license), text), old)
+    """Writes the card; `pipeline` is the class of the pipeline, "" for LoRA weights."""
+    text = f"{BEGIN}\n\n{_text(facts, repo_id, pipeline)}\n\n{END}"
+    write_merged(folder, as_card(_metadata(facts, repo_id, license, is_lora=not pipeline), text), old)
 
 
-def _metadata(facts: CardFacts, repo_id: str, license: str | None) -> ModelCardData:
+def _metadata(facts: CardFacts, repo_id: str, license: str | None, *, is_lora: bool) -> ModelCardData:
     """Returns the metadata; the base model is named if it is on the Hub."""
     record, prompts = facts.record, _prompts(facts)
     hub_id = (record.get("data") or {}).get("hub_id")
@@ -82,7 +90,7 @@ def _metadata(facts: CardFacts, repo_id: str, license: str | None) -> ModelCardD
         license=license or "unknown",
         library_name="diffusers",
         pipeline_tag=_TASK,
-        tags=["diffusers", _TASK, "lora", "reg_diffusers"],
+        tags=["diffusers", _TASK, *(["lora"] if is_lora else []), "reg_diffusers"],
         datasets=[hub_id] if hub_id else None,
         base_model=record.get("base_model"),
         widget=[{"text": prompt} for prompt in prompts] or None,
@@ -95,18 +103,26 @@ def _prompts(facts: CardFacts) -> list[str]:
     return (facts.record.get("data") or {}).get("prompts") or []
 
 
-def _text(facts: CardFacts, repo_id: str) -> str:
+def _text(facts: CardFacts, repo_id: str, pipeline: str) -> str:
     record, prompts = facts.record, _prompts(facts)
     base, data = record.get("base_model"), record.get("data") or {}
     named = f"[{base}](https://huggingface.co/{base})" if base else "a pipeline on the author's machine"
-    images = f", trained on {data['images']:,} images of {as_text(data['name'])}" if data else ""
+    number = "a stream of" if data and data["images"] is None else f"{data['images']:,}" if data else ""
+    images = f", trained on {number} images of {as_text(data['name'])}" if data else ""
+    lora = [
+        f"pipeline = DiffusionPipeline.from_pretrained({json.dumps(base or 'the pipeline that was fine-tuned')})",
+        f"pipeline.load_lora_weights({json.dumps(repo_id)})",
+    ]
+    loading = [f"pipeline = DiffusionPipeline.from_pretrained({json.dumps(repo_id)})"] if pipeline else lora
+    _, height, width = data.get("shape") or (None, None, None)
+    size = f", height={height}, width={width}" if height else ""
     usage = [
         "from diffusers import DiffusionPipeline",
         "",
-        f"pipeline = DiffusionPipeline.from_pretrained({json.dumps(base or 'the pipeline that was fine-tuned')})",
-        f"pipeline.load_lora_weights({json.dumps(repo_id)})",
-        f'pipeline({json.dumps(prompts[0] if prompts else "your text")}).images[0].save("sample.png")',
+        *loading,
+        f'pipeline({json.dumps(prompts[0] if prompts else "your text")}{size}).images[0].save("sample.png")',
     ]
+    what = f"A `{pipeline}`, fine-tuned as a whole from {named}{images}." if pipeline else ""
     regularized = [
         "from reg_diffusers import RegTextToImagePipeline",
         "",
@@ -115,7 +131,7 @@ def _text(facts: CardFacts, repo_id: str) -> str:
     ]
     sections = [
         f"# {as_text(repo_id.rstrip('/').split('/')[-1])}",
-        f"LoRA weights for {named}{images}: `{LORA_FILE}`.",
+        what or f"LoRA weights for {named}{images}: `{LORA_FILE}`.",
         objective_section(record.get("objective")),
         evidence_section(facts),
         "## Usage",

@@ -140,7 +140,10 @@ def _load(settings: ModelSettings, cache_dir: str | None, frozen: torch.dtype, n
     try:
         if path is not None:
             if (family := family_of(path, cache_dir)) is not None:
-                network = load_with_lora(family, settings, cache_dir, frozen)
+                if settings.lora_rank is None:
+                    network = family.load_network(path, cache_dir, torch.float32)
+                else:
+                    network = load_with_lora(family, settings, cache_dir, frozen)
                 return GivenModel(unet=network, scheduler=given_scheduler(path, cache_dir), family=family)
             if not _is_pipeline(path, cache_dir):
                 config = UNet2DModel.load_config(path, cache_dir=cache_dir)

@@ -52,7 +52,7 @@ def check_network(config: dict, named: str, *, fix: str) -> None:
 
 
 def known_families() -> str:
-    """Returns the classes of the text-to-image pipelines that can be fine-tuned by LoRA."""
+    """Returns the classes of the text-to-image pipelines that can be fine-tuned."""
     return ", ".join(family.pipeline for family in FAMILIES)
 
 

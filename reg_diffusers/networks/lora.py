@@ -15,11 +15,10 @@ from accelerate import Accelerator
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from ..hub.model_index import check_weights
 from ..runtime.errors import UsageError
 from ..sampling.sampler import add_tensors
 from ..settings.model import ModelSettings
-from .families import Family, loaded_in
+from .families import Family
 from .trained import trained_parameters
 
 __all__ = ["add_lora", "frozen_dtype", "frozen_sha256", "keep_trained_only", "load_with_lora", "lora_file_arguments"]
@@ -39,20 +38,11 @@ def load_with_lora(
         dtype: dtype of the frozen weights; those of the adapters are float32.
 
     Raises:
-        UsageError: --lora_rank is missing, peft is not installed, or no layer has one of the given names.
+        UsageError: peft is not installed, or no layer has one of the given names.
     """
-    path = settings.pretrained_model_name_or_path
-    if settings.lora_rank is None:
-        raise UsageError(
-            f"--pretrained_model_name_or_path {path}: a {family.pipeline} is fine-tuned by LoRA: pass"
-            " --lora_rank, such as 16"
-        )
     if find_spec("peft") is None:
         raise UsageError("--lora_rank needs a package that is not installed: pip install peft")
-    check_weights(Path(path, family.component))
-    network = loaded_in(
-        dtype, family.network_class, path, subfolder=family.component, cache_dir=cache_dir, use_safetensors=True
-    )
+    network = family.load_network(settings.pretrained_model_name_or_path, cache_dir, dtype)
     add_lora(network, settings, family.target_modules)
     return network
 
@@ -117,8 +107,8 @@ def lora_file_arguments(network: nn.Module, component: str) -> dict:
 
 
 def frozen_dtype(network: nn.Module) -> torch.dtype:
-    """Returns the dtype of the frozen parameters of an adapted network."""
-    return next(value.dtype for value in network.parameters() if not value.requires_grad)
+    """Returns the dtype of the frozen parameters of an adapted network; of the others if none is frozen."""
+    return min(network.parameters(), key=lambda value: value.requires_grad).dtype
 
 
 def frozen_sha256(network: nn.Module) -> str | None:

@@ -9,7 +9,6 @@ import torch
 import yaml
 from huggingface_hub import hf_hub_download
 
-from ..hub.model_index import check_weights
 from ..runs.run_folder import CONFIG_FILE, LORA_FILE, PLAIN_FOLDER, SETTINGS_FILE
 from ..runtime.messages import say
 from ..settings.model import ModelSettings
@@ -46,10 +45,7 @@ def load_lora_pipeline(
     if not Path(model).is_dir():
         say(f"base        {base}, as {model} records")
     encoder = family.load_encoder(base, cache_dir, dtype)
-    check_weights(Path(base, family.component))
-    network = family.network_class.from_pretrained(
-        base, subfolder=family.component, cache_dir=cache_dir, use_safetensors=True, torch_dtype=dtype
-    )
+    network = family.load_network(base, cache_dir, dtype)
     encoder.register_modules(**{family.component: network})
     encoder.load_lora_weights(model, weight_name=LORA_FILE, cache_dir=cache_dir)
     settings = ModelSettings(pretrained_model_name_or_path=base)

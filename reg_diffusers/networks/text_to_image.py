@@ -55,6 +55,7 @@ class RegTextToImagePipeline(LatentPipeline):
     _encoder: DiffusionPipeline | None = None
     _null: Embeddings | None = None
     _sides: tuple[int, int]
+    _save: Callable[[str | Path], None] | None = None
 
     @classmethod
     def of(
@@ -93,6 +94,7 @@ class RegTextToImagePipeline(LatentPipeline):
         *,
         encoder: DiffusionPipeline | None = None,
         null: Embeddings | None = None,
+        save: Callable[[str | Path], None] | None = None,
     ) -> RegTextToImagePipeline:
         """Builds one from its parts.
 
@@ -104,9 +106,11 @@ class RegTextToImagePipeline(LatentPipeline):
             size: height and width of the images in pixels.
             encoder: pipeline that embeds texts; None: calls take embeddings.
             null: embedding of no text, (1, ...) by name; None: that of `encoder`.
+            save: saves the whole pipeline to a folder; None: `save_pretrained` saves adapters.
         """
         built = cls(network, scheduler, vqvae=vae)
         built._family, built._sides, built._encoder, built._null = family, size, encoder, null
+        built._save = save
         return built
 
     @classmethod
@@ -157,6 +161,9 @@ class RegTextToImagePipeline(LatentPipeline):
     def save_pretrained(self, save_directory: str | Path, push_to_hub: bool = False, **kwargs) -> None:
         """Writes pytorch_lora_weights.safetensors, which `load_lora_weights` of the pipeline reads; nothing else.
 
+        In a training of the whole network, writes the whole pipeline.
+
+
         Args:
             save_directory: the folder; created if necessary.
             push_to_hub: then upload by `push_to_hub`, to `repo_id` or else the folder's name.
@@ -167,8 +174,11 @@ class RegTextToImagePipeline(LatentPipeline):
         """
         if kwargs and not push_to_hub:
             raise TypeError(f"save_pretrained: {', '.join(kwargs)} has no effect without push_to_hub")
-        arguments = lora_file_arguments(self.unet, self._family.component)
-        self._family.pipeline_class.save_lora_weights(str(save_directory), **arguments)
+        if self._save is not None:
+            self._save(save_directory)
+        else:
+            arguments = lora_file_arguments(self.unet, self._family.component)
+            self._family.pipeline_class.save_lora_weights(str(save_directory), **arguments)
         if push_to_hub:
             self.push_to_hub(kwargs.pop("repo_id", None) or Path(save_directory).resolve().name, **kwargs)
 

@@ -82,11 +82,16 @@ _NETWORK_FILES = (
     *("config.json", "diffusion_pytorch_model.safetensors", "diffusion_pytorch_model-#-of-#.safetensors"),
     "diffusion_pytorch_model.safetensors.index.json",
 )
+# Of a text-to-image pipeline, besides its network and autoencoder.
+_OF_TEXT = tuple(f"{part}{number}" for part in ("text_encoder", "tokenizer") for number in ("", "_2", "_3"))
+_OF_TEXT += ("safety_checker", "feature_extractor", "image_encoder")
+_FILES_OF_TEXT = ("*.json", "*.txt", "*.model", "*.safetensors")
 _MODEL = {"evidence": False}
 _PRIVATE = {"uploaded": False, "evidence": False}
 _PIPELINE = (
     Left("", ("model_index.json", "pipeline.py"), "pipeline", **_MODEL),
     *(Left(name, _NETWORK_FILES, **_MODEL) for name in ("unet", "transformer", "vae")),
+    *(Left(name, _FILES_OF_TEXT, **_MODEL) for name in _OF_TEXT),
     Left("", (LORA_FILE,), "adapters", **_MODEL),
     Left("vqvae", _NETWORK_FILES, **_MODEL),
     Left("scheduler", ("scheduler_config.json",), **_MODEL),

@@ -26,7 +26,7 @@ class ModelSettings:
         " pixels, above as in diffusers' training script",
     )
     pretrained_model_name_or_path: str | None = flag(
-        None, "fine-tune this pipeline or UNet2DModel (folder or Hub id); it keeps its config and prediction type"
+        None, "fine-tune this pipeline or network (folder or Hub id); it keeps its config and prediction type"
     )
     vae: str | None = flag(
         None,
@@ -36,8 +36,8 @@ class ModelSettings:
     )
     lora_rank: int | None = flag(
         None,
-        "fine-tune a text-to-image pipeline by LoRA of this rank; 4 to 64 are usual. Only adapters are saved. Needs"
-        " pip install peft",
+        "fine-tune a text-to-image pipeline by LoRA of this rank; 4 to 64 are usual. Needs pip install peft, and"
+        " saves adapters only; without the flag, all weights are trained, and a complete pipeline is saved",
         parse=positive_int,
     )
     lora_alpha: float | None = flag(

@@ -59,9 +59,9 @@ def describe_needs(
     noise_scheduler,
     terms: tuple[Term, ...],
     computation: Computation,
-    vae: nn.Module | None = None,
+    beside: int = 0,
 ) -> tuple[str, str]:
-    """Returns the lines about the time and the disk that a run needs; an autoencoder is saved with the network."""
+    """Returns the lines about the time and the disk that a run needs; `beside`: bytes saved with the network."""
     loss, optimization, output = settings.loss, settings.optimization, settings.output
     models = 2 if loss.compare and terms else 1
     measured = images_measured(data) if loss.compare or settings.hub.push_to_hub else 0
@@ -80,9 +80,9 @@ def describe_needs(
     steps, _ = number_of_steps(optimization, data, state.num_processes)
     needed = _time(speed, optimization, output, data, state.num_processes, models=models, measured=measured)
     trained = sum(parameter.numel() for parameter in trained_parameters(unet))
-    whole, beside = (sum(p.numel() for p in module.parameters()) if module else 0 for module in (unet, vae))
+    whole = sum(parameter.numel() for parameter in unet.parameters())
     is_adapted = trained < whole  # by LoRA, which saves the trained parameters only
-    kept, saved = (trained, trained) if is_adapted else (whole, whole + beside)
+    kept, saved = (trained, _BYTES * trained) if is_adapted else (whole, _BYTES * whole + beside)
     named = "LoRA weights" if is_adapted else "a pipeline"
     return needed, _disk(saved, kept, trained, optimization, output, steps, models=models, named=named)
 
@@ -230,7 +230,7 @@ def _disk(
     """Returns the line about the space of the files of a run, and warns if the disk has less.
 
     Args:
-        saved: number of parameters in the saved model.
+        saved: bytes of the saved model.
         kept_at_each: number of parameters of the network in a checkpoint.
         trained: number of trained parameters.
         optimization: settings of the optimization.
@@ -239,11 +239,10 @@ def _disk(
         models: number of trainings.
         named: what is saved.
     """
-    pipeline = _BYTES * saved
     checkpoint = _BYTES * kept_at_each + _BYTES * trained * (2 + optimization.use_ema)
     written = steps // output.checkpointing_steps + (models > 1 and steps % output.checkpointing_steps > 0)
     kept = min(output.checkpoints_total_limit or written, written)
-    needed = models * (pipeline + kept * checkpoint)
+    needed = models * (saved + kept * checkpoint)
     folder = Path(output.output_dir).absolute()
     free = shutil.disk_usage(next(place for place in (folder, *folder.parents) if place.exists())).free
     # A new checkpoint is complete before the oldest is deleted.
@@ -253,6 +252,6 @@ def _disk(
             " another disk, or a smaller --checkpoints_total_limit"
         )
     checkpoints = f"{kept} checkpoint{'s' * (kept != 1)} of {size_text(checkpoint)}" if kept else "no checkpoints"
-    each = f"{checkpoints}, {named} of {size_text(pipeline)}"
+    each = f"{checkpoints}, {named} of {size_text(saved)}"
     each = f"{models} x ({each})" if models > 1 else each
     return f"about {size_text(needed)}: {each}; {size_text(free)} free"

@@ -29,6 +29,7 @@ from ..networks.build import GivenModel, load_given_model
 from ..networks.families import FAMILIES, Embeddings, Family, family_of, pipeline_name
 from ..networks.lora import frozen_sha256
 from ..networks.text_to_image import text_encoder_sha256
+from ..networks.whole_pipeline import base_folder, copied_files
 from ..runs.lineage import CONTENT
 from ..runtime.errors import UsageError, warn
 from ..runtime.messages import errors_only
@@ -78,6 +79,7 @@ class Loaded:
         prompts_shown: these texts.
         see: turns further images, like `images`, into what the network sees; holds the encoders. None later.
         held_out: images that are held out, or None.
+        base: folder of the text-to-image pipeline whose other parts are saved with the network; None if none are.
     """
 
     given: GivenModel
@@ -89,6 +91,14 @@ class Loaded:
     prompts_shown: tuple[str, ...] = ()
     see: Callable[[TrainingData], TrainingData] | None = lambda images: images
     held_out: HeldOut | None = None
+    base: Path | None = None
+
+    @property
+    def bytes_beside(self) -> int:
+        """Bytes of the files that are saved with the network: autoencoder, or all other parts of a pipeline."""
+        if self.base is not None:
+            return sum(path.stat().st_size for path in copied_files(self.base, self.family.component))
+        return sum(value.numel() * value.element_size() for value in self.vae.parameters()) if self.vae else 0
 
     def frozen_parts(self) -> dict[str, str]:
         """Returns hashes of what decides the result but is in no checkpoint, by name: files may change in place."""
@@ -137,6 +147,8 @@ def load_model_and_data(
         model_of = (channels, given.size, given.normalization, given.condition_channels)
         images = load_training_data(data, *model_of, wanted=wanted, white=given.white)
         return Loaded(given, images, images)
+    is_whole = family is not None and model.lora_rank is None
+    whole = base_folder(base, family.component, data.cache_dir) if is_whole else None
     factor = downsampling(vae)
     _check_data_of_latents(data, factor, f"--vae {model.vae}" if model.vae else f"the autoencoder of {base}")
     if given.unet is not None and given.channels != latent_channels(vae):
@@ -177,7 +189,7 @@ def load_model_and_data(
             _warn_of_cuts(shown, "--validation_prompts", family, encoder)
         embedded = [_embed(family, encoder, [text]) for text in shown]
         previews = {name: torch.cat([one[name] for one in embedded]).cpu() for name in null}
-    return Loaded(given, images, latents, vae, family, previews, shown, see)
+    return Loaded(given, images, latents, vae, family, previews, shown, see, base=whole)
 
 
 def _check_texts(

@@ -273,6 +273,9 @@ def describe_result(output_dir: Path, interruption: Interruption, resume: str) -
     if (output_dir / LORA_FILE).is_file():
         lines.append(f'load it     pipeline.load_lora_weights("{output_dir}"), with the pipeline that was fine-tuned')
         return "\n".join(lines)
+    if (output_dir / "tokenizer").is_dir():
+        lines.append(f'load it     pipeline = DiffusionPipeline.from_pretrained("{output_dir}"), of diffusers')
+        return "\n".join(lines)
     kind = "RegDiTPipeline" if (output_dir / "transformer").is_dir() else "RegDDPMPipeline"
     lines.append(f'load it     from reg_diffusers import {kind}; pipeline = {kind}.from_pretrained("{output_dir}")')
     return "\n".join(lines)

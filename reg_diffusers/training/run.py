@@ -302,9 +302,12 @@ def open_run(launch: Launch) -> Run:
         )
         lines = describe_machine(machine, state, computation, keeps_memory, uses_tf32, len(parts_of(data)))
         data_and_model = data, loaded.images, settings.data.source, unet, noise_scheduler
-        estimates = describe_needs(settings, state, data, given, unet, noise_scheduler, terms, computation, vae)
+        estimates = describe_needs(
+            settings, state, data, given, unet, noise_scheduler, terms, computation, loaded.bytes_beside
+        )
         held_out = loaded.held_out and loaded.held_out.describe()
-        notes = notes_on(settings, given, data, unet, noise_scheduler)
+        precision = computation.mixed_precision.value
+        notes = notes_on(settings, given, data, unet, noise_scheduler, precision, vae)
         described = describe(
             *data_and_model, loss, terms, on_data, estimates, lines, output.output_dir, held_out, notes
         )

@@ -13,6 +13,7 @@ from ..networks.conditions import Conditions
 from ..networks.lora import keep_trained_only
 from ..networks.sharded import SampledNetwork
 from ..networks.text_to_image import RegTextToImagePipeline
+from ..networks.whole_pipeline import save_whole_pipeline
 from ..pipeline import RegDDPMPipeline
 from ..runs.checkpoint import Checkpoints
 from ..runtime.errors import UsageError
@@ -39,7 +40,7 @@ class Saves:
         output_dir: folder of the model.
 
     Attributes:
-        pipeline: model to save, with the weights to sample from: a pipeline, or adapters.
+        pipeline: model to save, with the weights to sample from; it may save adapters only.
 
     Raises:
         UsageError: the checkpoint cannot be resumed from.
@@ -161,7 +162,14 @@ def _sampled_model(run: Run, unet, noise_scheduler) -> tuple[RegDDPMPipeline, Ca
         pipeline = sampling_pipeline(unet, noise_scheduler, loaded.data, loaded.vae)
         return pipeline, partial(draw_samples, pipeline)
     size, null = loaded.images.shape[1:], loaded.data.prompts.null
-    pipeline = RegTextToImagePipeline.assembled(loaded.family, unet, noise_scheduler, loaded.vae, size, null=null)
+    parts, save = (loaded.family, unet, noise_scheduler, loaded.vae, size), None
+    if loaded.base is not None:
+        component, base = loaded.family.component, loaded.base
+
+        def save(folder) -> None:
+            save_whole_pipeline(unet, component, base, Path(folder))
+
+    pipeline = RegTextToImagePipeline.assembled(*parts, null=null, save=save)
     pipeline.set_progress_bar_config(disable=True)
 
     def draw(number: int, steps: int, seed: int, **_: Tensor) -> Tensor:

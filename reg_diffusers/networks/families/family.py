@@ -6,14 +6,16 @@ import inspect
 import warnings
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import diffusers
 import torch
 from diffusers import DiffusionPipeline
 from diffusers.configuration_utils import FrozenDict
-from torch import Tensor
+from torch import Tensor, nn
 
+from ...hub.model_index import check_weights
 from ...runtime.messages import say
 
 __all__ = ["Embeddings", "Family", "loaded_in"]
@@ -87,6 +89,12 @@ class Family:
     def network_class(self) -> type:
         """The class of the network."""
         return getattr(diffusers, self.network)
+
+    def load_network(self, path: str, cache_dir: str | None, dtype: torch.dtype) -> nn.Module:
+        """Loads the network of a pipeline, from safetensors only."""
+        check_weights(Path(path, self.component))
+        of_network = {"subfolder": self.component, "cache_dir": cache_dir, "use_safetensors": True}
+        return loaded_in(dtype, self.network_class, path, **of_network)
 
     def load_encoder(self, path: str, cache_dir: str | None, dtype: torch.dtype) -> DiffusionPipeline:
         """Loads the pipeline without its network and autoencoder, to embed texts."""
