@@ -87,7 +87,7 @@ def _prepare(folder: Path) -> None:
 
 
 def _torture(folder: Path, kind: str, kills: int, chance: random.Random) -> Counter:
-    """Runs of one kind until so many kills have met them, each compared with an undisturbed one."""
+    """Repeats a run until `kills` of its processes were killed, and compares each with an undisturbed run."""
     started = time.monotonic()
     undisturbed = folder / f"{kind}-undisturbed"
     if _start(folder, kind, undisturbed).wait() != 0:

@@ -191,7 +191,7 @@ class Enough(BaseException):
 
 
 def train(args, name: str, row: str, folder: str) -> dict:
-    """In a process of its own: runs a script until so many steps are done."""
+    """Runs a script in its own process until the given number of steps is done."""
     import torch
 
     kind, flags = CONTESTANTS[name]

@@ -88,7 +88,7 @@ def find_column(table, wanted: Wanted) -> Column:
     """Returns the column of a `datasets` table, or of a stream, that a regularizer needs.
 
     Raises:
-        UsageError: it does not exist, has a kind that is not supported, or is no image although a mask is needed.
+        UsageError: it does not exist, has a kind that is not supported, or holds no images where a mask is needed.
     """
     from datasets import ClassLabel, Image
 

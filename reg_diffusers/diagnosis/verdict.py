@@ -210,7 +210,7 @@ def _blur(diagnosis: Diagnosis, limit: float | None) -> tuple[bool, str]:
         largest = max((level.best.gap for level in diagnosis.levels), key=abs)
         return (
             False,
-            f"The best guess is no blur for L' at any timestep: its gap to real images is {largest:+.3g} at most.",
+            f"To L', the best guess is not a blur at any timestep: its gap to real images is {largest:+.3g} at most.",
         )
     beyond = [level for level in diagnosis.levels if level.timestep > limit]
     gap = beyond[0].best

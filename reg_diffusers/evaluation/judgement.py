@@ -103,8 +103,8 @@ def judge_samples(
     """Measures samples against reference images of the same number and shape.
 
     The distances that compare pairs (kernel distance, precision, recall, density, coverage) use the first PAIRED of
-    both sets. Their intervals are those of so many samples; where some are left out, both sets lose a group in the
-    jackknife, so that the interval also covers which reference images were used.
+    both sets, and their intervals are for that number. Where images are left out, the jackknife drops a group of
+    both sets, so that the interval also covers the choice of the reference images.
 
     Args:
         samples: (N, C, H, W) in [-1, 1].

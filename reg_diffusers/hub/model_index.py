@@ -65,7 +65,7 @@ def saved_white(config: dict) -> int | None:
     """Returns the white value of pictures of more than 8 bits in a model_index.json, or None.
 
     Raises:
-        ValueError: it is none.
+        ValueError: the entry is not a white value.
     """
     white = own_entries(config)["white"]
     if white is not None and not (isinstance(white, int) and 255 < white < 2**16):
