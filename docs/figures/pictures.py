@@ -1,17 +1,76 @@
-"""The pictures of --preserve_input_precision and --random_crop in docs/data.md.
+"""The pictures of rectangles, channels, --preserve_input_precision and --random_crop in docs/data.md.
 
 python docs/figures/pictures.py
 """
 
+import tempfile
+from pathlib import Path
+
 import numpy as np
+import PIL.Image
 import torch
 from matplotlib import pyplot as plt
 from matplotlib.patches import Rectangle
 from shared import LINES, images, save
 
 from reg_diffusers.data.crops import drawn, larger
+from reg_diffusers.data.training_data import load_training_data
+from reg_diffusers.settings import DataSettings
 
 SIZE, EPOCHS = (28, 28), 4
+
+
+def as_trained_on(pixels: np.ndarray, **settings) -> np.ndarray:
+    """Returns a picture as train_reg.py decodes it with these settings, (H, W, C)."""
+    with tempfile.TemporaryDirectory() as folder:
+        PIL.Image.fromarray(pixels).save(Path(folder, "0.png"))
+        data = load_training_data(DataSettings(train_data_dir=folder, cache_dir=f"{folder}/.cache", **settings))
+        return data.__getitems__([0])["values"][0].permute(1, 2, 0).numpy()
+
+
+def show(axis, pixels: np.ndarray, title: str, below: str = "") -> None:
+    grey = pixels.ndim == 2 or pixels.shape[2] == 1
+    axis.imshow(pixels, cmap="gray", vmin=0, vmax=255, interpolation="nearest") if grey else axis.imshow(pixels)
+    axis.set_title(title, fontsize=9, family="monospace" if title.startswith("-") else None)
+    axis.set(xticks=[], yticks=[], xlabel=below)
+    axis.grid(False)
+
+
+def rectangles() -> None:
+    """A landscape, 16 to 9: sky, a sun at the left, a tree at the right."""
+    y, x = np.mgrid[:180, :320]
+    picture = np.stack([120 + y / 3, 150 + y / 3, 230 - y / 6], axis=2)
+    picture[(x - 40) ** 2 + (y - 45) ** 2 < 24**2] = (250, 225, 80)
+    picture[y > 125 + 15 * np.sin(x / 45)] = (70, 120, 60)
+    picture[(abs(x - 275) < 6) & (y > 80) & (y < 140)] = (90, 60, 40)
+    picture[(x - 275) ** 2 + (y - 70) ** 2 < 30**2] = (30, 80, 40)
+    figure, axes = plt.subplots(1, 3, figsize=(7.2, 2.1), layout="constrained", width_ratios=(16, 9, 16))
+    pixels = picture.astype(np.uint8)
+    show(axes[0], pixels, "the file", "320 x 180")
+    for axis, size in zip(axes[1:], ("90", "160x90"), strict=True):
+        kept = as_trained_on(pixels, resolution=size)
+        show(axis, kept, f"--resolution {size}", f"{kept.shape[1]} x {kept.shape[0]}")
+    save(figure, "rectangles")
+
+
+def channels() -> None:
+    """A ball that becomes transparent to the right, on nothing; the file is shown on a chequered ground."""
+    y, x = np.mgrid[:192, :192] / 2
+    inside = (x - 48) ** 2 + (y - 48) ** 2 < 42**2
+    colours = np.stack([60 + 1.5 * y, 90 + 0 * y, 220 - 1.5 * y], axis=2)
+    opacity = np.where(inside, 255 - 2.2 * np.clip(x - 20, 0, 90), 0)
+    pixels = np.concatenate([colours, opacity[..., None]], axis=2).astype(np.uint8)
+    ground = np.where((x // 8 + y // 8) % 2 == 0, 255, 205)[..., None]
+    share = pixels[..., 3:] / 255
+    figure, axes = plt.subplots(1, 5, figsize=(7.6, 2.0), layout="constrained")
+    show(axes[0], (pixels[..., :3] * share + ground * (1 - share)).astype(np.uint8), "the file", "on chequers")
+    for axis, number in zip(axes[1:3], (1, 3), strict=True):
+        found = as_trained_on(pixels, resolution=96, channels=number)
+        show(axis, found, f"--channels {number}", {1: "grey", 3: "RGB"}[number])
+    found = as_trained_on(pixels, resolution=96, channels=4)
+    show(axes[3], found[..., :3], "--channels 4", "RGB, and ...")
+    show(axes[4], found[..., 3], "", "... opacity")
+    save(figure, "channels")
 
 
 def depth() -> None:
@@ -63,5 +122,7 @@ def random_crop() -> None:
 
 
 if __name__ == "__main__":
+    rectangles()
+    channels()
     depth()
     random_crop()
