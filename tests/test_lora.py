@@ -18,6 +18,7 @@ from runs import ROOT, refusal
 from safetensors.torch import load_file
 from tiny_pipelines import save_stable_diffusion, write_photos
 
+from reg_diffusers import RegTextToImagePipeline
 from reg_diffusers.cli import main
 
 pytestmark = pytest.mark.training
@@ -256,3 +257,24 @@ def test_held_out_images_are_measured_and_the_best_adapters_are_kept(fine_tune):
     assert not differ(adapters(out / "best"), adapters(out))
     own = json.loads((out / "reg_config.json").read_text())["data"]["held_out"]
     assert own["images"] == 2 and measured["images"] == 2
+
+
+def test_what_is_not_saved_of_a_wrapped_pipeline_is_refused(tmp_path):
+    peft = pytest.importorskip("peft")
+    stock = StableDiffusionPipeline.from_pretrained(save_stable_diffusion(tmp_path / "base", tmp_path / "scratch"))
+    wrapped = RegTextToImagePipeline.of(stock)
+    with pytest.raises(ValueError, match="the network has no LoRA weights, and others are not saved here"):
+        wrapped.save_pretrained(tmp_path / "saved")
+    config = peft.LoraConfig(r=1, target_modules=["to_q"])
+    for name in ("default_0", "default_1"):
+        stock.unet.add_adapter(config, adapter_name=name)
+    with pytest.raises(ValueError, match=r"LoRA weights \(default_0, default_1\): delete_adapters all but one"):
+        wrapped.save_pretrained(tmp_path / "saved")
+    stock.delete_adapters("default_0")
+    wrapped.save_pretrained(tmp_path / "saved")
+    assert len(adapters(tmp_path / "saved")) == 16
+    with pytest.raises(TypeError, match="repo_id has no effect without push_to_hub"):
+        wrapped.save_pretrained(tmp_path / "saved", repo_id="tester/lora")
+    stock.text_encoder.add_adapter(peft.LoraConfig(r=1, target_modules=["q_proj"]))
+    with pytest.raises(ValueError, match="text_encoder has LoRA weights, which are not saved here"):
+        wrapped.save_pretrained(tmp_path / "saved")

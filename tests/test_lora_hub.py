@@ -88,7 +88,7 @@ def test_a_pipeline_with_adapters_is_pushed_and_nothing_is_left_beside_it(hub, c
         tell(**facts)
         """
     )
-    assert "the network has no LoRA weights, and other weights are not saved" in facts["plain"]
+    assert "the network has no LoRA weights, and others are not saved here" in facts["plain"]
     assert "tester/plain" not in hub.repositories
     assert facts["url"].startswith(f"{hub.endpoint}/tester/again/commit/")
     names = ("tester/lora", "tester/again")

@@ -95,9 +95,12 @@ def lora_file_arguments(network: nn.Module, component: str) -> dict:
     from peft.utils import get_peft_model_state_dict
 
     adapters = getattr(network, "peft_config", {})
-    if len(adapters) != 1:
-        found = f"several LoRA weights ({', '.join(adapters)}): keep one" if adapters else "no LoRA weights"
-        raise ValueError(f"the network has {found}, and other weights are not saved: save them with diffusers")
+    if not adapters:
+        raise ValueError(
+            "the network has no LoRA weights, and others are not saved here: save the pipeline by diffusers"
+        )
+    if len(adapters) > 1:
+        raise ValueError(f"the network has several LoRA weights ({', '.join(adapters)}): delete_adapters all but one")
     ((name, config),) = adapters.items()
     layers = get_peft_model_state_dict(network, adapter_name=name)
     layers = {key: tensor.float().cpu() for key, tensor in layers.items()}

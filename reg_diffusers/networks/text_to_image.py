@@ -163,24 +163,33 @@ class RegTextToImagePipeline(LatentPipeline):
 
         In a training of the whole network, writes the whole pipeline.
 
-
         Args:
             save_directory: the folder; created if necessary.
             push_to_hub: then upload by `push_to_hub`, to `repo_id` or else the folder's name.
             **kwargs: arguments of the upload.
 
         Raises:
-            ValueError: the network has no LoRA weights, or several.
+            ValueError: the network has no LoRA weights, or several, or a text encoder has some.
         """
         if kwargs and not push_to_hub:
             raise TypeError(f"save_pretrained: {', '.join(kwargs)} has no effect without push_to_hub")
         if self._save is not None:
             self._save(save_directory)
         else:
+            self._check_text_encoders()
             arguments = lora_file_arguments(self.unet, self._family.component)
             self._family.pipeline_class.save_lora_weights(str(save_directory), **arguments)
         if push_to_hub:
             self.push_to_hub(kwargs.pop("repo_id", None) or Path(save_directory).resolve().name, **kwargs)
+
+    def _check_text_encoders(self) -> None:
+        """Raises `ValueError` if text encoders have LoRA weights, which would be left out."""
+        parts = {} if self._encoder is None else self._encoder.components
+        adapted = [name for name, part in parts.items() if name.startswith("text") and hasattr(part, "peft_config")]
+        if adapted:
+            raise ValueError(
+                f"{', '.join(adapted)} has LoRA weights, which are not saved here: save them by diffusers"
+            )
 
     def push_to_hub(
         self,
