@@ -343,11 +343,11 @@ def test_differences_within_the_uncertainty_are_not_called_any():
     rows = {"data": row(like), "A": row(other), "B": row(other + 0.01), "C": row(other - 3)}
     said = "\n".join(compare_rows(rows))
     assert (
-        "A: mean like the data's" in said
-        and "C: mean below the data's" in said
+        "A: mean is like the data's" in said
+        and "C: mean is below the data's" in said
         and "Lower than the data is not better" in said
     )
-    assert "B against A: mean no difference shown (+0.01 ± " in said
+    assert "B against A: mean shows no difference (+0.01 ± " in said
     assert "C against A: mean lower by 3 ± " in said and f"{SLICED} higher by " in said
     own, distance = (rows[name].distances[SLICED].value for name in ("data", "C"))
     assert f", at {SLICED} {distance:.3g} (data {own:.3g})." in said  # never one number without the other

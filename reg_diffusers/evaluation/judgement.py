@@ -201,7 +201,7 @@ def _differ(one: Estimate, other: Estimate) -> bool:
 
 
 def change(name: str, now: Estimate, before: Estimate, difference: Estimate | None = None) -> str:
-    """Describes the difference of two measurements: lower or higher, by how much, or no difference shown.
+    """Describes the difference of two measurements: lower or higher, by how much, or that no difference is shown.
 
     Args:
         name: the name of the number.
@@ -216,7 +216,7 @@ def change(name: str, now: Estimate, before: Estimate, difference: Estimate | No
     if not math.isfinite(by):
         return f"{name} {moved:+.3g}, too few images for a confidence interval"
     if not abs(moved) > by:
-        return f"{name} no difference shown ({moved:+.3g} ± {by:.2g})"
+        return f"{name} shows no difference ({moved:+.3g} ± {by:.2g})"
     word = "lower" if moved < 0 else "higher"
     relative = f", {moved / before.value:+.1%}" if before.value > 0 else ""  # a share of a signed value is meaningless
     return f"{name} {word} by {abs(moved):.3g} ± {by:.2g}{relative}"
@@ -231,10 +231,12 @@ def _against_data(title: str, name: str, row: Row, of_data: Row) -> str:
     if not math.isfinite(model.value - data.value):
         return f"{title}: {name} cannot be compared with the data's {pair}"
     if not _differ(model, data):
-        return f"{title}: {name} like the data's {pair}"
+        return f"{title}: {name} is like the data's {pair}"
     if model.value > data.value:
-        return f"{title}: {name} above the data's {pair}"
-    return f"{title}: {name} below the data's {pair} Lower than the data is not better: real images are not like that."
+        return f"{title}: {name} is above the data's {pair}"
+    return (
+        f"{title}: {name} is below the data's {pair} Lower than the data is not better: real images are not like that."
+    )
 
 
 def describe_rows(rows: Mapping[str, Row]) -> str:
