@@ -10,6 +10,7 @@ import PIL.Image
 import pytest
 import torch
 from diffusers import UNet2DConditionModel
+from in_processes import run_script
 from runs import differ, metrics, refusal, weights
 from safetensors.torch import load_file
 from test_latents import save_vae
@@ -353,6 +354,16 @@ def test_a_compiled_training_is_the_plain_one(train, photos, monkeypatch, capsys
     assert "compiled (takes minutes at the first full batch of each of 3 sizes)" in capsys.readouterr().out
     assert len(graphs) == 3 and not differ(plain, weights(out))
     torch._dynamo.reset()
+
+
+@pytest.mark.slow
+def test_two_processes_measure_images_of_each_size_as_one_does(train, photos, folder, monkeypatch):
+    monkeypatch.chdir(folder)
+    flags = (*flags_for(photos, 3), "--validation_split", 0.25, "--validation_steps", 2, "--learning_rate", 1e-30)
+    flags += ("--keep_best", "--regularizer", "total_variation", "--eval_batch_size", 1)
+    one = train(*flags, output=str(folder / "one"))
+    assert run_script(folder, *flags, "--output_dir", "two") == [0, 0]
+    assert measured(one) == measured(folder / "two") and len(measured(one)) == 2
 
 
 def test_two_processes_share_the_steps_of_one():
