@@ -27,7 +27,7 @@ from reg_diffusers.runtime.hardware import allow_tf32
 from reg_diffusers.runtime.profiling import SECTIONS, WARM_UP_STEPS, StepProfile
 from reg_diffusers.settings import MachineSettings, OptimizationSettings
 from reg_diffusers.training import preparation
-from reg_diffusers.training.preparation import build_optimizer
+from reg_diffusers.training.optimizer import build_optimizer
 from reg_diffusers.training.report import describe_machine
 
 pytestmark = pytest.mark.training

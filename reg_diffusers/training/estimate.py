@@ -29,6 +29,7 @@ from ..settings.output import OutputSettings
 from ..term import Term
 from ..trial.checks import random_numbers_as_before
 from .batches import Context
+from .optimizer import bytes_of_moments
 from .report import images_measured
 
 __all__ = ["Speed", "describe_needs", "measure_speed", "number_of_steps"]
@@ -83,8 +84,11 @@ def describe_needs(
     whole = sum(parameter.numel() for parameter in unet.parameters())
     is_adapted = trained < whole  # by LoRA, which saves the trained parameters only
     kept, saved = (trained, _BYTES * trained) if is_adapted else (whole, _BYTES * whole + beside)
+    moments = bytes_of_moments(trained_parameters(unet), optimization)
     named = "LoRA weights" if is_adapted else "a pipeline"
-    return needed, _disk(saved, kept, trained, optimization, output, steps, models=models, named=named)
+    return needed, _disk(
+        saved, kept, trained, optimization, output, steps, models=models, named=named, moments=moments
+    )
 
 
 def number_of_steps(settings: OptimizationSettings, data: TrainingData, processes: int) -> tuple[int, float]:
@@ -226,6 +230,7 @@ def _disk(
     *,
     models: int,
     named: str,
+    moments: int,
 ) -> str:
     """Returns the line about the space of the files of a run, and warns if the disk has less.
 
@@ -238,8 +243,9 @@ def _disk(
         steps: steps of a training.
         models: number of trainings.
         named: what is saved.
+        moments: bytes of the moments of AdamW.
     """
-    checkpoint = _BYTES * kept_at_each + _BYTES * trained * (2 + optimization.use_ema)
+    checkpoint = _BYTES * (kept_at_each + trained * optimization.use_ema) + moments
     written = steps // output.checkpointing_steps + (models > 1 and steps % output.checkpointing_steps > 0)
     kept = min(output.checkpoints_total_limit or written, written)
     needed = models * (saved + kept * checkpoint)

@@ -12,6 +12,7 @@ from ..prediction import prediction_type
 from ..runtime.amounts import size_text
 from ..settings import Settings
 from ..settings.optimization import OptimizationSettings
+from .optimizer import bytes_of_moments
 
 __all__ = ["memory_of_weights", "notes_on"]
 
@@ -53,8 +54,8 @@ def memory_of_weights(
 ) -> str:
     """Describes the memory that a training occupies in every step, in each process: an estimate by the weights.
 
-    A trained weight counts 4 bytes each for itself, its gradient, the two moments of AdamW and its average, and 2 for
-    the copy that mixed precision makes of it in a step.
+    A trained weight counts 4 bytes each for itself, its gradient, the two moments of AdamW (1 with --use_8bit_adam)
+    and its average, and 2 for the copy that mixed precision makes of it in a step.
 
     Args:
         network: network of the training.
@@ -67,7 +68,7 @@ def memory_of_weights(
     parts = {
         "trained weights": 4 * trained,
         "their gradients": 4 * trained,
-        "AdamW": 8 * trained,
+        "AdamW": bytes_of_moments(trained_parameters(network), optimization),
         "average": 4 * trained * optimization.use_ema,
         "copies in half precision": 2 * trained * (precision != "no"),
         "frozen weights": sum(value.numel() * value.element_size() for value in frozen),

@@ -34,9 +34,10 @@ from ..settings.model import ModelSettings
 from ..settings.optimization import OptimizationSettings
 from ..settings.output import OutputSettings
 from .ending import Ending
+from .optimizer import build_optimizer
 from .trackers import Trackers
 
-__all__ = ["Training", "build_lr_scheduler", "build_optimizer", "prepare"]
+__all__ = ["Training", "build_lr_scheduler", "prepare"]
 
 
 @dataclass(frozen=True)
@@ -171,19 +172,7 @@ def prepare(
     return training
 
 
-def build_optimizer(settings: OptimizationSettings, unet: nn.Module) -> torch.optim.AdamW:
-    """Builds AdamW on the trained parameters of the network, which it updates in one fused pass."""
-    return torch.optim.AdamW(
-        trained_parameters(unet),
-        lr=settings.learning_rate,
-        betas=(settings.adam_beta1, settings.adam_beta2),
-        weight_decay=settings.adam_weight_decay,
-        eps=settings.adam_epsilon,
-        fused=True,
-    )
-
-
-def build_lr_scheduler(settings: OptimizationSettings, optimizer: torch.optim.AdamW, max_train_steps: int):
+def build_lr_scheduler(settings: OptimizationSettings, optimizer: torch.optim.Optimizer, max_train_steps: int):
     """Builds the schedule of --lr_scheduler; it advances once per optimizer step, for any number of processes."""
     advise_on_warmup(settings, max_train_steps)
     return get_scheduler(

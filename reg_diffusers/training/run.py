@@ -54,6 +54,7 @@ from .held_out import hold_out
 from .loading import Loaded, load_model_and_data
 from .metrics import check_logger
 from .notes import notes_on
+from .optimizer import check_optimizer
 from .output import claim_output_dir, remove_earlier_run, write_settings
 from .preparation import Training, prepare
 from .preview import inference_steps
@@ -250,6 +251,7 @@ def open_run(launch: Launch) -> Run:
     settings, argv, state, ending = launch.settings, launch.argv, launch.state, launch.ending
     loss, optimization, machine, output = settings.loss, settings.optimization, settings.machine, settings.output
     check_engine(state, machine.mixed_precision, machine.compile, optimization.max_grad_norm)
+    check_optimizer(optimization, state.distributed_type)
     check_balance(loss, machine.compile, state.distributed_type)
     set_threads(machine.num_threads)
     keeps_memory, uses_tf32 = keep_freed_memory(state.device), allow_tf32(state.device, machine.mixed_precision)
