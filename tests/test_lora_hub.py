@@ -41,12 +41,17 @@ def client(hub, tmp_path_factory):
     return client
 
 
-def test_a_pushed_run_has_a_card_with_its_base_and_is_sampled_by_name(hub, client):
+@pytest.fixture(scope="module")
+def pushed(client):
+    """A run that was pushed as tester/lora."""
     losses = ("--regularizer", "total_variation", "--reg_weight", 0.1, "--learning_rate", 1e-2)
     names = ("--pretrained_model_name_or_path", "tester/base", "--train_data_dir", "photos", "--output_dir", "out")
     done = client.start_training(*names, *QUICK, *losses, "--hub_model_id", "tester/lora", "--hub_license", "mit")
-    done = done.finish(seconds=400)
-    assert done.stdout.splitlines()[-1] == f"uploaded    {hub.endpoint}/tester/lora"
+    return done.finish(seconds=400)
+
+
+def test_a_pushed_run_has_a_card_with_its_base_and_is_sampled_by_name(hub, client, pushed):
+    assert pushed.stdout.splitlines()[-1] == f"uploaded    {hub.endpoint}/tester/lora"
     files = hub.files["tester/lora"]
     assert {"pytorch_lora_weights.safetensors", "README.md", "reg_config.json", "comparison.json"} <= files.keys()
     assert not any(name.startswith(("unet/", "vae/", "checkpoint-", "text_encoder/")) for name in files)
@@ -64,7 +69,7 @@ def test_a_pushed_run_has_a_card_with_its_base_and_is_sampled_by_name(hub, clien
     assert (remote == local).all()
 
 
-def test_a_pipeline_with_adapters_is_pushed_and_nothing_is_left_beside_it(hub, client):
+def test_a_pipeline_with_adapters_is_pushed_and_nothing_is_left_beside_it(hub, client, pushed):
     """By Python: weights that were loaded go on with a card; a repository of the other kind of model is refused."""
     facts = client.python(
         """
