@@ -129,19 +129,22 @@ def _of_predictions(terms: dict, models: dict, titles: list[str], bench: Bench, 
     number = min(bench.number, _IMAGES_OF_LOSS)
     images, belonging = bench.reference[:number].to(device), send_to_device(bench.belonging(number), device)
     given = {**{name: value[:number].to(device) for name, value in bench.conditions.items()}, **belonging}
-    found = {"data": {}, **{title: {} for title in titles}}
-    for name, term in terms.items():
-        needed = {need: given[need] for need in term.needs}
-        found["data"][name] = mean_of(score(term, images, needed))
-        context = {need: value for need, value in needed.items() if need != "original_samples"}
-        for title in titles:
-            pipeline, seen = models[title], term
+    needed = {name: {need: given[need] for need in term.needs} for name, term in terms.items()}
+    found = {"data": {name: mean_of(score(term, images, needed[name])) for name, term in terms.items()}}
+    for title in titles:
+        pipeline, found[title] = models[title], {}
+        network, encoded, conditions = (
+            pipeline.as_in_loss(),
+            pipeline.encode(images),
+            _conditions(pipeline, bench, device),
+        )
+        for name, term in terms.items():
+            context = {need: value for need, value in needed[name].items() if need != "original_samples"}
             if pipeline.vqvae is not None:
-                seen = dataclasses.replace(term, view=pipeline._view)
-                context |= {"original_images": images} if "original_samples" in needed else {}
-            network, encoded = pipeline.as_in_loss(), pipeline.encode(images)
-            parts = (seen, network, pipeline.scheduler, encoded, seed, context)
-            found[title][name] = mean_of(losses_of_predictions(*parts, **_conditions(pipeline, bench, device)))
+                term = dataclasses.replace(term, view=pipeline._view)
+                context |= {"original_images": images} if "original_samples" in needed[name] else {}
+            of_each = losses_of_predictions(term, network, pipeline.scheduler, encoded, seed, context, **conditions)
+            found[title][name] = mean_of(of_each)
     return found
 
 

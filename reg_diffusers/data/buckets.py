@@ -130,6 +130,7 @@ class Buckets(torch.utils.data.Dataset):
         return Buckets(parts, self._share_cropped, starts)
 
     def each_size(self, function: Callable) -> Buckets:
+        """See the function of this name."""
         parts = [function(part, rows) for part, rows in zip(self.parts, self.members, strict=True)]
         return Buckets(parts, None, self._starts)
 
