@@ -1,4 +1,4 @@
-"""Estimates the memory of a LoRA step on a GPU, without one: tensors on the meta device have no data.
+"""Estimates the memory of a step of LoRA or of the whole network on a GPU, without one: meta tensors have no data.
 
     python docs/benchmarks/lora_memory.py
 
@@ -9,6 +9,9 @@ layers at rank 16, and a loss on the decoded picture (DecodedImage, chunk 1). In
     weights  = 2 (network + autoencoder) + 20 adapters
     training = weights + the most memory that other tensors occupy at the same time in the forward and backward pass
     texts    = 2 text encoders, before the training; they are freed then
+
+The whole network is trained in float32 with copies in bfloat16, so its weights count 20 + 2 bytes each (6 less with
+--use_8bit_adam, 4 less with --no-use_ema); all else is the same.
 
 These are estimates: they leave out the CUDA context (about 0.5 GiB), the workspace of kernels and fragmentation, and
 take attention up to 256 channels a head as a kernel that does not store its matrix. Nothing was run on a GPU. The
@@ -108,6 +111,7 @@ def main() -> None:
     with torch.device("meta"):
         encoders = {name: number_of(build()) for name, build in ENCODERS.items()}
         rows = [_row(name, encoders, *model) for name, model in MODELS.items()]
+        whole = [_row_of_whole(name, *model) for name, model in MODELS.items()]
     headings = f"{'':<28}{'network':>10}{'adapters':>10}{'texts':>10}{'weights':>10}{'training':>10}"
     lines = [
         f"Estimates, GiB; parameters in millions. One image, rank {RANK}, bfloat16, gradient checkpointing; torch"
@@ -115,6 +119,11 @@ def main() -> None:
         "",
         headings,
         *rows,
+        "",
+        "Without --lora_rank: all weights, with an average; then with --use_8bit_adam, and --no-use_ema in addition",
+        "",
+        f"{'':<28}{'network':>10}{'weights':>10}{'training':>10}{'8 bits':>10}{'no EMA':>10}",
+        *whole,
     ]
     text = "\n".join(lines) + "\n"
     print(text, end="")
@@ -128,14 +137,36 @@ def number_of(module) -> int:
 def _row(name, encoders, pipeline, build, names, pixels, text, pooled) -> str:
     family, network = BY_NAME[pipeline], torch.nn.Module.to(build(), torch.bfloat16)
     whole = number_of(network)
+    settings = ModelSettings(pretrained_model_name_or_path=name, lora_rank=RANK)
+    add_lora(network, settings, family.target_modules)
+    adapters = sum(parameter.numel() for parameter in trained_parameters(network))
+    of_decoder, peak = _step(family, network, pixels, text, pooled)
+    weights = 2 * (whole + of_decoder) + BYTES_OF_TRAINED * adapters
+    training = weights + peak - 4 * adapters  # the gradients are in both
+    texts = 2 * sum(encoders[one] for one in names)
+    parameters = f"{whole / 1e6:>10,.0f}{adapters / 1e6:>10.1f}"
+    memory = "".join(f"{value / GIB:>10.1f}" for value in (texts, weights, training))
+    return f"{f'{name}, {pixels}':<28}{parameters}{memory}"
+
+
+def _row_of_whole(name, pipeline, build, _, pixels, text, pooled) -> str:
+    family, network = BY_NAME[pipeline], torch.nn.Module.to(build(), torch.bfloat16)
+    whole = number_of(network)
+    of_decoder, peak = _step(family, network, pixels, text, pooled)
+    weights = (BYTES_OF_TRAINED + 2) * whole + 2 * of_decoder
+    training = weights + peak - 2 * whole  # the gradients are in both, here in bfloat16
+    shown = (weights, training, training - 6 * whole, training - 10 * whole)
+    memory = "".join(f"{value / GIB:>10.1f}" for value in shown)
+    return f"{f'{name}, {pixels}':<28}{whole / 1e6:>10,.0f}{memory}"
+
+
+def _step(family, network, pixels, text, pooled) -> tuple[int, int]:
+    """Returns the parameters of the decoder's autoencoder, and the most memory of other tensors in a step."""
+    network.enable_gradient_checkpointing()
+    network.train()
     channels, side = family.channels(network.config), pixels // LATENT_SIDE
     vae = AutoencoderKL(**{**STABLE_DIFFUSION, "latent_channels": channels})
     torch.nn.Module.to(vae, torch.bfloat16)
-    settings = ModelSettings(pretrained_model_name_or_path=name, lora_rank=RANK)
-    add_lora(network, settings, family.target_modules)
-    network.enable_gradient_checkpointing()
-    network.train()
-    adapters = sum(parameter.numel() for parameter in trained_parameters(network))
     embeddings = {"prompt_embeds": torch.empty(1, *text)}
     if pooled:
         embeddings["pooled_prompt_embeds"] = torch.empty(1, pooled)
@@ -145,12 +176,7 @@ def _row(name, encoders, pipeline, build, names, pixels, text, pooled) -> str:
         (output,) = called(sample, torch.empty(1), **embeddings)
         error, x0_hat = output.float() - sample, sample - output.float()
         (error.square().mean() + view(x0_hat).square().mean()).backward()
-    weights = 2 * (whole + number_of(vae)) + BYTES_OF_TRAINED * adapters
-    training = weights + occupied.peak - 4 * adapters  # the gradients are in both
-    texts = 2 * sum(encoders[one] for one in names)
-    parameters = f"{whole / 1e6:>10,.0f}{adapters / 1e6:>10.1f}"
-    memory = "".join(f"{value / GIB:>10.1f}" for value in (texts, weights, training))
-    return f"{f'{name}, {pixels}':<28}{parameters}{memory}"
+    return number_of(vae), occupied.peak
 
 
 class _Attention(torch.autograd.Function):
