@@ -125,7 +125,7 @@ CASES = {
         letters,
         flow,
         perceptual,
-        {matched: (0.01, 0.05, 0.25), GATE: (0.1, 0.5, 2.5), low_noise: (0.5, 2.5, 12.5)},
+        {matched: (0.01, 0.05, 0.25), GATE: (0.1, 0.5, 2.5, 12.5), low_noise: (0.5, 2.5, 12.5)},
         100,
         plain=Training(1500, 64, 3e-3),
         paired=True,
