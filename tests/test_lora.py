@@ -193,25 +193,20 @@ def test_a_pipeline_of_an_unknown_class_is_refused_with_the_list(train, capsys, 
 
 def test_a_model_at_the_wrong_flag_is_refused_with_the_right_one(train, capsys, tmp_path):
     base = save_stable_diffusion("base", tmp_path / "scratch")
+    pretrained, config = "--pretrained_model_name_or_path", "--model_config_name_or_path"
     for flag, name, message in (
-        (
-            "--pretrained_model_name_or_path",
-            "unet",
-            "name the folder of its pipeline",
-        ),
-        (
-            "--pretrained_model_name_or_path",
-            "vae",
-            "holds AutoencoderKL, not UNet2DModel or DiTTransformer2DModel: name it by --vae",
-        ),
-        ("--model_config_name_or_path", "vae", "UNet2DModel or DiTTransformer2DModel: name it by --vae"),
-        ("--model_config_name_or_path", ".", "or fine-tune it by --pretrained_model_name_or_path"),
+        (pretrained, "unet", "name the folder of its pipeline"),
+        (pretrained, "vae", "holds AutoencoderKL, not UNet2DModel or DiTTransformer2DModel: name it by --vae"),
+        (config, "vae", "holds AutoencoderKL, not UNet2DModel or DiTTransformer2DModel: name it by --vae"),
+        (config, ".", "or fine-tune it by --pretrained_model_name_or_path"),
     ):
         assert message in refusal(train, capsys, model=(flag, str(tmp_path / base / name)))
+    index = tmp_path / base / "model_index.json"
+    index.write_text(index.read_text().replace("StableDiffusionPipeline", "StableDiffusionInpaintPipeline"))
     for command in (("sample",), ("evaluate", "--data", "photos")):
         with pytest.raises(SystemExit):
             main([*command, "--model", str(base)])
-        assert "conditioned on texts" in capsys.readouterr().err  # a whole pipeline is a model
+        assert f"--model {base}: a StableDiffusionInpaintPipeline is not supported" in capsys.readouterr().err
 
 
 PAGE = (ROOT / "docs" / "stable_diffusion.md").read_text()

@@ -44,7 +44,7 @@ def load_pipeline(model: str, device=None, *, mixed_precision: str = "no"):
     pipeline = _lora_pipeline(model, dtype) if Path(model, LORA_FILE).is_file() else None
     name = None if pipeline else pipeline_name(model)
     is_family = name in {family.pipeline for family in FAMILIES}
-    if not is_family and Path(model, "model_index.json").is_file():
+    if pipeline is None and not is_family and Path(model, "model_index.json").is_file():
         check_pipeline(model, f"--model {model}", or_else=f"one of {known_families()}")
     try:
         if is_family:
