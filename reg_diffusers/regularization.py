@@ -17,9 +17,8 @@ import torch
 from torch import Tensor, nn
 
 from .adaptive_weights import AdaptiveWeights
-from .context import cut, positions
 from .description import describe
-from .estimators import Prediction, calls_model, mean_of_draws, one_step
+from .estimators import Prediction, calls_model, one_step
 from .frozen import FrozenNetworks
 from .inputs import checked_loss_weight, handed_over, refuse_unknown, weightings_of
 from .loss_output import Denoising, LossOutput, Records, alias
@@ -27,9 +26,9 @@ from .nonfinite import NonFiniteGuard
 from .parameterization import Factors
 from .precision import full_precision
 from .prediction import NoiseLevel, noise_level, output_weight
-from .seeding import SeedGuard
-from .shown import Shown, by_draw, sharing, show
-from .term import Term, checked_terms, checked_values
+from .shown import sharing, show
+from .term import Term, checked_terms
+from .term_values import TermValues
 from .watching import Watched, watched
 from .weight_schedules import factors_of
 from .wiring.check import FirstBatch, verify
@@ -82,8 +81,7 @@ class X0Regularization(nn.Module):
         self.nonfinite = NonFiniteGuard(max_nonfinite_steps, views={term.name: term.view for term in self.terms})
         self._sharing = sharing(self.terms)
         self._separate = tuple(term.name for term in self.terms if calls_model(term.estimator))
-        self._seeding = SeedGuard()
-        self._tried: set[str] = set()  # terms whose first call had the additional checks
+        self._values = TermValues(self.nonfinite)
         self._warned = False
         self._first_batch = FirstBatch()
 
@@ -244,14 +242,14 @@ class X0Regularization(nn.Module):
             context["noise"] = prediction.noise
         dtype = full_precision(prediction.model_output.dtype)
         lambdas = weightings_of(self.terms, level, image_mask, factors)
-        shown = show(self._sharing, lambdas, prediction, context, at=at, is_image=is_image, tried=self._tried)
+        shown = show(self._sharing, lambdas, prediction, context, at=at, is_image=is_image, tried=self._values.tried)
         terms, per_image, counts = {}, {}, {}
         if denoising is not None:
             terms["denoising"], per_image["denoising"], counts["denoising"] = denoising
         for term in self.terms:
             name, weights = term.name, lambdas[term.name]
             counts[name] = term.images_in_mean(weights, image_mask)
-            total, per_image[name] = self._sum(term, weights, shown[name], context, prediction.timesteps)
+            total, per_image[name] = self._values.sum(term, weights, shown[name], context, prediction.timesteps)
             terms[name] = (total / counts[name]).to(dtype)
         self.nonfinite.check()
         parts = {
@@ -325,44 +323,3 @@ class X0Regularization(nn.Module):
                 stacklevel=4,
             )
         self._warned = True
-
-    def _sum(
-        self, term: Term, weights: Tensor, shown: Shown, context: dict, timesteps: Tensor
-    ) -> tuple[Tensor, Callable[[], Tensor]]:
-        """Computes sum_i weight_i L'(x0_hat_i) over images with non-zero weight.
-
-        Also returns a function for L' of each image of the batch, (B,), nan if the image was left out or dropped.
-        """
-        shown = shown.to(weights)
-        batch_size = weights.shape[0]
-        active = positions(shown.places, batch_size)
-        if shown.places.shape[0] == 0:
-            empty = shown.images.detach()
-            return empty.new_zeros(()), lambda: empty.new_full((batch_size,), torch.nan)
-        own = shown.context_of(term, context, batch_size)
-        values, active_values = self._evaluate(term, shown, own, timesteps)
-
-        def per_image() -> Tensor:  # holds detached tensors only, so that graphs are freed
-            if active is None:
-                return active_values
-            found = active_values.new_full((batch_size,), torch.nan)
-            found[active.to(found.device, non_blocking=True)] = active_values
-            return found
-
-        return (cut(weights, active, batch_size).to(values, non_blocking=True) * values).sum(), per_image
-
-    def _evaluate(self, term: Term, shown: Shown, context: dict, timesteps: Tensor) -> tuple[Tensor, Tensor]:
-        """Computes L' of each image in full precision, (n,), 0 where non-finite; and detached, nan there.
-
-        L' is averaged over the draws of an image, which are dropped together.
-        """
-        images = shown.by_image()  # an alias: zeroing its gradients leaves the other terms alone
-        guarded = self.nonfinite.begin(term.name, timesteps, shown.places)
-        if images.requires_grad:
-            images.register_hook(guarded.drop_gradients)
-        given = shown.guard_with(guarded)
-        before = self._seeding.before(term.name, images.device)
-        values = checked_values(term, by_draw(images, shown.draws), context, compare=term.name not in self._tried)
-        self._seeding.check(term.name, before, images.device)
-        self._tried.add(term.name)
-        return guarded.drop_values(mean_of_draws(values, shown.draws), given)

@@ -27,6 +27,7 @@ LAYERS = [
         "loss_weighting",
         "regularization",
         "seeding",
+        "term_values",
         "inputs",
         "shown",
         "loss_output",
