@@ -26,6 +26,7 @@ from torch import nn
 
 from reg_diffusers.cli import main
 from reg_diffusers.networks.families import FAMILIES
+from reg_diffusers.networks.whole_pipeline import load_whole_pipeline
 from reg_diffusers.settings.optimization import OptimizationSettings
 from reg_diffusers.training.notes import memory_of_weights
 
@@ -146,6 +147,16 @@ def test_a_base_that_cannot_be_copied_is_refused_in_one_line(fine_tune, capsys, 
     Path("base", "text_encoder", "model.safetensors").rename("base/text_encoder/pytorch_model.bin")
     assert "pickled weights may run code" in refusal(fine_tune, capsys)
     assert not (tmp_path / "out").exists()
+
+
+def test_every_model_of_a_run_draws_images_of_the_size_of_its_training(tmp_path):
+    for name in ("out", "out/plain", "out/best"):
+        save_stable_diffusion(tmp_path / name, tmp_path / "scratch")
+    (tmp_path / "out" / "reg_config.json").write_text(json.dumps({"data": {"shape": [3, 24, 32]}}))
+    for name in ("out", "out/plain", "out/best"):
+        assert load_whole_pipeline(str(tmp_path / name)).image_shape == (3, 24, 32)
+    (tmp_path / "out" / "reg_config.json").unlink()
+    assert load_whole_pipeline(str(tmp_path / "out")).image_shape == (3, 16, 16)
 
 
 # Through the commands

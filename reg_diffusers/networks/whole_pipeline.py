@@ -11,7 +11,7 @@ import torch
 from diffusers import DiffusionPipeline
 
 from ..hub.model_index import check_components, check_weights
-from ..runs.run_folder import CONFIG_FILE
+from ..runs.run_folder import BEST_FOLDER, CONFIG_FILE, PLAIN_FOLDER
 from ..runtime.errors import UsageError
 from ..runtime.links import is_part_of
 from .families import loaded_in
@@ -96,7 +96,10 @@ def load_whole_pipeline(
     """
     check_components(DiffusionPipeline.load_config(model, cache_dir=cache_dir))
     stock = loaded_in(dtype, DiffusionPipeline, model, cache_dir=cache_dir, use_safetensors=True)
-    record = Path(model, CONFIG_FILE)
+    folder = Path(model)
+    record = folder / CONFIG_FILE
+    if folder.name in (PLAIN_FOLDER, BEST_FOLDER) and not record.is_file():  # in the folder of a run
+        record = folder.parent / CONFIG_FILE
     shape = json.loads(record.read_text(encoding="utf-8"))["data"]["shape"] if record.is_file() else (None,) * 3
     return RegTextToImagePipeline.of(stock, *shape[1:])
 
