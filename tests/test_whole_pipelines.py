@@ -216,7 +216,8 @@ def test_it_is_compared_evaluated_diagnosed_and_described(whole, command):
     quick = ("--num_inference_steps", 2, "--num_images", 20, "--features", "pixels", "--num_threads", 1)
     texts = ("--caption_column", "text")
     assert "total_variation" in command("evaluate", "--model", whole, whole / "plain", *quick, *texts)
-    flags = ("--regularizer", "total_variation", "--num_levels", 3, "--cache_dir", whole.parent / "cache", *texts)
+    flags = ("--regularizer", "total_variation", "--num_levels", 3, "--num_images", 20, *texts)
+    flags += ("--cache_dir", whole.parent / "cache")
     command("diagnose", "--model", whole, *flags)
     levels = json.loads(Path("diagnosis", "total_variation.json").read_text())["levels"]
     assert all(level["model"]["error"] > 0 for level in levels)
