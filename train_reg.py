@@ -19,7 +19,8 @@ from reg_diffusers.settings.arguments import parse_args
 from reg_diffusers.training.batches import batches_of
 from reg_diffusers.training.conflict_free import choose_backward
 from reg_diffusers.training.monitors import Monitors
-from reg_diffusers.training.run import Run, launched, open_run
+from reg_diffusers.training.opening import launched, open_run
+from reg_diffusers.training.run import Run
 from reg_diffusers.training.saves import Saves
 
 

@@ -139,11 +139,11 @@ def test_a_refusal_of_the_hub_deletes_no_earlier_run(train, capsys, monkeypatch)
     out = train("--max_train_steps", 1)
     before = contents(out)
 
-    def refuse(*_):
+    def refuse(*_, **__):
         raise UsageError("the repository is public")
 
-    monkeypatch.setattr("reg_diffusers.training.run.check_upload", lambda *_: "me/mine")
-    monkeypatch.setattr("reg_diffusers.training.run.Uploads", refuse)
+    monkeypatch.setattr("reg_diffusers.training.opening.check_upload", lambda *_: "me/mine")
+    monkeypatch.setattr("reg_diffusers.training.opening.Uploads", refuse)
     refusal(train, capsys, "--max_train_steps", 1, "--overwrite_output_dir", "--push_to_hub")
     assert contents(out) == before
 

@@ -26,7 +26,7 @@ from reg_diffusers.networks.sharded import SampledNetwork, is_sharded, sharded_l
 from reg_diffusers.runtime.engine import check_engine
 from reg_diffusers.runtime.errors import UsageError
 from reg_diffusers.settings import OptimizationSettings
-from reg_diffusers.training import run
+from reg_diffusers.training import opening
 
 pytestmark = pytest.mark.reliability
 
@@ -58,8 +58,8 @@ def shard(script):
         state.distributed_type = DistributedType.MULTI_NPU
         return state
 
-    real, run.join_processes = run.join_processes, join_processes
-    run.check_engine = lambda *_: os.environ.update(environment)
+    real, opening.join_processes = opening.join_processes, join_processes
+    opening.check_engine = lambda *_: os.environ.update(environment)
 
 
 def shard_and_feed(script):
