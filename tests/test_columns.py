@@ -445,7 +445,7 @@ BAD = {
     "texts": (write_folder, "mask=text", "a mask is an image, but this column holds texts"),
     "numbers": (write_folder, "mask=age", "a mask is an image, but this column holds numbers"),
     "not needed": (write_folder, "area=area", "no --regularizer needs area; they need mask"),
-    "of the loop": (write_folder, "noise=area", "every run has noise of its own"),
+    "of the loop": (write_folder, "noise=area", "every run provides noise itself"),
     "no name": (write_folder, "area", "'area' is not NAME=COLUMN"),
 }
 

@@ -446,14 +446,17 @@ def test_a_loss_and_a_weighting_may_have_arguments(train, evaluate, capsys):
     assert evaluation_result()["rows"]["data"]["terms"][spec]["value"] > 0
 
 
-def test_a_paired_loss_trains_and_is_not_measured_on_samples(train, evaluate, capsys):
+def test_a_paired_loss_trains_and_is_measured_on_x0_hat_of_the_data(train, evaluate, capsys):
     specs = ("spectrum(kind='amplitude')", "total_variation")
     out = train("--regularizer", *specs, "--reg_weighting", "gated(0.2)", "--compare", "--max_train_steps", 2)
     printed = capsys.readouterr()
     assert "Traceback" not in printed.err
     assert metrics(out)[-1]["spectrum"] > 0
     evaluate("--model", out, "--num_images", 20, "--num_inference_steps", 2, "--features", "pixels")
-    assert list(evaluation_result()["rows"]["data"]["terms"]) == ["total_variation"]
+    assert list(evaluation_result()["rows"]["data"]["terms"]) == [
+        "spectrum(kind='amplitude') of x0_hat",
+        "total_variation",
+    ]
 
 
 def test_a_target_spectrum_comes_from_a_file(train, capsys):

@@ -18,7 +18,7 @@ from reg_diffusers import (
     TermError,
     X0Regularization,
     balance,
-    regularization,
+    term_values,
 )
 from reg_diffusers.adaptive_weights import EVERY
 from reg_diffusers.specs import load_schedule
@@ -190,13 +190,13 @@ FLAGS += ("--reg_weight", 0.5)
 @pytest.fixture
 def evaluations(monkeypatch):
     """The number of times that L' runs in training; the checks before it have an import of their own."""
-    found, original = [], regularization.checked_values
+    found, original = [], term_values.checked_values
 
     def counted(term, *args, **kwargs):
         found.append(term.name)
         return original(term, *args, **kwargs)
 
-    monkeypatch.setattr(regularization, "checked_values", counted)
+    monkeypatch.setattr(term_values, "checked_values", counted)
     return found
 
 
