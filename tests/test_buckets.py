@@ -349,8 +349,8 @@ def test_a_compiled_training_is_the_plain_one(train, photos, monkeypatch, capsys
     flags = (*flags_for(photos, 8), "--random_flip")
     plain = weights(train(*flags, output="plain"))
     monkeypatch.setattr(preparation, "CompiledForBatches", partial(CompiledForBatches, backend=noting))
-    monkeypatch.setattr(torch._dynamo.config, "recompile_limit", 1)
-    out = train(*flags, "--compile")
+    with torch._dynamo.config.patch(recompile_limit=1):  # which monkeypatch does not restore
+        out = train(*flags, "--compile")
     assert "compiled (takes minutes at the first full batch of each of 3 sizes)" in capsys.readouterr().out
     assert len(graphs) == 3 and not differ(plain, weights(out))
     torch._dynamo.reset()
