@@ -323,6 +323,7 @@ def test_the_example_of_the_page_runs(on, capsys):
     page = (ROOT / "docs" / "data.md").read_text().split("## Columns for a loss")[1].split("\n## ")[0]
     code, command = re.findall(r"```(?:python|bash)\n(.*?)```", page, re.DOTALL)
     exec(code, {})
+    sys.modules.pop("my_losses", None)  # that of another test
     flags = shlex.split(command.replace("\\\n", " ").removeprefix("accelerate launch train_reg.py "))
     on(*flags)
     assert "column     mask: masks, 0 to 1, of the column area" in capsys.readouterr().out

@@ -5,6 +5,7 @@ import subprocess
 import sys
 from functools import partial
 
+import huggingface_hub
 import numpy as np
 import pytest
 import torch
@@ -551,6 +552,7 @@ def test_what_cannot_work_is_one_line(folder, tiny_unet, flags, said, monkeypatc
     if "model" in flags:
         RegDDPMPipeline(tiny_unet(), EPSILON).save_pretrained(str(folder / "model"))
     monkeypatch.chdir(folder)
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)  # "nothing_there" is looked for there
     with pytest.raises(SystemExit) as stopped:
         main(["diagnose", *flags, "--output", "unused"])
     assert stopped.value.code == 2

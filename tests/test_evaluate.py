@@ -11,6 +11,7 @@ from html.parser import HTMLParser
 from pathlib import Path
 from types import SimpleNamespace
 
+import huggingface_hub
 import numpy as np
 import PIL.Image
 import pytest
@@ -475,7 +476,9 @@ def test_regularizers_that_are_networks_are_frozen_and_on_the_device():
 # What cannot work
 
 
-def test_what_cannot_work_is_one_line(folder, evaluate, tiny_unet):
+def test_what_cannot_work_is_one_line(folder, evaluate, tiny_unet, monkeypatch):
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)  # "nowhere" is looked for there
+
     def refusal(*flags):
         line = evaluate(*flags, refused=True)
         assert not Path("evaluation").exists()

@@ -5,6 +5,7 @@ import json
 import shutil
 from pathlib import Path
 
+import huggingface_hub
 import numpy as np
 import PIL.Image
 import pytest
@@ -211,7 +212,8 @@ def test_sample_refuses_in_one_line(lora, command, flags, message):
     assert message in command("sample", "--model", lora, "--num_images", 1, *flags, refused=True)
 
 
-def test_a_base_that_is_gone_is_one_line(lora, command, tmp_path):
+def test_a_base_that_is_gone_is_one_line(lora, command, tmp_path, monkeypatch):
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)  # the base is looked for there
     moved = shutil.copytree(lora, tmp_path / "moved")
     settings = (moved / "reg_settings.yaml").read_text()
     (moved / "reg_settings.yaml").write_text(settings.replace(str(lora.parent / "base"), "gone/base"))

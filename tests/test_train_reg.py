@@ -62,7 +62,7 @@ def test_the_main_command_leaves_what_the_readme_promises(command_line, tmp_path
         assert f"{row['terms']['near_background']:.4f}" in done.stdout
     assert 'RegDDPMPipeline.from_pretrained("reg-ddpm-model")' in done.stdout
     cores = len(os.sched_getaffinity(0))
-    assert f"{cores} threads each" in done.stdout  # although the launcher sets OMP_NUM_THREADS=1
+    assert f"{cores} thread{'s' * (cores > 1)} each" in done.stdout  # although the launcher sets OMP_NUM_THREADS=1
     progress = done.stderr.replace("\r", "\n")
     assert re.search(r"10/10 .*it.*denoising=\d.*near_background=\d", progress)
     for loader in (RegDDPMPipeline, DDPMPipeline, DiffusionPipeline):
