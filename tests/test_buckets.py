@@ -287,6 +287,7 @@ def test_latents_are_those_of_the_images_of_each_size_held_out_ones_are_not_trai
     assert not differ(whole, weights(out)) and measured(out) == before
 
 
+@pytest.mark.slow
 def test_a_text_to_image_model_gets_the_text_and_the_size_of_each_image(train, photos, batches, tmp_path, monkeypatch):
     pytest.importorskip("peft")
     base = save_stable_diffusion_xl("base", tmp_path / "scratch")
@@ -336,6 +337,7 @@ def test_held_out_images_of_another_folder_get_the_sizes_of_the_training(train, 
     assert metrics(out)[-1]["validation/denoising"] > 0
 
 
+@pytest.mark.slow
 def test_a_compiled_training_is_the_plain_one(train, photos, monkeypatch, capsys):
     torch._dynamo.reset()
     graphs = []

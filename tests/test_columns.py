@@ -330,6 +330,7 @@ def test_the_example_of_the_page_runs(on, capsys):
     sys.modules.pop("my_losses")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("loss", ["inside", "similar", "older"])
 def test_diagnose_gives_losses_their_columns(own, monkeypatch, tmp_path, capsys, loss):
     monkeypatch.chdir(tmp_path)

@@ -447,6 +447,7 @@ def test_the_page_shows_what_the_pipeline_gives(tiny_unet, tmp_path, browser):
         page.wait(lambda: "Noise seed must be a whole number from 0" in page.text("body"))
 
 
+@pytest.mark.slow
 def test_the_controls_follow_the_model_and_the_method(tiny_unet, browser):
     pytest.importorskip("gradio")
     pipeline = make_pipeline(tiny_unet())

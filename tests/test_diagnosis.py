@@ -151,6 +151,7 @@ def test_ratios_are_those_of_the_design(diagnosis):
     assert last.ratio == 0
 
 
+@pytest.mark.slow
 def test_shares_add_up_and_low_noise_decides_most(gaussian):
     """On the schedule of Stable Diffusion t < 200 decides 95 % of a sample."""
     scheduler = DDPMScheduler(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear")
@@ -345,6 +346,7 @@ def test_a_schedule_of_functions_is_diagnosed_as_that_of_diffusers(blocks):
         diagnose(own, term, blocks)
 
 
+@pytest.mark.slow
 def test_latents_are_diagnosed_through_the_decoded_image():
     vae = AutoencoderKL(block_out_channels=(4,), norm_num_groups=2, sample_size=8)
     latents = torch.randn(30, 4, 4, 4, generator=torch.Generator().manual_seed(0))
@@ -449,6 +451,7 @@ def folder(tmp_path_factory, blocks):
     return folder
 
 
+@pytest.mark.slow
 def test_the_command_judges_each_regularizer_and_writes_what_it_found(folder, monkeypatch, capsys):
     flags = ("--train_data_dir", "fields.npy", "--regularizer", "total_variation", "own:cut", "--num_levels", 4)
     done = command(folder, *flags, "--reg_weight", 0.02, "--prediction_type", "v_prediction")
@@ -477,6 +480,7 @@ def test_the_command_judges_each_regularizer_and_writes_what_it_found(folder, mo
     assert json.loads((written / "total_variation.json").read_text())["asked"]["weight"] == 0.03
 
 
+@pytest.mark.slow
 def test_the_same_command_again_replaces_its_own_files_and_no_others(folder, monkeypatch, capsys):
     monkeypatch.chdir(folder)
     again = "diagnose --train_data_dir fields.npy --regularizer sparsity --num_levels 2 --output again".split()

@@ -229,6 +229,7 @@ def test_sample_draws_what_the_pipeline_in_diffusers_draws(finished, command):
     assert "class_labels must be from 0 to 1" in refused
 
 
+@pytest.mark.slow
 def test_it_is_compared_evaluated_and_diagnosed(finished, command):
     rows = json.loads((finished / "comparison.json").read_text())["rows"]
     assert list(rows) == ["data", "without", "with total_variation"] and rows["without"]["denoising_loss"] > 0

@@ -31,6 +31,7 @@ def loss(x):
 """
 
 
+@pytest.mark.slow
 def test_nothing_beside_the_training_costs_a_trained_model(train, tmp_path, monkeypatch, capsys):
     """A preview, a logger, the comparison and the card fail, in one run; the next one makes up for them."""
     (tmp_path / "losses_of_images.py").write_text(FAILS_ON_SAMPLES)
@@ -111,6 +112,7 @@ def test_a_closed_pipe_costs_nothing_but_what_was_written_to_it(shell, tmp_path,
     RegDDPMPipeline.from_pretrained(str(tmp_path / "out"))
 
 
+@pytest.mark.slow
 def test_ctrl_c_that_ends_tee_as_well_saves_the_run(shell, tmp_path):
     process = shell("{} --max_train_steps 100000 --preview_steps 100000 2>&1 | tee log")
     deadline = time.monotonic() + 120

@@ -487,6 +487,7 @@ def test_the_pictures_are_pushed_as_a_data_set(model, sample, process, tmp_path)
     assert TOKEN not in card + out + err
 
 
+@pytest.mark.slow
 def test_the_hub_is_asked_before_anything_is_drawn(model, process, tmp_path):
     model()
     with HubServer() as hub:

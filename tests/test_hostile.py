@@ -287,6 +287,7 @@ def test_the_size_of_an_arrow_file_is_that_of_its_content(tmp_path, kind, compre
     assert rows == 4 and 3005 <= size <= 3005 + 200  # and offsets
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["stream", "file"])
 def test_an_arrow_file_that_is_damaged_anywhere_is_refused_or_read(load, tmp_path, kind):
     write_arrow(tmp_path / "t.arrow", kind, "zstd", sizes=(100,) * 20)

@@ -110,6 +110,7 @@ def test_the_training_goes_on_while_an_upload_hangs(hub, run):
     assert hub.broken_uploads == 0 and set(hub.busy.values()) == {0}  # and were overcome
 
 
+@pytest.mark.slow
 def test_what_is_uploaded_at_a_checkpoint_is_what_was_saved_then(hub, client, run):
     first, last = commit(hub, "Upload step 1"), commit(hub, "Upload a training run")
     weights = "unet/diffusion_pytorch_model.safetensors"
@@ -264,6 +265,7 @@ def test_a_refused_upload_keeps_the_run_and_its_command_uploads_later(hub, clien
     assert not [path for path in hub.files["tester/tuned"] if path.startswith((".", "checkpoint"))]
 
 
+@pytest.mark.slow
 def test_the_card_names_the_model_and_the_data_it_came_from(hub, client, refused):
     card = (client.folder / "tuned" / "README.md").read_text()
     assert "fine-tuned from [tester/smooth](https://huggingface.co/tester/smooth) on 16 images of" in card
@@ -282,6 +284,7 @@ def test_the_owners_text_metadata_and_results_stay(client, refused):
     assert {result.metric_name for result in data.eval_results} >= {"FID", "L' total_variation"}
 
 
+@pytest.mark.slow
 def test_what_the_owner_wrote_while_the_training_went_on_stays(hub, client, run, tmp_path):
     at_home = shutil.ignore_patterns("checkpoint-*", "plain")
     folder = shutil.copytree(client.folder / OUT, tmp_path / "run", ignore=at_home)
@@ -298,6 +301,7 @@ def test_what_the_owner_wrote_while_the_training_went_on_stays(hub, client, run,
     assert card.text.strip().startswith("Written meanwhile.\n\n<!-- reg_diffusers") and card.data.license == "mit"
 
 
+@pytest.mark.slow
 def test_links_to_folders_and_the_best_model_which_are_left_out_are_named(hub, client, run, tmp_path):
     at_home = shutil.ignore_patterns("checkpoint-*", "plain")
     folder = shutil.copytree(client.folder / OUT, tmp_path / "run", ignore=at_home)
@@ -367,6 +371,7 @@ def test_a_signal_ends_the_last_upload(hub, client, name):
     assert {"README.md", "model_index.json"} <= set(hub.files[repo])
 
 
+@pytest.mark.slow
 def test_a_wrong_token_is_said_before_anything_else(hub, client):
     requests = len(hub.requests)
     done = client.train(
@@ -439,6 +444,7 @@ def test_a_token_that_may_only_read_is_said_before_the_training(hub, client):
     assert all("HfHubHTTPError 403" in said and "needs write access" in said for said in told), told
 
 
+@pytest.mark.slow
 def test_no_token_and_no_hub_are_told_apart(client, tmp_path):
     with HubServer() as hub:
         gone = Client(hub, tmp_path / "work")

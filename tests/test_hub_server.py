@@ -201,6 +201,7 @@ def test_what_is_not_there_is_said_as_the_hub_says_it(hub, client, folder):
     assert told["sizes"] == [len(b"second picture")] and told["part"] == bytes(range(232, 236)).hex()
 
 
+@pytest.mark.slow
 def test_a_pipeline_is_loaded_by_the_name_of_its_repository(hub, client, tiny_unet, tmp_path):
     DDPMPipeline(tiny_unet(), DDPMScheduler(4)).save_pretrained(tmp_path / "saved")
     script = """

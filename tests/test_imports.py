@@ -183,6 +183,7 @@ def test_the_loss_imports_nothing_else_of_the_package():
     assert set(run_python(code).split()) <= LOSS
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("old, new", MOVED.items())
 def test_a_module_of_before_is_found_under_its_new_name(old, new):
     code = (

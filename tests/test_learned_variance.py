@@ -97,6 +97,7 @@ def test_a_network_without_a_word_about_its_variance_is_refused(train, capsys, n
         assert fix in message
 
 
+@pytest.mark.slow
 def test_such_a_model_is_evaluated_and_diagnosed(learned, evaluate, capsys, image_folder, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     image_folder(60, size=(8, 8), name="data")

@@ -231,6 +231,7 @@ def test_the_commands_of_the_page_run_on_the_tiny_pipeline(number, train, tmp_pa
     assert PIL.Image.open("bicycle.png").size == PIL.Image.open("smooth_bicycle.png").size == (16, 16)
 
 
+@pytest.mark.slow
 def test_a_run_without_texts_imports_no_text_to_image_pipeline():
     code = (
         "import sys, reg_diffusers.training.saves;"

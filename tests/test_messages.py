@@ -66,6 +66,7 @@ def test_skipped_steps_are_never_hidden(train, capsys):
     assert "is skipped: its loss or gradient is not finite" in printed.out and "error: " in printed.err
 
 
+@pytest.mark.slow
 def test_a_quiet_diagnosis_prints_its_verdict(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     np.save("fields.npy", np.random.default_rng(0).normal(size=(60, 1, 8, 8)).astype(np.float32))

@@ -249,6 +249,7 @@ def test_a_condition_is_laid_beside_the_sample_and_checked(tiny_unet):
         sample(RegDDPMPipeline(tiny_unet(), DDIMScheduler()), condition=condition)
 
 
+@pytest.mark.slow
 def test_who_lacks_the_package_loads_the_same_class_from_the_folder(tiny_unet, tmp_path):
     """In a process that cannot import reg_diffusers, from the pipeline.py beside the weights; saved again, too."""
     pipeline = RegDDPMPipeline(tiny_unet().eval(), DDIMScheduler(), {"offset": [2.0], "scale": [3.0]})

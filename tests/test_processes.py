@@ -60,6 +60,7 @@ def gradients(folder, number, dtype):
         torch.save(found, folder / f"gradients-{number}-{dtype}")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype, tolerance", [(torch.float64, 1e-13), (torch.float32, 1e-6)], ids=str)
 def test_loss_and_gradient_of_halves_are_those_of_the_whole_batch(folder, dtype, tolerance):
     """By DDP alone, as in anyone's own loop; the terms' weights and which images they look at differ by timestep."""
@@ -96,6 +97,7 @@ def divided(folder):
     return runs
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("division", list(DIVISIONS)[1:])
 def test_the_weights_do_not_depend_on_how_a_batch_is_divided(divided, division):
     """Equal after 6 steps of AdamW, which take gradients apart by their ratios, hence also by each term's weight."""
@@ -148,6 +150,7 @@ def test_two_processes_one_and_two_again_train_what_one_trains(folder, capfd):
     assert len(set(noise)) == len(noise) == 2 * (1 + 3) + 2  # of what the script itself has drawn
 
 
+@pytest.mark.slow
 def test_an_estimator_that_calls_the_network_again_trains_the_same_in_two_processes(folder):
     """Several forward passes go through DDP before one backward; weight 0 gives other weights, so the term acts."""
     flags = "--max_train_steps 3 --learning_rate 1e-3 --reg_weighting constant --reg_estimator ddim(1)"
@@ -201,6 +204,7 @@ def record(folder):
     return prepare
 
 
+@pytest.mark.slow
 def test_processes_have_the_same_weights_but_other_images_noise_and_timesteps(folder):
     flags = "--max_train_steps 2 --output_dir seen --num_threads 3"
     assert run_script(folder, *flags.split(), prepare=record(folder)) == [0, 0]
@@ -216,6 +220,7 @@ def test_processes_have_the_same_weights_but_other_images_noise_and_timesteps(fo
     assert first[4] == 3  # --num_threads, which accelerate would have changed
 
 
+@pytest.mark.slow
 def test_fewer_images_than_a_step_takes_come_again_so_that_all_batches_are_equal(tmp_path):
     fill(tmp_path)
     np.save(tmp_path / "fields.npy", np.load(tmp_path / "fields.npy")[:3])
@@ -244,6 +249,7 @@ def arm(at, rank):
     return prepare
 
 
+@pytest.mark.slow
 def test_a_regularizer_that_is_bad_on_one_process_stops_all_at_the_same_step(folder, capfd):
     flags = "--regularizer own_losses:bad_on_one_process --reg_weighting constant --max_train_steps 40"
     flags += " --max_bad_steps 6 --output_dir bad --checkpointing_steps 1000"
@@ -262,6 +268,7 @@ def test_a_regularizer_that_is_bad_on_one_process_stops_all_at_the_same_step(fol
     assert metrics(folder / "bad")[-1]["step"] == 24
 
 
+@pytest.mark.slow
 def test_data_that_one_process_does_not_find_are_everybodys_error(folder, tmp_path, capfd):
     def move(script):
         if os.environ["RANK"] == "1":
@@ -273,6 +280,7 @@ def test_data_that_one_process_does_not_find_are_everybodys_error(folder, tmp_pa
     assert "train_reg.py: error: process 1: fields.npy: no such file" in capfd.readouterr().err
 
 
+@pytest.mark.slow
 def test_any_error_of_one_process_is_everybodys(tmp_path):
     def work():
         if PartialState().process_index == 1:
@@ -294,6 +302,7 @@ def test_any_error_of_one_process_is_everybodys(tmp_path):
     in_processes(check)
 
 
+@pytest.mark.slow
 def test_the_main_process_goes_first_then_one_of_each_machine_then_all_others(tmp_path):
     """Two machines with two processes each, which may or may not see the same files."""
 
@@ -324,6 +333,7 @@ def test_the_main_process_goes_first_then_one_of_each_machine_then_all_others(tm
         assert (tmp_path / f"machine-{machine}" / "order").read_text().splitlines() == expected
 
 
+@pytest.mark.slow
 def test_the_main_process_compares_when_the_others_have_left(folder):
     """So it may take as long as it likes: here until the other has ended."""
 
@@ -341,6 +351,7 @@ def test_the_main_process_compares_when_the_others_have_left(folder):
     assert (folder / "left" / "comparison.json").is_file()
 
 
+@pytest.mark.slow
 def test_work_of_the_main_process_in_the_training_is_waited_for(folder):
     """PyTorch gives up after 30 minutes, NCCL after 10; a grid of samples or a decoded data set may take longer."""
 
@@ -380,6 +391,7 @@ def separate(folder):
 SEPARATE = ("--output_dir", "out", "--checkpointing_steps", 2, "--lr_scheduler", "constant")
 
 
+@pytest.mark.slow
 def test_only_the_first_of_two_machines_keeps_files_and_its_checkpoints_are_complete(separate):
     assert [path for path in (separate / "machine-1" / "out").rglob("*") if path.is_file()] == []
     checkpoint = separate / "machine-0" / "out" / "checkpoint-4"
@@ -389,6 +401,7 @@ def test_only_the_first_of_two_machines_keeps_files_and_its_checkpoints_are_comp
     RegDDPMPipeline.from_pretrained(separate / "machine-0" / "out")
 
 
+@pytest.mark.slow
 def test_a_checkpoint_that_one_machine_does_not_see_is_refused_and_resumed_when_it_is_copied(separate, capfd):
     def go_on():
         flags = (*SEPARATE, "--max_train_steps", 6, "--resume", "auto")
@@ -406,6 +419,7 @@ def test_a_checkpoint_that_one_machine_does_not_see_is_refused_and_resumed_when_
     assert all(torch.equal(value, expected[name]) for name, value in weights(separate / "machine-0" / "out").items())
 
 
+@pytest.mark.slow
 def test_large_parts_of_other_machines_are_not_sent_but_refused(tmp_path):
     def check():
         state = processes.join_processes()

@@ -127,6 +127,7 @@ def commits(hub):
     return {commit.title: commit.files for commit in hub.repositories["tester/model"].commits.values()}
 
 
+@pytest.mark.slow
 def test_a_pushed_pipeline_is_loaded_by_its_name_by_every_class(hub, pushed):
     assert pushed["images"][1:] == pushed["images"][:1] * 3
     assert pushed["url"].startswith(f"{hub.endpoint}/tester/model/commit/")
@@ -180,6 +181,7 @@ def test_the_package_runs_nothing_of_a_repository(hub, pushed):
     assert CANARY not in hub.files["tester/clean"]["pipeline.py"].decode()
 
 
+@pytest.mark.slow
 def test_who_lacks_the_package_loads_the_class_guides_it_and_pushes_it_again(hub, client, unet):
     """pipeline.py of the repository runs where trust_remote_code is given, and nowhere else."""
     pipeline = RegDDPMPipeline(unet, DDIMScheduler(), {"offset": [2.0], "scale": [3.0]})

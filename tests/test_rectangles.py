@@ -51,6 +51,7 @@ def test_other_sizes_are_refused(text, capsys):
     assert "neither a side such as 64 nor WIDTHxHEIGHT such as 256x192" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_everything_draws_and_measures_rectangles(train, photos, tmp_path, capsys):
     out = train(*photos, "--resolution", "16x8", "--compare", "--max_train_steps", 2, "--preview_steps", 1)
     pipeline = RegDDPMPipeline.from_pretrained(str(out))

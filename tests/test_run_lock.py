@@ -167,6 +167,7 @@ def test_of_many_that_start_at_once_one_gets_the_folder(tmp_path):
     assert sorted(outputs) == ["", "", "", "held\n"]
 
 
+@pytest.mark.slow
 def test_all_processes_of_a_launch_end_where_the_folder_is_taken(folder, capfd):
     (folder / "taken").mkdir()
     with RunLock(folder / "taken"):

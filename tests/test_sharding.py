@@ -76,6 +76,7 @@ def runs(folder):
     return folder / "divided", folder / "sharded"
 
 
+@pytest.mark.slow
 def test_the_run_is_sharded_and_its_state_too(runs):
     parts = {path.name for path in (runs[1] / "checkpoint-4").rglob("*.distcp")}
     assert parts == {"__0_0.distcp", "__1_0.distcp"}
@@ -104,6 +105,7 @@ def test_a_sharded_run_learns_what_one_without_sharding_learns(runs):
     torch.testing.assert_close(one, other, rtol=1e-6, atol=1e-6)
 
 
+@pytest.mark.slow
 def test_a_sharded_run_goes_on_from_its_checkpoint_to_the_same_end(folder, runs):
     before = weights(runs[1])
     for path in (runs[1] / "checkpoint-4").rglob("*.distcp"):
@@ -128,6 +130,7 @@ def test_four_processes_go_on_from_the_shards_of_two_to_the_same_end(folder, run
         torch.testing.assert_close(found[name], value, rtol=1e-7, atol=1e-9)
 
 
+@pytest.mark.slow
 def test_a_sharded_comparison_in_bfloat16_leaves_out_a_bad_step(folder):
     """The gradient is no number on one process alone; nobody learns from it."""
 
@@ -224,6 +227,7 @@ def compare_with_unsharded(folder):
     assert torch.equal(random_numbers, torch.get_rng_state())
 
 
+@pytest.mark.slow
 def test_two_steps_of_shards_are_two_steps_of_the_whole_and_the_gathered_pipeline_samples_the_same(folder):
     in_processes(compare_with_unsharded, folder)
     gathered, plain = (

@@ -38,6 +38,7 @@ on_glibc = pytest.mark.skipif("CS_GNU_LIBC_VERSION" not in getattr(os, "confstr_
 # What a run says
 
 
+@pytest.mark.slow
 def test_a_run_says_how_it_computes_and_why_and_goes_on_only_so(train, capsys):
     flags = ("--max_train_steps", 2, "--mixed_precision", "bf16", "--num_threads", 2)
     out = train(*flags, "--checkpointing_steps", 1)
@@ -222,6 +223,7 @@ def as_it_is(graph, example_inputs):
     return graph.forward
 
 
+@pytest.mark.slow
 def test_a_compiled_run_is_the_plain_one_with_the_same_names_and_resumes(train, compiled_by, capsys):
     runs = compiled_by(as_it_is)
     flags = ("--max_train_steps", 3, "--checkpointing_steps", 2, "--preview_steps", 2)
@@ -293,6 +295,7 @@ def test_what_inductor_compiles_learns_the_same(train, monkeypatch, precision, t
     torch.testing.assert_close(compiled, plain, rtol=tolerance, atol=0)
 
 
+@pytest.mark.slow
 def test_two_processes_train_one_compiled_model_with_clean_names(tmp_path, tiny_unet):
     np.save(tmp_path / "fields.npy", np.random.default_rng(0).normal(size=(16, 1, 8, 8)).astype("float32"))
     tiny_unet().save_config(tmp_path / "tiny")

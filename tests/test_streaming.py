@@ -415,6 +415,7 @@ def test_private_data_sets_of_the_hub_are_streamed_or_read(tmp_path, image_folde
     assert all("classes    0 cats, 1 dogs" in told for told in said.values())
 
 
+@pytest.mark.slow
 @pytest.mark.hub
 def test_a_table_of_the_hub_with_one_large_row_group_takes_little_memory(tmp_path):
     """`datasets` takes 430 MiB for these 96 MiB."""

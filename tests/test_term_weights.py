@@ -224,6 +224,7 @@ def test_what_a_rule_has_come_to_is_recorded(soon, train):
     assert f"{term['weight']:g} (by auto:0.1)" in (out / "README.md").read_text()
 
 
+@pytest.mark.slow
 def test_weights_and_log_do_not_depend_on_how_a_batch_is_divided(tmp_path):
     fill(tmp_path)
     found = {}

@@ -241,6 +241,7 @@ def test_compare_and_evaluate_measure_with_the_texts_of_the_images(lora, command
     assert set(drawn["prompts"]) == {"a b"}
 
 
+@pytest.mark.slow
 def test_diagnose_measures_the_guesses_of_the_network_for_the_texts_of_the_images(lora, command, monkeypatch):
     asked = []
     embeddings = RegTextToImagePipeline.embeddings

@@ -48,6 +48,7 @@ pytestmark = pytest.mark.training
 # The main job
 
 
+@pytest.mark.slow
 def test_the_main_command_leaves_what_the_readme_promises(command_line, tmp_path):
     flags = "--resolution 8 --max_train_steps 10 --preview_steps 5 --ddpm_num_inference_steps 2".split()
     done = command_line(*flags, launcher=ACCELERATE)
@@ -428,6 +429,7 @@ def test_a_given_model_that_does_not_fit_is_refused(train, capsys, tmp_path):
     assert "has no classes" in refusal(train, capsys, *given, "--class_conditional", model=(), output="a")
 
 
+@pytest.mark.slow
 def test_a_usage_error_ends_the_process_with_status_2(command_line, tmp_path):
     done = command_line("--regularizer", "smoothness", check=False)
     assert done.returncode == 2 and "Traceback" not in done.stderr
