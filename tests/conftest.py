@@ -42,6 +42,16 @@ def pytest_collection_modifyitems(config, items):
     config.hook.pytest_deselected(items=slow)
 
 
+@pytest.fixture(scope="module", autouse=True)
+def forget_modules(tmp_path_factory):
+    """Modules that the tests of one file wrote and imported: those of another file may have their names."""
+    yield
+    written = str(tmp_path_factory.getbasetemp())
+    for name, module in list(sys.modules.items()):
+        if (getattr(module, "__file__", None) or "").startswith(written):
+            del sys.modules[name]
+
+
 @pytest.fixture
 def tiny_unet():
     """Builds the smallest useful UNet2DModel, 8 x 8."""
