@@ -9,10 +9,9 @@ import numpy as np
 import PIL.Image
 import pytest
 import torch
-from accelerate.state import AcceleratorState, GradientState, PartialState
 from diffusers import UNet2DModel
 from in_processes import fill
-from runs import QUICK, ROOT, load_script
+from runs import QUICK, ROOT, load_script, reset
 
 from reg_diffusers.cli import main
 from reg_diffusers.data.training_data import load_training_data
@@ -118,8 +117,7 @@ def train(tmp_path, monkeypatch, tiny_unet):
     threads = torch.get_num_threads()
 
     def run(*flags, output="out", model=("--model_config_name_or_path", "tiny")):
-        for state in (AcceleratorState, PartialState, GradientState):
-            state._reset_state()
+        reset()
         arguments = [*QUICK, *model, "--mixed_precision", "no", "--output_dir", output, *map(str, flags)]
         if "--compare" not in arguments:
             arguments.append("--no-compare")
@@ -144,13 +142,27 @@ def evaluate(capsys):
     """Runs the command in this process; returns what it printed, or how it was refused."""
 
     def run(*flags, refused=False):
-        for state in (AcceleratorState, PartialState, GradientState):
-            state._reset_state()
+        reset()
         with pytest.raises(SystemExit, match=r"^2$") if refused else contextlib.nullcontext():
             main(["evaluate", *map(str, flags)])
         printed = capsys.readouterr()
         assert "no --regularizer" not in printed.err  # the default of a training is none of its business
         return printed.err.splitlines()[-1] if refused else printed.out
+
+    return run
+
+
+@pytest.fixture
+def command(tmp_path, monkeypatch, capsys):
+    """Runs a command in an empty folder; returns what it printed, or how it was refused."""
+    monkeypatch.chdir(tmp_path)
+
+    def run(name, *flags, refused=False):
+        reset()
+        with pytest.raises(SystemExit, match=r"^2$") if refused else contextlib.nullcontext():
+            main([name, *map(str, flags)])
+        printed = capsys.readouterr()
+        return printed.err.splitlines()[-1] if refused else printed.out + printed.err
 
     return run
 

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from accelerate.state import AcceleratorState, GradientState, PartialState
 from safetensors.torch import load_file
 
 ROOT = Path(__file__).parents[1]
@@ -23,6 +24,12 @@ def load_script():
     script = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(script)
     return script
+
+
+def reset():
+    """Lets the next training or command of this process set up accelerate anew."""
+    for state in (AcceleratorState, PartialState, GradientState):
+        state._reset_state()
 
 
 def weights(folder):

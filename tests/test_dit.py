@@ -1,6 +1,5 @@
 """train_reg.py with a DiTTransformer2DModel: classes, in the latents of an autoencoder, saved as a DiTPipeline."""
 
-import contextlib
 import json
 import shutil
 from pathlib import Path
@@ -9,15 +8,13 @@ import numpy as np
 import PIL.Image
 import pytest
 import torch
-from accelerate.state import AcceleratorState, GradientState, PartialState
 from diffusers import DDIMScheduler, DDPMScheduler, DiTPipeline, DiTTransformer2DModel
 from in_processes import _run_script, feed, in_processes
-from runs import differ, load_script, metrics, refusal
+from runs import differ, load_script, metrics, refusal, reset
 from safetensors.torch import load_file
 from tiny_pipelines import autoencoder
 
 from reg_diffusers import RegDiTPipeline
-from reg_diffusers.cli import main
 from reg_diffusers.networks.dit import as_called, build, new_config
 from reg_diffusers.runtime.errors import UsageError
 
@@ -190,26 +187,6 @@ def finished(tmp_path_factory):
     reset()
     load_script().main([*map(str, names), *f"{flags} {losses} {previews}".split()])
     return folder / "out"
-
-
-def reset():
-    for state in (AcceleratorState, PartialState, GradientState):
-        state._reset_state()
-
-
-@pytest.fixture
-def command(tmp_path, monkeypatch, capsys):
-    """Runs a command in an empty folder; returns what it printed, or how it was refused."""
-    monkeypatch.chdir(tmp_path)
-
-    def run(name, *flags, refused=False):
-        reset()
-        with pytest.raises(SystemExit, match=r"^2$") if refused else contextlib.nullcontext():
-            main([name, *map(str, flags)])
-        printed = capsys.readouterr()
-        return printed.err.splitlines()[-1] if refused else printed.out + printed.err
-
-    return run
 
 
 def test_sample_draws_what_the_pipeline_in_diffusers_draws(finished, command):

@@ -1,6 +1,5 @@
 """What holds for pixel models holds for LoRA: sampling, guidance by losses, measuring, comparing, uploading."""
 
-import contextlib
 import json
 import shutil
 from pathlib import Path
@@ -10,10 +9,9 @@ import numpy as np
 import PIL.Image
 import pytest
 import torch
-from accelerate.state import AcceleratorState, GradientState, PartialState
 from diffusers import DDIMScheduler, DDPMPipeline, DiffusionPipeline, StableDiffusionPipeline
 from in_processes import FedLoss, _run_script, in_processes
-from runs import load_script
+from runs import load_script, reset
 from safetensors.torch import load_file
 from tiny_pipelines import (
     TEXTS,
@@ -25,7 +23,6 @@ from tiny_pipelines import (
 )
 
 from reg_diffusers import RegTextToImagePipeline, Term
-from reg_diffusers.cli import main
 from reg_diffusers.pipeline import fast_scheduler
 from reg_diffusers.regularizers import total_variation
 from reg_diffusers.weighting import constant
@@ -136,11 +133,6 @@ def test_what_cannot_be_meant_is_refused_in_one_line(stock, arguments, message):
 # Through the commands
 
 
-def reset():
-    for state in (AcceleratorState, PartialState, GradientState):
-        state._reset_state()
-
-
 @pytest.fixture(scope="module")
 def lora(tmp_path_factory):
     """The folder of a finished run, next to its base and its images."""
@@ -158,21 +150,6 @@ def lora(tmp_path_factory):
     reset()
     load_script().main([*map(str, names), *flags.split(), *losses.split(), *previews.split()])
     return folder / "out"
-
-
-@pytest.fixture
-def command(lora, tmp_path, monkeypatch, capsys):
-    """Runs a command on the model in an empty folder; returns what it printed, or how it was refused."""
-    monkeypatch.chdir(tmp_path)
-
-    def run(name, *flags, refused=False):
-        reset()
-        with pytest.raises(SystemExit, match=r"^2$") if refused else contextlib.nullcontext():
-            main([name, *map(str, flags)])
-        printed = capsys.readouterr()
-        return printed.err.splitlines()[-1] if refused else printed.out + printed.err
-
-    return run
 
 
 def test_sample_draws_what_the_pipeline_in_diffusers_draws_with_the_weights(lora, command):

@@ -1,6 +1,5 @@
 """train_reg.py on a text-to-image pipeline without --lora_rank: the whole network is trained, and a pipeline saved."""
 
-import contextlib
 import json
 import shutil
 from pathlib import Path
@@ -9,11 +8,10 @@ import numpy as np
 import PIL.Image
 import pytest
 import torch
-from accelerate.state import AcceleratorState, GradientState, PartialState
 from diffusers import DDIMScheduler, DiffusionPipeline
 from huggingface_hub import ModelCard
 from in_processes import FedLoss, _run_script, in_processes
-from runs import differ, load_script, metrics, refusal
+from runs import differ, load_script, metrics, refusal, reset
 from safetensors.torch import load_file
 from tiny_pipelines import (
     save_flux,
@@ -24,7 +22,6 @@ from tiny_pipelines import (
 )
 from torch import nn
 
-from reg_diffusers.cli import main
 from reg_diffusers.networks.families import FAMILIES
 from reg_diffusers.networks.whole_pipeline import load_whole_pipeline
 from reg_diffusers.settings.optimization import OptimizationSettings
@@ -162,11 +159,6 @@ def test_every_model_of_a_run_draws_images_of_the_size_of_its_training(tmp_path)
 # Through the commands
 
 
-def reset():
-    for state in (AcceleratorState, PartialState, GradientState):
-        state._reset_state()
-
-
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory):
     """The folder of a finished comparison, next to its base and its images."""
@@ -181,21 +173,6 @@ def whole(tmp_path_factory):
     reset()
     load_script().main([*map(str, names), *f"{flags} {losses} {previews}".split()])
     return folder / "out"
-
-
-@pytest.fixture
-def command(tmp_path, monkeypatch, capsys):
-    """Runs a command in an empty folder; returns what it printed, or how it was refused."""
-    monkeypatch.chdir(tmp_path)
-
-    def run(name, *flags, refused=False):
-        reset()
-        with pytest.raises(SystemExit, match=r"^2$") if refused else contextlib.nullcontext():
-            main([name, *map(str, flags)])
-        printed = capsys.readouterr()
-        return printed.err.splitlines()[-1] if refused else printed.out + printed.err
-
-    return run
 
 
 def test_sample_draws_what_the_pipeline_in_diffusers_draws(whole, command):
