@@ -24,15 +24,7 @@ PARTS = {"GroupNorm": ("aten::native_group_norm",), "SiLU": ("aten::silu", "aten
 
 def main() -> None:
     torch.set_num_threads(1)
-    torch.manual_seed(0)
-    network = UNet2DModel(
-        sample_size=32,
-        block_out_channels=(64, 128, 128),
-        down_block_types=("DownBlock2D", "AttnDownBlock2D", "DownBlock2D"),
-        up_block_types=("UpBlock2D", "AttnUpBlock2D", "UpBlock2D"),
-        attention_head_dim=64,
-    )
-    images, timesteps = torch.randn(BATCH, 3, 32, 32), torch.randint(0, 1000, (BATCH,))
+    network, images, timesteps = small_network_and_batch()
     forms = {"as it is": torch.contiguous_format, "channels last": torch.channels_last}
     steps = {}
     for name, memory_format in forms.items():
@@ -54,6 +46,19 @@ def main() -> None:
     text = "\n".join(lines) + "\n"
     Path(__file__).with_suffix(".txt").write_text(text)
     print(text, end="")
+
+
+def small_network_and_batch() -> tuple[UNet2DModel, torch.Tensor, torch.Tensor]:
+    """The network, images and timesteps of a step."""
+    torch.manual_seed(0)
+    network = UNet2DModel(
+        sample_size=32,
+        block_out_channels=(64, 128, 128),
+        down_block_types=("DownBlock2D", "AttnDownBlock2D", "DownBlock2D"),
+        up_block_types=("UpBlock2D", "AttnUpBlock2D", "UpBlock2D"),
+        attention_head_dim=64,
+    )
+    return network, torch.randn(BATCH, 3, 32, 32), torch.randint(0, 1000, (BATCH,))
 
 
 def shares(step) -> dict[str, float]:
