@@ -65,6 +65,7 @@ class Buckets(torch.utils.data.Dataset):
         normalization, is_picture, prompts, classes, condition_channels, columns, white: those of `examples`.
         downsampling: as in `LatentData`; 1 for images.
         content: identifies the images and everything that belongs to them.
+        original_sizes: see `PictureData`.
 
     Args:
         parts: the images of each size, or their latents; none is empty.
@@ -104,6 +105,11 @@ class Buckets(torch.utils.data.Dataset):
     def captions(self) -> list[str | None]:
         """The texts of the images, in order; only with a column of captions."""
         return [caption for part in self.parts for caption in part.captions]
+
+    @property
+    def original_sizes(self) -> Tensor | None:
+        sizes = [part.original_sizes for part in self.parts]
+        return None if sizes[0] is None else torch.cat(sizes)
 
     def numbers(self) -> dict[str, int]:
         """Returns the number of images of each size, by WIDTHxHEIGHT in pixels."""

@@ -9,6 +9,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from .image_sizes import windowed
+
 __all__ = ["Uncropped", "central", "drawn", "larger"]
 
 
@@ -40,7 +42,11 @@ def central(batch: Mapping[str, Any], size: tuple[int, int]) -> dict[str, Any]:
     """Returns a batch with the central windows of its images."""
     height, width = batch["values"].shape[2:]
     top, left = (height - size[0]) // 2, (width - size[1]) // 2
-    return _each(batch, lambda images: images[..., top : top + size[0], left : left + size[1]])
+
+    def window(images: Tensor) -> Tensor:
+        return images[..., top : top + size[0], left : left + size[1]]
+
+    return _each(batch, window, torch.tensor([top, left]), size)
 
 
 def drawn(batch: Mapping[str, Any], size: tuple[int, int], seed: int, epoch: int) -> dict[str, Any]:
@@ -58,11 +64,13 @@ def drawn(batch: Mapping[str, Any], size: tuple[int, int], seed: int, epoch: int
         pairs = zip(images, places, strict=True)
         return torch.stack([image[:, top : top + size[0], left : left + size[1]] for image, (top, left) in pairs])
 
-    return _each(batch, windows)
+    return _each(batch, windows, torch.tensor(places), size)
 
 
-def _each(batch: Mapping[str, Any], crop: Callable[[Tensor], Tensor]) -> dict[str, Any]:
-    """Crops the images of a batch, also those among its columns."""
+def _each(
+    batch: Mapping[str, Any], crop: Callable[[Tensor], Tensor], corners: Tensor, size: tuple[int, int]
+) -> dict[str, Any]:
+    """Crops the images of a batch, also those among its columns, and corrects the sizes that the network takes."""
     stored = batch["values"].shape[2:]
 
     def cropped(value):
@@ -71,4 +79,5 @@ def _each(batch: Mapping[str, Any], crop: Callable[[Tensor], Tensor]) -> dict[st
         is_image = isinstance(value, Tensor) and value.ndim == 4 and value.shape[2:] == stored
         return crop(value) if is_image else value
 
-    return cropped(batch)
+    found = cropped(batch)
+    return {**found, "time_ids": windowed(found["time_ids"], corners, size)} if "time_ids" in found else found

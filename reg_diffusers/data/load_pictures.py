@@ -19,6 +19,7 @@ from .columns import Column, Wanted, find_column
 from .content import table_digests
 from .crops import larger
 from .depth import FLOATS, SIXTEEN_BITS, Form
+from .image_sizes import with_original_sizes
 from .looks import Look, Wish, look_at, rows_looked_at
 from .normalization import Normalization, field_normalization
 from .pictures import decode_table, sizes_of_table
@@ -39,12 +40,14 @@ class OfModel:
         condition_channels: channels of the conditioning images.
         normalization: the range of fields.
         white: the white of pictures with all their bits.
+        takes_sizes: whether it takes the size of each image before it is resized, and the corner of its crop.
     """
 
     channels: int | None = None
     condition_channels: int | None = None
     normalization: Normalization | None = None
     white: int | None = None
+    takes_sizes: bool = False
 
 
 def load_pictures(
@@ -108,6 +111,11 @@ def load_pictures(
         _check_columns(settings, table, column, found, source)
         rows = [lambda row=row: table[row] for row in rows_looked_at(len(table))]
         looks = {into: look_at(rows, wish, source) for into, wish in wishes.items()}
+        own = None
+        if settings.buckets or model.takes_sizes:
+            own = sizes_of_table(table, column, source, cache_folder(settings.cache_dir))
+        if model.takes_sizes:
+            table = with_original_sizes(table, own)
         decode = partial(_decoded, settings, looks, found, classes, source)
         if not settings.buckets:
             data = decode(table, size)
@@ -118,7 +126,7 @@ def load_pictures(
                 "--buckets: fields, such as pictures of floating-point pixels, need one size: drop the flag"
             )
         sizes = sizes or _sizes(settings.buckets, size)
-        parts, share_cropped = _bucketed(settings, table, column, sizes, source, decode)
+        parts, share_cropped = _bucketed(table, own, sizes, source, decode)
         _set_range(parts, looks["pixels"].form, settings, model, naming)
         return Buckets(parts, share_cropped)
     number = len(table) if isinstance(table, Dataset) else number_of_rows(settings, table)
@@ -128,6 +136,7 @@ def load_pictures(
         white=model.white,
         stored=_stored_size(settings, size),
         skip_bad_images=settings.skip_bad_images,
+        takes_sizes=model.takes_sizes,
     )
 
 
@@ -207,18 +216,12 @@ def _sizes(multiple: int, size: tuple[int, int]) -> list[tuple[int, int]]:
 
 
 def _bucketed(
-    settings: DataSettings,
-    table,
-    column: str,
-    sizes: Sequence[tuple[int, int]],
-    source: Source,
-    decode: Callable,
+    table, own: np.ndarray, sizes: Sequence[tuple[int, int]], source: Source, decode: Callable
 ) -> tuple[list[PictureData], float]:
-    """Decodes the images of a table in the sizes nearest to their own aspect ratios.
+    """Decodes the images of a table, of these own sizes (N, 2), in the sizes nearest to their aspect ratios.
 
     Returns the images of each size, and the mean share of an image that was cut off.
     """
-    own = sizes_of_table(table, column, source, cache_folder(settings.cache_dir))
     readable = own.min(1) > 0
     if not readable.any():
         raise UsageError(f"{source.flag}: none of the {len(own)} images can be read")

@@ -20,6 +20,7 @@ class Part(torch.utils.data.Dataset):
     Attributes:
         shape, normalization, white, is_picture, classes, condition_channels, columns, prompts, note: as of the whole.
         downsampling, is_cropped: as of the whole.
+        original_sizes: those of its images, see `PictureData`.
         number: number of images.
         examples: images for repeated use: all of them.
     """
@@ -47,6 +48,11 @@ class Part(torch.utils.data.Dataset):
     def uncropped(self) -> Uncropped:
         """The same images in the size in which they are stored."""
         return Uncropped(self._whole.uncropped.__getitems__, self._rows)
+
+    @property
+    def original_sizes(self) -> Tensor | None:
+        sizes = self._whole.original_sizes
+        return None if sizes is None else sizes[self._rows]
 
     @property
     def content(self) -> str:

@@ -270,13 +270,18 @@ def _file(path: str, source: Source) -> str | io.BytesIO:
         member, archive = path.removeprefix("zip://").rsplit("::", 1)
         return io.BytesIO(_archive(archive, os.getpid()).read(member))
     if "://" in path:
-        from datasets.utils.file_utils import xopen
-
-        with xopen(path, "rb") as file:
-            return io.BytesIO(file.read())
+        return io.BytesIO(_downloaded(path))
     if not os.path.isfile(path):
         raise FileNotFoundError("no such file")  # reading a pipe or a device would block
     return path
+
+
+@functools.lru_cache(maxsize=1)  # the size of an image is read right after its pixels
+def _downloaded(path: str) -> bytes:
+    from datasets.utils.file_utils import xopen
+
+    with xopen(path, "rb") as file:
+        return file.read()
 
 
 @functools.lru_cache(maxsize=8)

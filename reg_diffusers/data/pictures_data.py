@@ -13,6 +13,7 @@ from .column_values import numbers_of, seen_image
 from .columns import Column
 from .content import joined
 from .crops import Uncropped, central
+from .image_sizes import original_sizes_of, time_ids
 from .normalization import PICTURES, Normalization, of_white
 
 __all__ = ["PictureData"]
@@ -35,6 +36,7 @@ class PictureData(torch.utils.data.Dataset):
         examples: images for repeated use: all of them.
         fingerprint: identifies the images and their order.
         content: identifies the images and everything that belongs to them.
+        original_sizes: heights and widths before they were resized, (N, 2), if the network takes them; else None.
 
     Args:
         table: decoded images.
@@ -69,6 +71,7 @@ class PictureData(torch.utils.data.Dataset):
         self.note = note
         self._caption = caption
         self.columns = tuple(columns)
+        self.original_sizes = original_sizes_of(table)
         self._numbers = {column.name: numbers_of(table, column) for column in columns if column.kind == "number"}
 
     def __len__(self) -> int:
@@ -86,7 +89,8 @@ class PictureData(torch.utils.data.Dataset):
         """Reads the batch of these indices at once.
 
         {"values": (B, C, H, W) uint8 (all bits: int32, fields: float32), "ids": (B,), "condition": (B, K, H, W) uint8,
-        "class_labels": (B,)}; with columns that regularizers need, also "columns" by their names, see `column_values`.
+        "class_labels": (B,)}; with columns that regularizers need, also "columns" by their names, see `column_values`;
+        with original sizes, "time_ids" (B, 6), see `image_sizes`.
         """
         batch = self._read(indices)
         return central(batch, self.shape[1:]) if self.is_cropped else batch
@@ -111,6 +115,8 @@ class PictureData(torch.utils.data.Dataset):
         found = {"ids": torch.tensor(indices)}
         if self.classes is not None:
             found["class_labels"] = self._class_labels[indices]
+        if self.original_sizes is not None:
+            found["time_ids"] = time_ids(self.original_sizes[indices], self._size)
         if self.columns:
             found["columns"] = {column.name: self._values(column, rows, indices) for column in self.columns}
         return found

@@ -16,6 +16,7 @@ from .columns import Column
 from .content import stream_digest
 from .crops import central
 from .depth import FLOATS, SIXTEEN_BITS, WHITE_16, Form
+from .image_sizes import time_ids
 from .looks import Wish, look_at
 from .normalization import PICTURES, of_white
 from .pictures import BadImage, decode_stored, size_of
@@ -46,6 +47,7 @@ class StreamedPictures:
         white: white of pictures with all their bits; by default 65535, because their largest value is unknown.
         stored: height and width in which images are decoded, at least `size`, for random windows.
         skip_bad_images: whether to skip images that cannot be decoded.
+        takes_sizes: whether the network takes the size of each image before it is resized, see `image_sizes`.
 
     Attributes:
         rows, source, number, classes: see the arguments.
@@ -57,6 +59,7 @@ class StreamedPictures:
         note: a line to print at the start, next to the number and shape of the data.
         columns: the columns that regularizers need.
         captions: the texts of the first images; None without.
+        original_sizes: None, because they are read with each image.
         decoder: decodes batches of rows.
         examples: the first images, for repeated use of the same images.
 
@@ -66,6 +69,7 @@ class StreamedPictures:
 
     is_picture = True
     prompts = None
+    original_sizes = None
 
     def __init__(
         self,
@@ -82,6 +86,7 @@ class StreamedPictures:
         white: int | None,
         stored: tuple[int, int],
         skip_bad_images: bool,
+        takes_sizes: bool,
     ):
         self.rows, self.source, self.number, self.classes = rows, source, number, classes
         first = _first_rows(rows, source)
@@ -101,9 +106,8 @@ class StreamedPictures:
         self.columns = tuple(replace(one, channels=channels.get(one.place, 0)) for one in columns)
         images = {into: (look.column, look.form) for into, look in looks.items()}
         self.is_cropped = stored != size
-        self.decoder = RowDecoder(
-            images, self.columns, label, caption, stored, source, skip_bad_images=skip_bad_images
-        )
+        of_rows = images, self.columns, label, caption, stored, source
+        self.decoder = RowDecoder(*of_rows, skip_bad_images=skip_bad_images, takes_sizes=takes_sizes)
         self.captions = [row[caption] for _, row in first] if caption else None
         self.examples = _Examples(first, self.decoder, size)
 
@@ -125,6 +129,7 @@ class RowDecoder(torch.utils.data.Dataset):
         size: height and width of the images.
         source: the source that image files must lie in.
         skip_bad_images: whether to skip images that cannot be decoded.
+        takes_sizes: whether to read the size of each image before it is resized.
     """
 
     def __init__(
@@ -137,17 +142,19 @@ class RowDecoder(torch.utils.data.Dataset):
         source: Source,
         *,
         skip_bad_images: bool,
+        takes_sizes: bool = False,
     ):
         self._images, self._columns, self._size, self._source = images, columns, size, source
         self._label, self._caption = label, caption
-        self._skip = skip_bad_images
+        self._skip, self._takes_sizes = skip_bad_images, takes_sizes
         self._bad = 0
 
     def __getitems__(self, rows: list[tuple[int, dict]]) -> dict[str, Tensor]:
         """Decodes a batch.
 
         {"values": (B, C, H, W) uint8, "ids": (B,), "condition": (B, K, H, W) uint8, "class_labels": (B,)}; with texts
-        also "texts", a list; with columns that regularizers need, also "columns" by their names, see `column_values`.
+        also "texts", a list; with columns that regularizers need, also "columns" by their names, see `column_values`;
+        with sizes, "time_ids" (B, 6), see `image_sizes`.
         If bad images are skipped, other images of the batch appear twice, so that B is constant.
 
         Raises:
@@ -183,6 +190,9 @@ class RowDecoder(torch.utils.data.Dataset):
                 warn(f"--skip_bad_images: skipped {error.problem}{rest}")
             return None
         found["ids"] = np.int64(id)
+        if self._takes_sizes:
+            original = size_of(row[self._images["pixels"][0]], self._source)
+            found["time_ids"] = time_ids(torch.tensor([original]), self._size)[0].numpy()
         if self._label is not None:
             if row[self._label] is None or row[self._label] < 0:
                 raise DataError(f"--label_column {self._label}: {where} has no label")

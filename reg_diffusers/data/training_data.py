@@ -64,6 +64,8 @@ def load_training_data(
     wanted: Sequence[Wanted] = (),
     white: int | None = None,
     sizes: Sequence[tuple[int, int]] | None = None,
+    *,
+    takes_sizes: bool = False,
 ) -> TrainingData:
     """Loads the data set that the flags name, for a DataLoader with a `collate_fn` that returns batches unchanged.
 
@@ -77,6 +79,7 @@ def load_training_data(
         wanted: what regularizers need of the data.
         white: the white of a given model of pictures with all their bits; such pictures are read for it.
         sizes: the heights and widths that --buckets chooses from; by default, all of about the area of `size`.
+        takes_sizes: whether a given model takes the sizes of images, see `image_sizes`.
 
     Raises:
         UsageError: if there is nothing to read, a column is missing, images are bad, or fields have a wrong shape.
@@ -116,7 +119,7 @@ def load_training_data(
             )
     else:
         size = size if settings.resolution is None else sides(settings.resolution)
-        model = OfModel(channels, condition_channels, normalization, white)
+        model = OfModel(channels, condition_channels, normalization, white, takes_sizes)
         data = load_pictures(settings, size or (64, 64), model, naming, wanted, sizes)
         if settings.field_scale != "channel" and data.is_picture:
             raise UsageError(f"--field_scale {settings.field_scale} applies to fields only; drop the flag")

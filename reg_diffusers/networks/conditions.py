@@ -25,10 +25,12 @@ class Condition:
     Attributes:
         name: its key in a batch of the data and in the regularizers' `needs`, and its argument name in the pipeline.
         flag: the flag of train_reg.py that requests it.
+        is_of_samples: whether pipelines take it; if not, all samples have the default of their pipeline.
     """
 
     name: str
     flag: str
+    is_of_samples = True
 
     def is_taken_by(self, network: Mapping[str, Any], channels: int) -> bool:
         """Whether a network takes it.
@@ -125,7 +127,21 @@ class PooledPromptEmbeddings(PromptEmbeddings):
         return False  # not every family gives it to a regularizer
 
 
-KINDS: tuple[Condition, ...] = (ClassLabels(), ConditioningImage(), PromptEmbeddings(), PooledPromptEmbeddings())
+class TimeIds(Condition):
+    """The sizes of each image, (B, 6), which Stable Diffusion XL takes, see `data.image_sizes`."""
+
+    name, flag = "time_ids", "--pretrained_model_name_or_path"
+    is_of_samples = False
+
+    def is_taken_by(self, network: Mapping[str, Any], channels: int) -> bool:
+        return network.get("addition_embed_type") == "text_time"
+
+    def is_wanted(self, settings: DataSettings) -> bool:
+        return False  # not every family has it
+
+
+_OF_TEXTS = (PromptEmbeddings(), PooledPromptEmbeddings())
+KINDS: tuple[Condition, ...] = (ClassLabels(), ConditioningImage(), *_OF_TEXTS, TimeIds())
 
 
 class Conditions(Mapping[str, Tensor]):
@@ -166,6 +182,10 @@ class Conditions(Mapping[str, Tensor]):
 
     def __len__(self) -> int:
         return len(self._values)
+
+    def of_samples(self) -> Conditions:
+        """Returns those that pipelines take."""
+        return Conditions({kind.name: self[kind.name] for kind in KINDS if kind.name in self and kind.is_of_samples})
 
     def of_images(self, index) -> Conditions:
         """Returns the conditions of some of the images, by a slice, a mask or indices."""

@@ -50,7 +50,7 @@ def hold_out(
         loaded = replace(loaded, images=images, data=network_data)
     else:
         flag = f"--validation_data_dir {validation.validation_data_dir}"
-        held_out = _load(loaded.images, validation.validation_data_dir, data, wanted)
+        held_out = _load(loaded, validation.validation_data_dir, data, wanted)
         seen = loaded.see(held_out)
     if data.streaming:
         warn(f"{flag}: not compared with the training images, because these are streamed")
@@ -76,13 +76,13 @@ def _without_twins(
     return part_of(seen, rows), part_of(held_out, rows)
 
 
-def _load(images: TrainingData, folder: str, data: DataSettings, wanted: Sequence[Wanted]) -> TrainingData:
+def _load(loaded: Loaded, folder: str, data: DataSettings, wanted: Sequence[Wanted]) -> TrainingData:
     """Loads the images of --validation_data_dir as those of the training, in the same size and channels.
 
     Raises:
         UsageError: they cannot be read, or do not fit those of the training.
     """
-    flag = f"--validation_data_dir {folder}"
+    images, flag = loaded.images, f"--validation_data_dir {folder}"
     field = "train_data_dir" if data.dataset_name is None else "dataset_name"
     named = {"dataset_name": None, "dataset_config_name": None, "train_data_dir": None, field: folder}
     # Size, channels and the range of fields are those of the training.
@@ -93,7 +93,8 @@ def _load(images: TrainingData, folder: str, data: DataSettings, wanted: Sequenc
     try:
         model_of = (images.shape[0], images.shape[1:], normalization, images.condition_channels)
         sizes = [part.shape[1:] for part in parts_of(images)]
-        found = load_training_data(settings, *model_of, naming, wanted, white=images.white, sizes=sizes)
+        more = {"white": images.white, "sizes": sizes, "takes_sizes": loaded.takes_sizes}
+        found = load_training_data(settings, *model_of, naming, wanted, **more)
         if not data.buckets and found.shape != images.shape:
             sizes = [" x ".join(map(str, shape)) for shape in (found.shape, images.shape)]
             raise UsageError(f"{flag}: {sizes[0]}, but the training data are {sizes[1]}")

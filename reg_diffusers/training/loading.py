@@ -94,6 +94,11 @@ class Loaded:
     base: Path | None = None
 
     @property
+    def takes_sizes(self) -> bool:
+        """Whether the network takes the sizes of each image, see `data.image_sizes`."""
+        return self.family is not None and self.family.takes_sizes
+
+    @property
     def bytes_beside(self) -> int:
         """Bytes of the files that are saved with the network: autoencoder, or all other parts of a pipeline."""
         if self.base is not None:
@@ -157,7 +162,8 @@ def load_model_and_data(
             f" {given.channels}: use the autoencoder that it was trained with"
         )
     size = given.size and tuple(factor * side for side in given.size)
-    images = load_training_data(data, vae.config.in_channels, size, None, 0, wanted=wanted, white=given.white)
+    of_model = {"white": given.white, "takes_sizes": family is not None and family.takes_sizes}
+    images = load_training_data(data, vae.config.in_channels, size, None, 0, wanted=wanted, **of_model)
     if not images.is_picture:
         fix = "drop --vae" if model.vae else f"{base} needs images"
         raise UsageError(f"an autoencoder encodes images, but the data are fields: {fix}")

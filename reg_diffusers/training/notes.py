@@ -4,49 +4,50 @@ from __future__ import annotations
 
 from torch import nn
 
+from ..data.image_sizes import range_text
 from ..data.training_data import TrainingData
 from ..networks import dit
-from ..networks.build import GivenModel
 from ..networks.trained import trained_parameters
 from ..prediction import prediction_type
 from ..runtime.amounts import size_text
 from ..settings import Settings
 from ..settings.optimization import OptimizationSettings
+from .loading import Loaded
 from .optimizer import bytes_of_moments
 
 __all__ = ["memory_of_weights", "notes_on"]
 
 
-def notes_on(
-    settings: Settings,
-    given: GivenModel,
-    data: TrainingData,
-    network: nn.Module,
-    noise_scheduler,
-    precision: str,
-    vae: nn.Module | None,
-) -> list[str]:
+def notes_on(settings: Settings, loaded: Loaded, network: nn.Module, noise_scheduler, precision: str) -> list[str]:
     """Returns what is particular to the network of a run, a line each.
 
     Args:
         settings: settings of the run.
-        given: model to start from.
-        data: data of the training.
+        loaded: model to start from, and the data.
         network: network of the training.
         noise_scheduler: scheduler of the training.
         precision: mixed precision of the training.
-        vae: autoencoder of the training, or None.
     """
+    given, data = loaded.given, loaded.data
     if given.family is not None:
         whole = ["all weights are trained, not adapters: for those, pass --lora_rank 16"]
-        memory = memory_of_weights(network, vae, settings.optimization, precision)
-        return [*(whole if settings.model.lora_rank is None else []), memory]
+        memory = memory_of_weights(network, loaded.vae, settings.optimization, precision)
+        sizes = [_sizes(loaded.images)] if loaded.takes_sizes else []
+        return [*(whole if settings.model.lora_rank is None else []), memory, *sizes]
     if not given.is_dit:
         return []
     dit.warn_of_names(given.class_names, data)
     is_flow = prediction_type(noise_scheduler) == "flow_prediction"
     drops_labels = settings.data.condition_dropout > 0
     return dit.notes(network, given.config, len(data.classes), drops_labels=drops_labels, is_flow=is_flow)
+
+
+def _sizes(images: TrainingData) -> str:
+    _, height, width = images.shape
+    return (
+        f"takes the size of each image before it is resized ({range_text(images.original_sizes)}) and the corner of"
+        f" its crop; samples count as {width} x {height} and uncropped, the default of the pipeline"
+    )
 
 
 def memory_of_weights(

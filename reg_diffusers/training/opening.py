@@ -142,7 +142,7 @@ def open_run(launch: Launch) -> Run:
             mixed_precision=computation.mixed_precision.value,
             base_model=settings.model.pretrained_model_name_or_path,
             vae=settings.model.vae,
-            data=record_of_data(settings.data, loaded.images, loaded.held_out, loaded.prompts_shown),
+            data=record_of_data(settings.data, loaded),
             objective=record_of_objective(
                 *(loss, terms, noise_scheduler), is_picture=data.is_picture, is_decoded=vae is not None
             ),
@@ -154,7 +154,7 @@ def open_run(launch: Launch) -> Run:
         )
         held_out = loaded.held_out and loaded.held_out.describe()
         precision = computation.mixed_precision.value
-        notes = notes_on(settings, given, data, unet, noise_scheduler, precision, vae)
+        notes = notes_on(settings, loaded, unet, noise_scheduler, precision)
         described = describe(
             *data_and_model, loss, terms, on_data, estimates, lines, output.output_dir, held_out, notes
         )

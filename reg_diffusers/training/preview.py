@@ -68,7 +68,7 @@ def draw_samples(
         steps: network calls per sample.
         seed: seed of the noise.
         batch_size: number of samples drawn at a time; by default, what usually fits into memory.
-        **conditions: conditions of the samples.
+        **conditions: conditions of the samples; those that pipelines do not take have the pipeline's defaults.
     """
     sampler = pipeline.with_parts(scheduler=fast_scheduler(pipeline.scheduler))
     sampler.set_progress_bar_config(disable=True)
@@ -76,7 +76,7 @@ def draw_samples(
     drawn, batch_size = [], batch_size or pipeline.typical_batch
     for start in range(0, number, batch_size):
         size = min(batch_size, number - start)
-        given = Conditions(conditions).of_images(slice(start, start + size))
+        given = Conditions(conditions).of_samples().of_images(slice(start, start + size))
         samples = sampler(size, generator, steps, output_type="latent", **given).images
         drawn.append(sampler.decode(samples).float())
     return torch.cat(drawn)

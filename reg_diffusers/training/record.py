@@ -13,7 +13,7 @@ from accelerate import PartialState
 
 from .. import __version__
 from ..data.buckets import Buckets
-from ..data.training_data import TrainingData
+from ..data.image_sizes import range_text
 from ..prediction import noise_level, prediction_type
 from ..runs.run_folder import CONFIG_FILE, files_left
 from ..runtime.files import write_whole
@@ -22,7 +22,7 @@ from ..settings.data import DataSettings
 from ..settings.loss import LossSettings
 from ..settings.machine import MachineSettings
 from ..term import Term, checked_weights
-from .loading import HeldOut
+from .loading import Loaded
 from .terms import weight_rules
 
 __all__ = ["record_of_data", "record_of_objective", "record_weights", "recorded_command", "write_record"]
@@ -90,10 +90,9 @@ def recorded_command(argv: list[str], state: PartialState, machine: MachineSetti
     return launch_command(argv, state, undeclared)
 
 
-def record_of_data(
-    settings: DataSettings, data: TrainingData, held_out: HeldOut | None = None, prompts: tuple[str, ...] = ()
-) -> dict:
+def record_of_data(settings: DataSettings, loaded: Loaded) -> dict:
     """Describes the data and their source, the images that are held out, and some of the texts."""
+    data, held_out, prompts = loaded.images, loaded.held_out, loaded.prompts_shown
     source = settings.source
     return {
         "name": Path(source).name if source and Path(source).exists() else source or "Fashion-MNIST (a part)",
@@ -103,6 +102,7 @@ def record_of_data(
         "shape": list(data.shape),
         **({} if data.white is None else {"white": data.white}),
         **({"sizes": data.numbers()} if isinstance(data, Buckets) else {}),
+        **({"original_sizes": range_text(data.original_sizes)} if loaded.takes_sizes else {}),
         "classes": data.classes,
         **({"condition_dropout": settings.condition_dropout} if settings.condition_dropout else {}),
         **({"prompts": list(prompts[:_PROMPTS_RECORDED])} if prompts else {}),

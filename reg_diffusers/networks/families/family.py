@@ -59,6 +59,7 @@ class Family:
             input, "guidance" (n,) among the embeddings: (config of the network) -> bool.
         sample_size: side of the latents if the config of the network lacks it.
         vae_entries: entries that this pipeline reads in the config of its autoencoder, besides scaling_factor.
+        takes_sizes: whether the network takes the sizes of each image, "time_ids" (n, 6) among the embeddings.
         optional: text encoders and tokenizers that a saved pipeline may lack: the pipeline embeds texts without them.
         without: arguments that load or build the pipeline without parts that a training never uses.
     """
@@ -77,6 +78,7 @@ class Family:
     is_distilled: Callable[[Mapping], bool] | None = None
     sample_size: int | None = None
     vae_entries: tuple[str, ...] = ()
+    takes_sizes: bool = False
     optional: tuple[str, ...] = ()
     without: Mapping[str, Any] = field(default_factory=dict)
 
@@ -144,7 +146,10 @@ class Family:
         """
 
         def called(sample: Tensor, timesteps: Tensor, *, return_dict: bool = False, **embeddings: Tensor):
-            embeddings = {name: values.to(dtype) for name, values in embeddings.items()}
+            # Integers, such as sizes in pixels, would be rounded in bfloat16.
+            embeddings = {
+                name: values.to(dtype) if values.is_floating_point() else values for name, values in embeddings.items()
+            }
             return (self.call(network, config, sample.to(dtype), timesteps, embeddings, downsampling),)
 
         return called

@@ -1,7 +1,8 @@
 """Stable Diffusion XL: a UNet2DConditionModel with two CLIP text encoders, a pooled text and the size of the image.
 
-The network was trained with the size of each image before resizing, the corner of its crop and its size after. All
-images count as of the size of the training and uncropped, as in samples of that size by the pipeline.
+The network was trained with the size of each image before resizing, the corner of its crop and its size after. A
+training gives those of its images ("time_ids", see `data.image_sizes`); samples count as of their own size and
+uncropped, as in the pipeline.
 """
 
 from __future__ import annotations
@@ -33,8 +34,10 @@ def _null(pipeline) -> Embeddings:
 
 def _call(network: Callable, config: Mapping, sample: Tensor, timesteps, embeddings: Embeddings, side: int) -> Tensor:
     height, width = (side * length for length in sample.shape[-2:])
-    sizes = torch.tensor([height, width, 0, 0, height, width], device=sample.device, dtype=torch.float32)
-    added = {"text_embeds": embeddings["pooled_prompt_embeds"], "time_ids": sizes.expand(len(sample), -1)}
+    sizes = embeddings.get("time_ids")
+    if sizes is None:
+        sizes = torch.tensor([[height, width, 0, 0, height, width]], device=sample.device).expand(len(sample), -1)
+    added = {"text_embeds": embeddings["pooled_prompt_embeds"], "time_ids": sizes.float()}
     return network(
         sample,
         timesteps,
@@ -59,5 +62,6 @@ FAMILY = Family(
     channels=lambda config: config["out_channels"],
     multiple=lambda config: 2 ** (len(config["block_out_channels"]) - 1),
     vae_entries=("latents_mean", "latents_std"),
+    takes_sizes=True,
     without={"image_encoder": None, "feature_extractor": None},
 )
