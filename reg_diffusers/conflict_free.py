@@ -76,10 +76,15 @@ def flat_gradients(gradients: Iterable[Tensor | None], parameters: Iterable[Tens
 
 
 def hand_out(gradient: Tensor, parameters: list[Tensor]) -> None:
-    """Sets the `grad` of each parameter to its part of a gradient, (P,)."""
+    """Sets the `grad` of each parameter to its part of a gradient, (P,).
+
+    A `grad` has the strides of its parameter, as autograd's has: a fused optimizer reads both as blocks of memory.
+    """
     sizes = [parameter.numel() for parameter in parameters]
     for parameter, part in zip(parameters, gradient.split(sizes), strict=True):
-        parameter.grad = part.view_as(parameter)
+        part = part.view_as(parameter)
+        same = part.stride() == parameter.stride()
+        parameter.grad = part if same else torch.empty_like(parameter).copy_(part)
 
 
 def combined(operator, parts: Tensor) -> Tensor:

@@ -212,6 +212,19 @@ def test_gradients_without_conflict_oppose_none_of_the_parts(method):
     assert all(part @ network.weight.grad >= -1e-6 for part in parts)
 
 
+def test_a_combined_gradient_has_the_strides_of_its_parameter():
+    """A fused optimizer reads both as blocks of memory: with other strides it would move other weights."""
+    generator = torch.Generator().manual_seed(0)
+    values = torch.randn(2, 3, 2, 2, generator=generator)
+    one, other = (torch.nn.Parameter(values.clone(memory_format=torch.channels_last)) for _ in range(2))
+    gradient = torch.randn(24, generator=generator)
+    conflict_free.hand_out(gradient, [one])
+    other.grad = gradient.view_as(values).clone()
+    torch.optim.SGD([one], lr=1.0, fused=True).step()
+    torch.optim.SGD([other], lr=1.0, foreach=False).step()
+    torch.testing.assert_close(one, other)
+
+
 def test_a_part_without_gradient_leaves_the_others_as_they_are():
     network = Network()
     loss_fn = RegularizedLoss(DDPMScheduler(), [Term(lambda x: mean(x**2), 1.0)])

@@ -110,13 +110,19 @@ def test_a_member_trained_with_pbfm_has_the_gradient_of_a_training_alone(rivals,
         )
         return network, output
 
+    def step(network):
+        torch.optim.SGD(network.parameters(), lr=1.0, fused=True).step()
+
     network, output = gradients(SEEDS, slice(0, 6))
     ensemble.conflict_free_by_member(network, output)
+    step(network)
     for place, seed in enumerate(SEEDS):
         alone, output = gradients([seed], slice(3 * place, 3 * place + 3))
         conflict_free.backward(output, alone.parameters())
+        step(alone)
         for one, other in zip(network.parameters(), alone.parameters(), strict=True):
             torch.testing.assert_close(one.grad[place], other.grad[0], rtol=1e-4, atol=1e-9)
+            torch.testing.assert_close(one[place], other[0], rtol=1e-6, atol=1e-6)
             assert other.grad.abs().max() > 1e-6
 
 

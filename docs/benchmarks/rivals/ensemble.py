@@ -115,4 +115,4 @@ def conflict_free_by_member(network: nn.Module, output: LossOutput) -> None:
     found = torch.stack([combined(operator, torch.stack(of_member)) for of_member in zip(*rows, strict=True)])
     sizes = [parameter[0].numel() for parameter in parameters]
     for parameter, part in zip(parameters, found.split(sizes, dim=1), strict=True):
-        parameter.grad = part.reshape(parameter.shape)
+        parameter.grad = part.reshape(parameter.shape).contiguous()  # fused Adam reads it as one block of memory
