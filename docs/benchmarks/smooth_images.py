@@ -2,15 +2,18 @@
 
     python docs/benchmarks/smooth_images.py
 
-Trains the demonstration's network with noise prediction (600 steps, embedded pictures at 16 x 16) without a loss and
-with total variation at several weights, from the same weights, batches and noise, and compares 256 samples of each
-with the data. Runs that are in --output are not trained again. Writes smooth_images.txt beside this script.
+For each seed, trains the demonstration's network with noise prediction (600 steps, embedded pictures at 16 x 16)
+without a loss and with total variation in several ways, from the same weights, batches and noise, and compares 256
+samples of each with the data. `Target` bounds the mean total variation of x0_hat by that of the data. Runs that are in
+--output are not trained again. Writes smooth_images.json, after each run, and smooth_images.txt beside this script.
 """
 
 import argparse
+import json
 import subprocess
 import sys
 from pathlib import Path
+from statistics import mean, stdev
 
 import torch
 
@@ -22,55 +25,78 @@ from reg_diffusers.regularizers import total_variation
 from reg_diffusers.settings import DataSettings
 from reg_diffusers.training.preview import draw_samples
 
-ROOT = Path(__file__).parents[2]
-WEIGHTS, IMAGES, STEPS = (0, 0.02, 0.05, 0.1), 256, 25
+HERE = Path(__file__).parent
+IMAGES, STEPS = 256, 25
 TERM = Term(total_variation, 1.0)
+LOSS = ["--regularizer", "total_variation"]
+ROWS = {
+    "plain": ["--regularizer", "none"],
+    "matched 0.05": [*LOSS, "--reg_weight", "0.05"],
+    "Target 1x": [*LOSS, "--reg_target", "total_variation=1x"],
+    "constant 0.1": [*LOSS, "--reg_weight", "0.1", "--reg_weighting", "constant"],
+}
+COLUMNS = {"total variation": 3, "distance to data": 3, "std of pixels": 3, "denoising loss": 4}  # and digits
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path, default=Path("smooth-images"), help="folder for the runs")
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     args = parser.parse_args()
     torch.set_grad_enabled(False)
     data = load_training_data(DataSettings(resolution=16))
-    order = torch.randperm(len(data.examples), generator=torch.Generator().manual_seed(args.seed)).tolist()
-    reference, other = (
-        data.normalization.normalize(data.examples.__getitems__(indices)["values"])
-        for indices in (order[:IMAGES], order[-IMAGES:])
-    )
-    lines = [
-        f"total_variation, matched, noise prediction, seed {args.seed}, {IMAGES} samples; ± 95 %",
-        f"{'weight':8}{'total variation':>17}{'distance to data':>19}{'std of pixels':>15}{'denoising loss':>16}",
-        line("data", measure(reference, other, [TERM]), reference),
-    ]
-    for weight in WEIGHTS:
-        pipeline = RegDDPMPipeline.from_pretrained(trained(args, weight))
-        samples = draw_samples(pipeline, IMAGES, STEPS, args.seed)
-        loss = denoising_losses(pipeline.unet.eval(), pipeline.scheduler, reference, args.seed).mean().item()
-        lines.append(line(f"{weight:g}", measure(samples, reference, [TERM], loss), samples))
-        print(lines[-1], flush=True)
-    Path(__file__).with_suffix(".txt").write_text("\n".join(lines) + "\n")
-
-
-def trained(args, weight):
-    """The folder of the model with this weight."""
-    folder = args.output / f"{args.seed}-{weight:g}"
-    if not (folder / "model_index.json").exists():
-        loss = (
-            ["--regularizer", "total_variation", "--reg_weight", str(weight)] if weight else ["--regularizer", "none"]
+    found = {name: [] for name in ("data", *ROWS)}
+    for seed in args.seeds:
+        order = torch.randperm(len(data.examples), generator=torch.Generator().manual_seed(seed)).tolist()
+        reference, other = (
+            data.normalization.normalize(data.examples.__getitems__(indices)["values"])
+            for indices in (order[:IMAGES], order[-IMAGES:])
         )
-        flags = [*loss, "--prediction_type", "epsilon", "--no-compare", "--preview_steps", "100000"]
-        command = [sys.executable, str(ROOT / "train_reg.py"), *flags, "--seed", str(args.seed)]
+        found["data"].append(numbers(seed, measure(reference, other, [TERM]), reference))
+        for name, flags in ROWS.items():
+            pipeline = RegDDPMPipeline.from_pretrained(trained(args.output, name, flags, seed))
+            samples = draw_samples(pipeline, IMAGES, STEPS, seed)
+            loss = denoising_losses(pipeline.unet.eval(), pipeline.scheduler, reference, seed).mean().item()
+            found[name].append(numbers(seed, measure(samples, reference, [TERM], loss), samples))
+            print(f"seed {seed}: {line(name, found[name][-1:])}", flush=True)
+            (HERE / "smooth_images.json").write_text(json.dumps(found, indent=1) + "\n")
+    heading = f"{'':14}" + "".join(f"{name:>18}" for name in COLUMNS)
+    text = "\n".join([title(args.seeds), heading, *(line(name, runs) for name, runs in found.items())])
+    (HERE / "smooth_images.txt").write_text(text + "\n")
+
+
+def trained(output, name, flags, seed):
+    """The folder of the model of a row."""
+    folder = output / f"{seed}-{name.replace(' ', '-')}"
+    if not (folder / "model_index.json").exists():
+        common = ["--prediction_type", "epsilon", "--no-compare", "--preview_steps", "100000", "--seed", str(seed)]
+        command = [sys.executable, str(HERE.parents[1] / "train_reg.py"), *flags, *common]
         subprocess.run([*command, "--output_dir", str(folder)], check=True)
     return folder
 
 
-def line(title, row, images):
-    distance = f"{row.distance:.3f} ± {row.distance_half_width:.3f}"
-    loss = "" if row.denoising_loss is None else f"{row.denoising_loss:.4f}"
-    cells = f"{row.terms[TERM.name]:>17.3f}{distance:>19}{images.std().item():>15.3f}{loss:>16}"
-    return f"{title:8}{cells}".rstrip()
+def numbers(seed, row, images):
+    found = {
+        "seed": seed,
+        "total variation": row.terms[TERM.name],
+        "distance to data": row.distance,
+        "std of pixels": images.std().item(),
+    }
+    return found if row.denoising_loss is None else found | {"denoising loss": row.denoising_loss}
+
+
+def title(seeds):
+    return f"total_variation, noise prediction, {IMAGES} samples, seeds {', '.join(map(str, seeds))}"
+
+
+def line(name, runs):
+    """Mean ± standard deviation over the seeds."""
+    cells = []
+    for column, digits in COLUMNS.items():
+        values = [run[column] for run in runs if column in run]
+        spread = f" ± {stdev(values):.{digits}f}" if len(values) > 1 else ""
+        cells.append(f"{mean(values):.{digits}f}{spread}" if values else "")
+    return f"{name:14}{''.join(f'{cell:>18}' for cell in cells)}".rstrip()
 
 
 if __name__ == "__main__":
