@@ -484,7 +484,7 @@ def test_what_cannot_work_is_one_line(folder, evaluate, tiny_unet, monkeypatch):
         assert not Path("evaluation").exists()
         return line
 
-    assert "--model nowhere: no folder or Hub id" in refusal("--model", "nowhere", *PIXELS)
+    assert "HF_HUB_OFFLINE is set, so that the Hub is not asked" in refusal("--model", "nowhere", *PIXELS)
     assert "--model A is given more than once" in refusal("--model", "A", "A", *PIXELS)
     assert "60 images are too few: two halves need 80; use --num_images 30" in refusal(
         "--model", "A", *PIXELS, "--num_images", 40

@@ -398,7 +398,7 @@ def test_other_files_are_left_alone(model, sample, tmp_path):
     "flags, message",
     [
         (("--scheduler", "Heun"), "--scheduler Heun: this model can be sampled with DDIM, DDPM, Euler"),
-        (("--model", "no/such/folder"), "--model no/such/folder: no folder or Hub id with a pipeline"),
+        (("--model", "no/such/folder"), "--model no/such/folder: no such folder, and not a Hub id"),
         (("--class_labels", 1), "--class_labels are given, but the model has no classes"),
         (("--condition_dir", "."), "--condition_dir: the model is not conditioned on images"),
         (("--guidance", "smoothness"), "--guidance: unknown regularizer 'smoothness'; known: "),

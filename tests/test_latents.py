@@ -267,9 +267,9 @@ def test_the_inverse_of_affine_units():
 
 def test_what_does_not_fit_is_refused_in_one_line(in_latents, capsys, tiny_unet, tmp_path):
     refused = partial(refusal, in_latents, capsys)
-    assert "no readable autoencoder" in refused(vae="./nowhere")
+    assert "--vae ./nowhere: no such folder" in refused(vae="./nowhere")
     save_vae()
-    assert "name the folder that holds config.json" in refused(vae="vae/config.json")
+    assert "is a file: name the folder of the model" in refused(vae="vae/config.json")
     tiny_unet().save_pretrained("unet")
     assert "class UNet2DModel is not supported: use one of AutoencoderKL" in refused(vae="unet")
     save_vae()

@@ -128,16 +128,20 @@ def run(args: argparse.Namespace) -> None:
 
 
 def _check_not_latent(settings) -> None:
-    from ..networks.autoencoders import has_autoencoder
+    from ..hub.lookup import pipeline_index
+    from ..networks.autoencoders import autoencoder_of
     from ..runtime.errors import UsageError
 
     base = settings.model.pretrained_model_name_or_path
     if settings.model.vae:
         raise UsageError("--vae: a diagnosis in latents is not supported: drop the flag")
-    if base is not None and has_autoencoder(base, settings.data.cache_dir):
+    if base is None:
+        return
+    named = f"--pretrained_model_name_or_path {base}"
+    if autoencoder_of(pipeline_index(base, named, settings.data.cache_dir)):
         raise UsageError(
-            f"--pretrained_model_name_or_path {base} works in latents, which a diagnosis does not support: drop the"
-            " flag to diagnose the loss on the images themselves"
+            f"{named} works in latents, which a diagnosis does not support: drop the flag to diagnose the loss on the"
+            " images themselves"
         )
 
 

@@ -23,17 +23,19 @@ def load_pipeline(model: str, device=None, *, mixed_precision: str = "no"):
         mixed_precision: "bf16" for sampling in bfloat16; it selects the fastest attention for that precision.
 
     Raises:
-        UsageError: if there is no such pipeline.
+        UsageError: if there is no such pipeline, or if it cannot be loaded.
     """
     from pathlib import Path
 
     import torch
     from diffusers import UNet2DModel
 
+    from ..hub.lookup import pipeline_index, saved_file
     from ..networks.attention import prefers_explicit_attention, use_explicit_attention
-    from ..networks.classes import check_pipeline, known_families
+    from ..networks.classes import known_families, network_folder
     from ..networks.dit import RegDiTPipeline
-    from ..networks.families import FAMILIES, pipeline_name
+    from ..networks.families import family_of
+    from ..networks.lora_pipeline import load_lora_pipeline
     from ..networks.whole_pipeline import load_whole_pipeline
     from ..pipeline import RegDDPMPipeline
     from ..runs.run_folder import LORA_FILE
@@ -41,23 +43,27 @@ def load_pipeline(model: str, device=None, *, mixed_precision: str = "no"):
     from ..runtime.hardware import keep_freed_memory
 
     dtype = torch.bfloat16 if mixed_precision == "bf16" else torch.float32
-    pipeline = _lora_pipeline(model, dtype) if Path(model, LORA_FILE).is_file() else None
-    name = None if pipeline else pipeline_name(model)
-    is_family = name in {family.pipeline for family in FAMILIES}
-    if pipeline is None and not is_family and Path(model, "model_index.json").is_file():
-        check_pipeline(model, f"--model {model}", or_else=f"one of {known_families()}")
+    named = f"--model {model}"
+    index = None if Path(model, LORA_FILE).is_file() else pipeline_index(model, named)
+    if index is None and saved_file(model, LORA_FILE, named) is None:
+        raise UsageError(f"{named}: holds no pipeline; `reg-diffusers train` saves one in its output folder")
+    is_family = family_of(index) is not None
+    if index is not None and not is_family:
+        network_folder(index, model, named, or_else=f"one of {known_families()}")
     try:
-        if is_family:
+        if index is None:
+            pipeline = load_lora_pipeline(model, dtype=dtype)
+        elif is_family:
             pipeline = load_whole_pipeline(model, dtype=dtype)
-        kind = RegDiTPipeline if name == "DiTPipeline" else RegDDPMPipeline
-        pipeline = pipeline or kind.from_pretrained(model)
-    except (OSError, ValueError) as error:
-        pipeline = None if Path(model).exists() else _lora_pipeline(model, dtype, missing_ok=True)
-        if pipeline is None:
-            reason = " ".join(str(error).split())
-            raise UsageError(
-                f"--model {model}: no folder or Hub id with a pipeline (train_reg.py saves one): {reason}"
-            ) from error
+        else:
+            is_dit = index["_class_name"] == "DiTPipeline"
+            pipeline = (RegDiTPipeline if is_dit else RegDDPMPipeline).from_pretrained(model)
+    except UsageError as error:
+        raise UsageError(f"{named}: {error}") from error
+    except Exception as error:  # of any type, because the files may be corrupt
+        reason = " ".join(str(error).split()) or type(error).__name__
+        what = "its LoRA weights" if index is None else "the pipeline"
+        raise UsageError(f"{named}: {what} cannot be loaded: {reason}") from error
     if device is None:
         device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else "cpu"
     if pipeline.vqvae is not None:
@@ -70,25 +76,3 @@ def load_pipeline(model: str, device=None, *, mixed_precision: str = "no"):
     ):
         use_explicit_attention(pipeline.unet)
     return pipeline.to(device)
-
-
-def _lora_pipeline(model: str, dtype, *, missing_ok: bool = False):
-    """Loads LoRA weights and their base; None if there are none and that is allowed.
-
-    Raises:
-        UsageError: they cannot be loaded.
-    """
-    from huggingface_hub.errors import HFValidationError
-
-    from ..networks.lora_pipeline import load_lora_pipeline
-    from ..runtime.errors import UsageError
-
-    try:
-        return load_lora_pipeline(model, dtype=dtype)
-    except UsageError as error:
-        raise UsageError(f"--model {model}: {error}") from error
-    except Exception as error:  # of any type, because the files may be corrupt
-        if missing_ok and isinstance(error, OSError | HFValidationError):  # neither a folder nor a Hub id
-            return None
-        reason = " ".join(str(error).split()) or type(error).__name__
-        raise UsageError(f"--model {model}: its LoRA weights cannot be loaded: {reason}") from error

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import sys
 from collections.abc import Mapping
 from pathlib import Path
@@ -105,11 +106,9 @@ def check_saved_schedule(path: str | Path, kwargs: dict) -> None:
     """
     names = ("cache_dir", "force_download", "local_files_only", "proxies", "revision", "token")
     given = {name: kwargs[name] for name in names if name in kwargs}
-    try:
-        config = DDIMScheduler.load_config(str(path), subfolder="scheduler", **given)
-    except (OSError, ValueError):
-        return
-    check_schedule(config)
+    for subfolder in ("scheduler", ""):  # the latter in pipelines of the first versions of diffusers
+        with contextlib.suppress(OSError):
+            return check_schedule(DDIMScheduler.load_config(str(path), subfolder=subfolder, **given))
 
 
 def check_weights(folder: Path) -> None:

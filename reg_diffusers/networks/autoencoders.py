@@ -8,18 +8,20 @@ from pathlib import Path
 
 import diffusers
 import torch
-from diffusers import AutoencoderKL, DiffusionPipeline
+from diffusers import AutoencoderKL
 from torch import nn
 
 from ..autoencoder import AUTOENCODERS
+from ..hub.lookup import pipeline_index
 from ..hub.model_index import check_weights
 from ..runtime.errors import UsageError, warn
 from ..sampling.sampler import add_weights
 from ..settings.model import ModelSettings
 from ..views import DecodedImage
 
-__all__ = ["autoencoder_sha256", "decoded_view", "has_autoencoder", "load_autoencoder"]
+__all__ = ["autoencoder_of", "autoencoder_sha256", "decoded_view", "load_autoencoder"]
 
+_BASE = "--pretrained_model_name_or_path"
 _COMPONENTS = ("vqvae", "vae")  # names of an autoencoder in diffusers' pipelines
 _COORDINATES = ("shift_factor", "latents_mean", "latents_std")  # LDMPipeline reads none of them
 
@@ -38,14 +40,16 @@ def load_autoencoder(
         UsageError: there is no readable autoencoder, its class is not supported, or both flags name one.
     """
     given, base = settings.vae, settings.pretrained_model_name_or_path
-    own = None if base is None else _component(base, cache_dir)
+    own = None if base is None else autoencoder_of(pipeline_index(base, f"{_BASE} {base}", cache_dir))
     if given is not None and own is not None:
         raise UsageError(f"--vae {given}: the pipeline {base} has an autoencoder of its own; drop the flag")
     if given is None and own is None:
         return None
-    flag = f"--vae {given}" if own is None else f"--pretrained_model_name_or_path {base}"
+    flag = f"--vae {given}" if own is None else f"{_BASE} {base}"
+    if own is None:
+        own = autoencoder_of(pipeline_index(given, flag, cache_dir))
     try:
-        vae = _load(base, own, cache_dir) if own is not None else _load(given, _component(given, cache_dir), cache_dir)
+        vae = _load(base if given is None else given, own, cache_dir)
     except UsageError as error:
         raise UsageError(f"{flag}: {error}") from None
     except Exception as error:  # of any type, because the files may be corrupt
@@ -85,24 +89,13 @@ def autoencoder_sha256(vae: nn.Module) -> str:
     return digest.hexdigest()
 
 
-def has_autoencoder(path: str, cache_dir: str | None = None) -> bool:
-    """Whether a path names a pipeline that works in latents."""
-    return _component(path, cache_dir) is not None
-
-
-def _component(path: str, cache_dir: str | None) -> str | None:
-    """Returns the subfolder of the autoencoder in a pipeline; None if the path names no pipeline, or one without."""
-    if Path(path).is_dir() and not (Path(path) / "model_index.json").is_file():
-        return None
-    try:
-        config = DiffusionPipeline.load_config(path, cache_dir=cache_dir)
-        return next((name for name in _COMPONENTS if (config.get(name) or [None])[0] is not None), None)
-    except (OSError, ValueError, TypeError, AttributeError):  # the last two: it does not hold what it should
-        return None
+def autoencoder_of(index: dict | None) -> str | None:
+    """Returns the name of the autoencoder in a model_index.json; None for no pipeline, or one without."""
+    return next((name for name in _COMPONENTS if ((index or {}).get(name) or [None])[0] is not None), None)
 
 
 def _load(path: str, subfolder: str | None, cache_dir: str | None) -> nn.Module:
-    if not path or Path(path).is_file():
+    if not path:
         raise UsageError("not a folder or Hub id: name the folder that holds config.json and the weights")
     where = {"subfolder": subfolder or "", "cache_dir": cache_dir}
     name = AutoencoderKL.load_config(path, **where).get("_class_name")

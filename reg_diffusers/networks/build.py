@@ -11,7 +11,6 @@ from pathlib import Path
 import torch
 from diffusers import (
     DDPMScheduler,
-    DiffusionPipeline,
     DiTPipeline,
     DiTTransformer2DModel,
     FlowMatchEulerDiscreteScheduler,
@@ -19,18 +18,14 @@ from diffusers import (
 )
 
 from ..data.training_data import Normalization, TrainingData
-from ..hub.model_index import (
-    check_weights,
-    saved_class_names,
-    saved_normalization,
-    saved_white,
-)
+from ..hub.lookup import pipeline_index
+from ..hub.model_index import check_weights, saved_class_names, saved_normalization, saved_white
 from ..prediction import image_channels
 from ..runtime.errors import UsageError
 from ..settings.machine import MachineSettings
 from ..settings.model import ModelSettings
 from . import dit
-from .classes import check_network, check_pipeline, known_families
+from .classes import check_network, known_families, network_folder
 from .families import Family, family_of
 from .fit import check_classes, check_sides
 from .lora import frozen_dtype, load_with_lora
@@ -139,25 +134,24 @@ def _load(settings: ModelSettings, cache_dir: str | None, frozen: torch.dtype, n
     path = settings.pretrained_model_name_or_path
     try:
         if path is not None:
-            if (family := family_of(path, cache_dir)) is not None:
+            index = pipeline_index(path, named, cache_dir)
+            if (family := family_of(index)) is not None:
                 if settings.lora_rank is None:
                     network = family.load_network(path, cache_dir, torch.float32)
                 else:
                     network = load_with_lora(family, settings, cache_dir, frozen)
                 return GivenModel(unet=network, scheduler=given_scheduler(path, cache_dir), family=family)
-            if not _is_pipeline(path, cache_dir):
+            if index is None:
                 config = UNet2DModel.load_config(path, cache_dir=cache_dir)
                 check_network(config, named, fix="name the folder of its pipeline")
                 is_dit = config.get("_class_name") == _DIT
                 unet = dit.load(path, cache_dir) if is_dit else _given_unet(path, cache_dir)
                 return GivenModel(unet=unet, is_dit=is_dit)
-            index = DiffusionPipeline.load_config(path, cache_dir=cache_dir)
             is_dit = index.get("_class_name") == DiTPipeline.__name__
-            check_pipeline(path, named, or_else=f"one of {known_families()}", cache_dir=cache_dir)
+            folder = network_folder(index, path, named, or_else=f"one of {known_families()}", cache_dir=cache_dir)
             scheduler = given_scheduler(path, cache_dir)
-            of_dit = dit.load(path, cache_dir, "transformer") if is_dit else None
             return GivenModel(
-                unet=of_dit or _given_unet(path, cache_dir, subfolder="unet"),
+                unet=(dit.load if is_dit else _given_unet)(path, cache_dir, folder),
                 scheduler=dit.of_image_alone(scheduler) if is_dit else scheduler,
                 normalization=_given_normalization(index),
                 white=saved_white(index),
@@ -173,7 +167,7 @@ def _load(settings: ModelSettings, cache_dir: str | None, frozen: torch.dtype, n
                 raise ValueError("it holds no JSON object")
             return _new_model(config, named)
         if path is not None:
-            if Path(path, "model_index.json").is_file():
+            if pipeline_index(path, named, cache_dir) is not None:
                 raise UsageError(
                     f"{named}: holds a pipeline: name the folder of its network to train such a network from scratch,"
                     " or fine-tune it by --pretrained_model_name_or_path"
@@ -287,16 +281,6 @@ def new_unet_config(resolution: int, is_large: bool = False) -> dict:
         ),
         "attention_head_dim": 64,
     }
-
-
-def _is_pipeline(path: str, cache_dir: str | None) -> bool:
-    if Path(path).is_dir():
-        return (Path(path) / "model_index.json").is_file()
-    try:
-        DiffusionPipeline.load_config(path, cache_dir=cache_dir)
-    except OSError:
-        return False
-    return True
 
 
 def _given_unet(path: str, cache_dir: str | None, subfolder: str = "") -> UNet2DModel:

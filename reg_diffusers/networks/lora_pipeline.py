@@ -9,6 +9,7 @@ import torch
 import yaml
 from huggingface_hub import hf_hub_download
 
+from ..hub.lookup import pipeline_index
 from ..runs.run_folder import CONFIG_FILE, LORA_FILE, PLAIN_FOLDER, SETTINGS_FILE
 from ..runtime.messages import say
 from ..settings.model import ModelSettings
@@ -34,12 +35,12 @@ def load_lora_pipeline(
     Raises:
         OSError: there are no such weights.
         ValueError: no base is recorded, or it cannot be used; or peft is not installed.
-        UsageError: the autoencoder of the base cannot be read.
+        UsageError: there is no such base, or its autoencoder cannot be read.
     """
     record, base = _recorded(model, cache_dir)
     if base is None:
         raise ValueError(f"{model} names no base on the Hub: load it in diffusers, and then its LoRA weights")
-    family = family_of(base, cache_dir)
+    family = family_of(pipeline_index(base, f"its base {base}", cache_dir))
     if family is None:
         raise ValueError(f"its base {base} is not a text-to-image pipeline that can be read here")
     if not Path(model).is_dir():

@@ -57,7 +57,10 @@ def build_noise_scheduler(settings: ModelSettings, given=None):
 
 def given_scheduler(path: str, cache_dir: str | None):
     """Loads the saved schedule as a training scheduler, because a pipeline may be saved with any sampler."""
-    config = DDPMScheduler.load_config(path, subfolder="scheduler", cache_dir=cache_dir)
+    try:
+        config = DDPMScheduler.load_config(path, subfolder="scheduler", cache_dir=cache_dir)
+    except OSError:  # beside the index, in pipelines of the first versions of diffusers
+        config = DDPMScheduler.load_config(path, cache_dir=cache_dir)
     check_schedule(config)
     if "prediction_type" not in config and "shift" in config:
         return FlowMatchEulerDiscreteScheduler.from_config(config)

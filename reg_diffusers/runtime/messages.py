@@ -10,6 +10,7 @@ from __future__ import annotations
 import logging
 import os
 import sys
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -38,6 +39,8 @@ def show_messages(*, quiet: bool = False, verbose: bool = False) -> None:
         verbose: whether to show details.
     """
     _add_handler()
+    # diffusers passes it for each config that it reads from the Hub, with its default value.
+    warnings.filterwarnings("ignore", "The `local_dir_use_symlinks` argument is deprecated", UserWarning)
     _logger.setLevel(logging.WARNING if quiet else logging.DEBUG if verbose else logging.INFO)
     if quiet:
         os.environ.setdefault(_OF_DATASETS, "1")  # for a later import

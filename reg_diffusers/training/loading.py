@@ -23,10 +23,11 @@ from ..data.training_data import (
     cache_folder,
     load_training_data,
 )
+from ..hub.lookup import pipeline_index
 from ..networks import dit
 from ..networks.autoencoders import autoencoder_sha256, load_autoencoder
 from ..networks.build import GivenModel, load_given_model
-from ..networks.families import FAMILIES, Embeddings, Family, family_of, pipeline_name
+from ..networks.families import FAMILIES, Embeddings, Family, family_of
 from ..networks.lora import frozen_sha256
 from ..networks.text_to_image import text_encoder_sha256
 from ..networks.whole_pipeline import base_folder, copied_files
@@ -139,8 +140,9 @@ def load_model_and_data(
         with_images: whether regularizers compare with the images, which latents do not show exactly.
     """
     base = model.pretrained_model_name_or_path
-    family = None if base is None else family_of(base, data.cache_dir)
-    _check_texts(model, data, family, validation_prompts)
+    index = None if base is None else pipeline_index(base, f"--pretrained_model_name_or_path {base}", data.cache_dir)
+    family = family_of(index)
+    _check_texts(model, data, family, index, validation_prompts)
     given = load_given_model(model, data.cache_dir, frozen)
     vae = load_autoencoder(model, data.cache_dir, family.vae_entries if family else ())
     if given.is_dit:
@@ -199,7 +201,11 @@ def load_model_and_data(
 
 
 def _check_texts(
-    model: ModelSettings, data: DataSettings, family: Family | None, validation_prompts: tuple[str, ...] | None
+    model: ModelSettings,
+    data: DataSettings,
+    family: Family | None,
+    index: dict | None,
+    validation_prompts: tuple[str, ...] | None,
 ) -> None:
     """Raises `UsageError` for texts without a text-to-image model, and the reverse."""
     has_texts = data.caption_column is not None or data.prompt is not None
@@ -221,8 +227,7 @@ def _check_texts(
         known = ", ".join(family.pipeline for family in FAMILIES)
         if flags == ["--condition_dropout"]:
             raise UsageError("--condition_dropout drops class labels or texts: add --class_conditional, or drop it")
-        base = model.pretrained_model_name_or_path
-        name = base and pipeline_name(base, data.cache_dir)
+        base, name = model.pretrained_model_name_or_path, index and index.get("_class_name")
         raise UsageError(
             f"{flags[0]} needs a text-to-image pipeline ({known}): name one by --pretrained_model_name_or_path"
             f"{f' in the place of {base}, a {name}' if name else ''}"
