@@ -1,6 +1,7 @@
 """What a run says before it starts: how long it takes, how much space it needs, how large its network is."""
 
 import re
+import shutil
 from types import SimpleNamespace
 
 import pytest
@@ -51,6 +52,25 @@ def test_the_number_of_steps_is_that_of_the_training(train, image_folder, capsys
     out = train("--train_data_dir", image_folder(9), *CACHE, *flags)
     steps = metrics(out)[-1]["step"]
     assert f": {steps} steps of " in lines_of(capsys.readouterr().out)["time"]
+
+
+@pytest.mark.slow
+def test_a_resumed_run_says_what_is_left(train, image_folder, capsys):
+    flags = ("--train_data_dir", image_folder(), *CACHE, "--max_train_steps", 9)
+    train(*flags, "--compare", output="both")
+    shutil.rmtree("both/plain/checkpoint-8")
+    train(*flags, output="one")
+    capsys.readouterr()
+
+    def time(*flags, **kwargs):
+        train(*flags, "--resume", "auto", **kwargs)
+        return re.search("^time +(.+)", capsys.readouterr().out, re.MULTILINE)[1]
+
+    left = r"about \d+ s: 0 and 3 of 2 x 9 steps left, \S+ m?s each, 3 previews, 4 samples to measure"
+    assert re.fullmatch(left, time(*flags, "--compare", output="both"))
+    assert re.fullmatch(r"about \d+ s: 1 of 9 steps left, \S+ m?s each, a preview", time(*flags, output="one"))
+    more = (*flags, "--max_train_steps", 13)
+    assert re.fullmatch(r"about \d+ s: 5 of 13 steps left, \S+ m?s each, 2 previews", time(*more, output="one"))
 
 
 def test_a_stream_of_unknown_length_has_the_steps_that_are_asked_for():

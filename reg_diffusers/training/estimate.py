@@ -21,6 +21,9 @@ from ..networks.build import GivenModel
 from ..networks.computation import Computation
 from ..networks.trained import trained_parameters
 from ..objective import RegularizedLoss, draw_timesteps
+from ..runs.lineage import named_checkpoint
+from ..runs.manifest import read_manifest
+from ..runs.run_folder import PLAIN_FOLDER
 from ..runtime.amounts import duration_text, size_text
 from ..runtime.errors import warn
 from ..settings import Settings
@@ -79,7 +82,9 @@ def describe_needs(
         batch_size=optimization.train_batch_size,
     )
     steps, _ = number_of_steps(optimization, data, state.num_processes)
-    needed = _time(speed, optimization, output, data, state.num_processes, models=models, measured=measured)
+    folders = (Path(output.output_dir), Path(output.output_dir, PLAIN_FOLDER))[:models]
+    done = [_steps_done(output, folder) for folder in folders]
+    needed = _time(speed, optimization, output, data, state.num_processes, done=done, measured=measured)
     trained = sum(parameter.numel() for parameter in trained_parameters(unet))
     whole = sum(parameter.numel() for parameter in unet.parameters())
     is_adapted = trained < whole  # by LoRA, which saves the trained parameters only
@@ -190,10 +195,10 @@ def _time(
     data: TrainingData,
     processes: int,
     *,
-    models: int,
+    done: list[int],
     measured: int,
 ) -> str:
-    """Returns the line about the time of a run.
+    """Returns the line about the time of a run; of a resumed one, about what remains.
 
     Args:
         speed: the measured speed, or why there is none.
@@ -201,23 +206,41 @@ def _time(
         output: settings of the output.
         data: data of the training.
         processes: number of processes.
-        models: number of trainings.
+        done: steps of each training before the checkpoint that it is resumed from, or 0.
         measured: samples of each model that are measured at the end.
     """
     steps, per_epoch = number_of_steps(optimization, data, processes)
+    models, left = len(done), [max(steps - before, 0) for before in done]
     trained = f"{models} x " * (models > 1) + f"{steps:,} step{'s' * (steps > 1)}"
+    if any(done):
+        trained = f"{' and '.join(f'{number:,}' for number in left)} of {trained} left"
     if isinstance(speed, str):
         return f"{trained}; not estimated: {speed}"
     of_a_step = speed.step * optimization.train_batch_size * optimization.gradient_accumulation_steps
     interval = output.preview_steps or output.save_images_epochs * per_epoch
-    previews = steps // interval + 1
-    calls = output.ddpm_num_inference_steps * (previews * output.eval_batch_size + measured)
-    seconds = models * (steps * of_a_step + calls * speed.call)
+    previews = [steps // interval - min(before, steps) // interval + 1 for before in done]
+    calls = output.ddpm_num_inference_steps * (sum(previews) * output.eval_batch_size + models * measured)
+    seconds = sum(left) * of_a_step + calls * speed.call
     short = f"{of_a_step:.2g} s" if of_a_step >= 0.1 else f"{1000 * of_a_step:.2g} ms"
     each = duration_text(of_a_step) if of_a_step >= 10 else short
     comparison = f", {measured} samples to measure" if measured else ""
-    number = f"{previews:.0f} previews" if previews > 1 else "a preview"
-    return f"about {duration_text(seconds)}: {trained} of {each}, {number}{' each' * (models > 1)}{comparison}"
+    most = max(previews)
+    number = f"{most:.0f} previews" if most > 1 else "a preview"
+    if models > 1:
+        number = f"{number} each" if len(set(previews)) == 1 else f"{sum(previews):.0f} previews"
+    steps_of = f"{trained}, {each} each" if any(done) else f"{trained} of {each}"
+    return f"about {duration_text(seconds)}: {steps_of}, {number}{comparison}"
+
+
+def _steps_done(output: OutputSettings, folder: Path) -> int:
+    """Returns the step of the checkpoint that a training in this folder is resumed from, or 0."""
+    checkpoint = named_checkpoint(output, folder)
+    if checkpoint is None:
+        return 0
+    try:
+        return read_manifest(checkpoint)["step"]
+    except ValueError:  # the training itself takes an older one then
+        return 0
 
 
 def _disk(
