@@ -16,7 +16,7 @@ from reg_diffusers.settings.optimization import OptimizationSettings
 from reg_diffusers.training.optimizer import build_optimizer, bytes_of_moments, check_optimizer
 
 pytestmark = pytest.mark.training
-SETTINGS = OptimizationSettings(use_8bit_adam=True)
+SETTINGS = OptimizationSettings(learning_rate=1e-3, use_8bit_adam=True)
 
 
 @pytest.fixture

@@ -6,9 +6,10 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+import yaml
 from runs import differ, metrics, weights
 
-from reg_diffusers.networks.build import GivenModel, build_unet, new_unet_config
+from reg_diffusers.networks.build import GivenModel, build_unet, learning_rate_of, new_unet_config
 from reg_diffusers.runtime.amounts import duration_text, size_text
 from reg_diffusers.settings import MachineSettings, OptimizationSettings
 from reg_diffusers.training.estimate import number_of_steps
@@ -137,6 +138,22 @@ def test_the_large_network_is_that_of_diffusers_at_64_pixels_and_can_be_named(tr
     monkeypatch.setattr("reg_diffusers.networks.build.new_unet_config", build)
     train("--max_train_steps", 1, "--no-use_ema", model=("--model_config_name_or_path", "large"))
     assert named == {8: True}
+
+
+def test_the_default_rate_is_that_of_diffusers_but_for_small_new_networks():
+    assert [learning_rate_of(GivenModel(), Data(size)) for size in (16, 64, 65)] == [1e-3, 1e-3, 1e-4]
+    for given in (GivenModel(is_large=True), GivenModel(config={}), GivenModel(unet=object())):
+        assert learning_rate_of(given, Data(16)) == 1e-4
+
+
+def test_the_default_rate_is_said_recorded_and_used(train, image_folder, capsys):
+    flags = ("--train_data_dir", image_folder(), *CACHE, "--max_train_steps", 1, "--lr_scheduler", "constant")
+    for model, rate in (((), 1e-3), (("--model_config_name_or_path", "tiny"), 1e-4)):
+        out = train(*flags, "--overwrite_output_dir", model=model)
+        assert f"model      learning rate {rate:g} by default; --learning_rate sets it" in capsys.readouterr().out
+        assert metrics(out)[-1]["lr"] == yaml.safe_load((out / "reg_settings.yaml").read_text())["learning_rate"] == rate
+    train(*flags, "--overwrite_output_dir", "--learning_rate", 2e-3)
+    assert metrics(out)[-1]["lr"] == 2e-3 and "learning rate" not in capsys.readouterr().out
 
 
 def test_the_bar_shows_the_loss_beside_that_of_the_data_and_which_training_it_is(train, image_folder, capsys):

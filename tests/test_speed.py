@@ -73,7 +73,7 @@ def test_a_gpu_gets_tf32_pinned_memory_and_a_fused_optimizer_and_the_run_says_so
         accelerator = SimpleNamespace(num_processes=1, device=torch.device(kind))
         loader = make_dataloader(images, OptimizationSettings(train_batch_size=2), 0, accelerator, Progress())
         assert loader.pin_memory == (kind == "cuda")
-    optimizer = build_optimizer(OptimizationSettings(), torch.nn.Linear(2, 2, device="meta"))
+    optimizer = build_optimizer(OptimizationSettings(learning_rate=1e-3), torch.nn.Linear(2, 2, device="meta"))
     assert optimizer.defaults["fused"]
 
 

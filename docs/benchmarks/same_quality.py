@@ -33,6 +33,7 @@ WAYS = {
     "peer": [HERE / "pil_transforms.py", "PEER", "--mixed_precision", "no"],
 }
 OURS = ["--regularizer", "none", "--no-compare", "--preview_steps", 1000000, "--seed", "SEED"]
+OURS += ["--learning_rate", 1e-4, "--lr_warmup_steps", 500]  # the peer's defaults
 MEASURED = ("classifier FD", "sliced Wasserstein")
 
 

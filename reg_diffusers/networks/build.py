@@ -31,9 +31,10 @@ from .fit import check_classes, check_sides
 from .lora import frozen_dtype, load_with_lora
 from .noise_schedule import given_scheduler
 
-__all__ = ["GivenModel", "build_unet", "load_given_model", "new_unet_config"]
+__all__ = ["GivenModel", "build_unet", "learning_rate_of", "load_given_model", "new_unet_config"]
 
 LARGE = "large"  # the name of the built-in config
+_SMALL = 64  # pixels up to which the default network is small enough for a CPU
 _DIT = DiTTransformer2DModel.__name__
 
 
@@ -251,7 +252,7 @@ def _prepared(unet, machine: MachineSettings):
 def new_unet_config(resolution: int, is_large: bool = False) -> dict:
     """Returns a UNet2DModel config for a resolution, with attention at the second coarsest level and 64-channel heads.
 
-    Up to 64 pixels, the network is small enough for a CPU. From 65 pixels on, the channels are those of diffusers'
+    Up to 64 pixels, the network is small. From 65 pixels on, the channels are those of diffusers'
     training script; the large network has them from 64 pixels on.
 
     Args:
@@ -260,7 +261,7 @@ def new_unet_config(resolution: int, is_large: bool = False) -> dict:
     """
     if resolution <= 16:
         channels, layers = (32, 64), 1
-    elif resolution <= 64 and not is_large:
+    elif resolution <= _SMALL and not is_large:
         channels, layers = (32, 64, 128) if resolution <= 32 else (32, 64, 128, 256), 1
     elif resolution <= 32:
         channels, layers = (64, 128, 128), 2
@@ -281,6 +282,20 @@ def new_unet_config(resolution: int, is_large: bool = False) -> dict:
         ),
         "attention_head_dim": 64,
     }
+
+
+def learning_rate_of(given: GivenModel, data: TrainingData) -> float:
+    """Returns the default learning rate: 1e-4, as in diffusers' training script, but 1e-3 for a small new network.
+
+    Adam's rate for a network of few channels may be larger. In the 1,000 steps of README's second example, 1e-4 leaves
+    samples of noise (docs/benchmarks/learning_rate.txt).
+
+    Args:
+        given: the model to start from.
+        data: the data of the training.
+    """
+    is_new = given.unet is None and given.config is None and not given.is_large
+    return 1e-3 if is_new and min(data.shape[1:]) <= _SMALL else 1e-4
 
 
 def _given_unet(path: str, cache_dir: str | None, subfolder: str = "") -> UNet2DModel:

@@ -19,13 +19,18 @@ class OptimizationSettings:
     num_epochs: int = flag(100, "passes over the data", parse=positive_int)
     max_train_steps: int | None = flag(None, "optimizer steps; overrides --num_epochs", parse=positive_int)
     gradient_accumulation_steps: int = flag(1, "batches per optimizer step", parse=positive_int)
-    learning_rate: float = flag(1e-4, "learning rate of AdamW after the warmup", parse=positive)
+    learning_rate: float | None = flag(
+        None,
+        "learning rate of AdamW after the warmup (default: 1e-3 for a new network of the default architecture up to 64"
+        " pixels, else 1e-4)",
+        parse=positive,
+    )
     lr_scheduler: str = flag(
         "cosine",
         "schedule of the learning rate",
         choices=["linear", "cosine", "cosine_with_restarts", "polynomial", "constant", "constant_with_warmup"],
     )
-    lr_warmup_steps: int = flag(500, "steps in which the learning rate rises", parse=natural)
+    lr_warmup_steps: int = flag(100, "steps in which the learning rate rises", parse=natural)
     adam_beta1: float = flag(0.95, "decay rate of AdamW's first moment", parse=fraction)
     adam_beta2: float = flag(0.999, "decay rate of AdamW's second moment", parse=fraction)
     adam_weight_decay: float = flag(1e-6, "weight decay of AdamW", parse=nonnegative)

@@ -15,7 +15,7 @@ from ..data.parts import parts_of
 from ..data.training_data import StreamedLatents, TrainingData, Wanted, batches_per_epoch
 from ..hub.uploads import Uploads, check_upload
 from ..networks.autoencoders import cast_decoder, decoded_view
-from ..networks.build import GivenModel, build_unet
+from ..networks.build import GivenModel, build_unet, learning_rate_of
 from ..networks.computation import Computation, choose_computation
 from ..networks.conditions import Conditions
 from ..networks.noise_schedule import build_noise_scheduler
@@ -113,7 +113,11 @@ def open_run(launch: Launch) -> Run:
     # Errors are reported here, before anything is written.
     noise_scheduler = build_noise_scheduler(settings.model, given.scheduler)
     steps = inference_steps(output.ddpm_num_inference_steps, noise_scheduler)
-    settings = replace(settings, output=replace(output, ddpm_num_inference_steps=steps))
+    is_default_rate = optimization.learning_rate is None
+    if is_default_rate:
+        optimization = replace(optimization, learning_rate=learning_rate_of(given, data))
+    output = replace(output, ddpm_num_inference_steps=steps)
+    settings = replace(settings, optimization=optimization, output=output)
     advise(loss.snr_gamma, noise_scheduler)
     on_data = together(state, lambda: check_terms(terms, noise_scheduler, data, state.device, likely_precision))
     together(state, lambda: check_rules(weight_rules(loss, terms), on_data))
@@ -155,6 +159,8 @@ def open_run(launch: Launch) -> Run:
         held_out = loaded.held_out and loaded.held_out.describe()
         precision = computation.mixed_precision.value
         notes = notes_on(settings, loaded, unet, noise_scheduler, precision)
+        if is_default_rate:
+            notes.append(f"learning rate {optimization.learning_rate:g} by default; --learning_rate sets it")
         described = describe(
             *data_and_model, loss, terms, on_data, estimates, lines, output.output_dir, held_out, notes
         )
