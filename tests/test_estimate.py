@@ -151,7 +151,9 @@ def test_the_default_rate_is_said_recorded_and_used(train, image_folder, capsys)
     for model, rate in (((), 1e-3), (("--model_config_name_or_path", "tiny"), 1e-4)):
         out = train(*flags, "--overwrite_output_dir", model=model)
         assert f"model      learning rate {rate:g} by default; --learning_rate sets it" in capsys.readouterr().out
-        assert metrics(out)[-1]["lr"] == yaml.safe_load((out / "reg_settings.yaml").read_text())["learning_rate"] == rate
+        assert (
+            metrics(out)[-1]["lr"] == yaml.safe_load((out / "reg_settings.yaml").read_text())["learning_rate"] == rate
+        )
     train(*flags, "--overwrite_output_dir", "--learning_rate", 2e-3)
     assert metrics(out)[-1]["lr"] == 2e-3 and "learning rate" not in capsys.readouterr().out
 
