@@ -15,8 +15,9 @@ import PIL.Image
 import pytest
 import torch
 from diffusers import DDPMScheduler, EDMEulerScheduler, FlowMatchEulerDiscreteScheduler, UNet2DModel
+from tiny_pipelines import save_stable_diffusion
 
-from reg_diffusers import RegDDPMPipeline
+from reg_diffusers import RegDDPMPipeline, RegTextToImagePipeline
 from reg_diffusers.cli import demo as command
 from reg_diffusers.demo import build_demo
 from reg_diffusers.demo.sampling import DemoSettings, Run, watch
@@ -50,6 +51,17 @@ def sampled(pipeline, scale, seed=0, steps=20, number=4, regularizer=total_varia
     return output.scores["score"].mean().item()
 
 
+def sampled_from_text(pipeline, text, scale, label=None, number=1, steps=20):
+    """L' of images of a text-to-image pipeline, or of classes in latents."""
+    drawing = pipeline.with_parts(scheduler=fast_scheduler(pipeline.scheduler))
+    drawing.set_progress_bar_config(disable=True)
+    given = {"class_labels": label} if text is None else {"prompt": text}
+    generator, guidance = torch.Generator().manual_seed(0), [total_variation]
+    call = {"regularizers": guidance, "guidance": guidance, "regularizer_scale": scale}
+    output = drawing(number, generator, num_inference_steps=steps, **given, **call)
+    return output.scores["total_variation"].mean().item()
+
+
 def settings_for(pipeline, regularizer=total_variation, **settings):
     return DemoSettings(fitting_samplers(pipeline)["DDIM"], regularizer, **settings)
 
@@ -63,7 +75,7 @@ def test_scores_are_those_of_the_pipeline(tiny_unet, method):
     settings = settings_for(
         pipeline, seed=3, steps=6, number=2, class_label=1, guidance_method=method, regularizer_scale=0.2
     )
-    *_, (plain, guided) = watch(pipeline.unet, settings)
+    *_, (plain, guided) = watch(pipeline, settings)
     same = {"seed": 3, "steps": 6, "number": 2, "label": 1, "method": method}
     assert plain.score == pytest.approx(sampled(pipeline, 0.0, **same), rel=1e-5)
     assert guided.score == pytest.approx(sampled(pipeline, 0.2, **same), rel=1e-5)
@@ -74,7 +86,7 @@ def test_scores_are_those_of_the_pipeline(tiny_unet, method):
 
 def test_a_run_is_seen_while_it_samples_and_ends_when_nobody_looks(tiny_unet):
     pipeline = make_pipeline(tiny_unet())
-    with closing(watch(pipeline.unet, settings_for(pipeline, steps=900), interval=0.02)) as looks:
+    with closing(watch(pipeline, settings_for(pipeline, steps=900), interval=0.02)) as looks:
         for plain, guided in looks:
             if plain.values and guided.values:
                 break
@@ -88,7 +100,7 @@ def test_an_error_in_a_run_is_raised(tiny_unet):
 
     pipeline = make_pipeline(tiny_unet())
     with pytest.raises(TypeError, match="broken"):
-        list(watch(pipeline.unet, settings_for(pipeline, broken)))
+        list(watch(pipeline, settings_for(pipeline, broken)))
 
 
 def test_samplers_fit_the_model(tiny_unet):
@@ -98,7 +110,7 @@ def test_samplers_fit_the_model(tiny_unet):
         pipeline = RegDDPMPipeline(unet, scheduler)
         samplers = fitting_samplers(pipeline)
         for make in samplers.values():
-            *_, (plain, _) = watch(unet, DemoSettings(make, total_variation, steps=3, number=1))
+            *_, (plain, _) = watch(pipeline, DemoSettings(make, total_variation, steps=3, number=1))
             assert plain.score > 0
             assert make() is not make()
         return list(samplers)
@@ -114,6 +126,27 @@ def test_samplers_fit_the_model(tiny_unet):
     assert names(EDMEulerScheduler()) == ["EDMEuler"]
     learned = UNet2DModel.from_config(unet.config, out_channels=2)
     assert "DDPM" in names(DDPMScheduler(variance_type="learned_range"), learned)
+
+
+@pytest.fixture
+def text_model(tmp_path):
+    save_stable_diffusion(tmp_path / "text", tmp_path / "scratch")
+    return RegTextToImagePipeline.from_pretrained(tmp_path / "text")
+
+
+def test_a_text_to_image_model_shows_decoded_images_of_its_text(text_model):
+    make, found = fitting_samplers(text_model)["DDIM"], {}
+    scheduler = text_model.scheduler
+    for text in ("a cat", "a dog"):
+        settings = DemoSettings(make, total_variation, steps=3, number=1, prompt=text, regularizer_scale=2.0)
+        *_, (plain, guided) = watch(text_model, settings)
+        for run, scale in ((plain, 0.0), (guided, 2.0)):
+            assert run.score == pytest.approx(sampled_from_text(text_model, text, scale, steps=3), rel=1e-4)
+            assert run.images.shape == (1, 3, 16, 16) and len(run.values) == 3
+        # x0_hat of the last step is the sample
+        assert plain.values[-1] == pytest.approx(plain.score, rel=1e-3)
+        found[text] = plain.score
+    assert len(set(found.values())) == 2 and text_model.scheduler is scheduler
 
 
 # What is shown
@@ -202,7 +235,7 @@ def demonstration(tiny_unet):
 
 def draw(demonstration, visitor="me", **changed):
     values = {"regularizer": "tv", "method": "mpgd", "scale": 0.1, "seed": 0, "steps": 5, "scheduler": "DDIM"}
-    values |= {"number": 2, "class_label": 0}
+    values |= {"number": 2, "class_label": 0, "text": ""}
     return demonstration.draw(**values | changed, request=SimpleNamespace(session_hash=visitor))
 
 
@@ -244,6 +277,16 @@ def test_what_cannot_work_is_said_on_the_page(demonstration, changed, message):
     assert message in caught.value.message
 
 
+def test_a_text_is_wanted_where_the_model_takes_one(demonstration, text_model):
+    import gradio as gr
+
+    shared = demonstration(text_model)
+    assert "Done" in list(draw(shared, text="a cat", number=1, steps=2))[-1]
+    for wrong in (None, 3, "a " * 501):
+        with pytest.raises(gr.Error, match="Text must be a text of at most 1,000 characters"):
+            list(draw(shared, text=wrong))
+
+
 def test_a_class_label_is_wanted_where_the_model_has_classes(demonstration, tiny_unet):
     import gradio as gr
 
@@ -272,7 +315,7 @@ def test_regularizers_and_models_that_cannot_be_shown_are_refused(tiny_unet):
         build_demo(pipeline, {"of_its_class": of_its_class})
     conditional = make_pipeline(tiny_unet(num_class_embeds=3))
     build_demo(conditional, {"of_its_class": of_its_class})
-    *_, (plain, _) = watch(conditional.unet, settings_for(conditional, of_its_class, class_label=0))
+    *_, (plain, _) = watch(conditional, settings_for(conditional, of_its_class, class_label=0))
     assert plain.score == 0 and set(plain.values) == {0.0}
     by_image = UNet2DModel.from_config(tiny_unet().config, in_channels=2)
     with pytest.raises(ValueError, match="conditioned on images"):
@@ -448,6 +491,27 @@ def test_the_page_shows_what_the_pipeline_gives(tiny_unet, tmp_path, browser):
 
 
 @pytest.mark.slow
+def test_the_page_of_a_text_to_image_model_has_a_field_for_its_text(text_model, tmp_path, browser):
+    pytest.importorskip("gradio")
+    from selenium.webdriver import Keys
+
+    record = {"data": {"shape": [3, 16, 16], "prompts": ["a dog", "a cat"]}}
+    (tmp_path / "text" / "reg_config.json").write_text(json.dumps(record))
+    with served(tmp_path / "text") as url:
+        browser.get(url)
+        page = Page(browser)
+        page.shows(*(sampled_from_text(text_model, "a dog", scale) for scale in (0.0, 0.05)))  # the recorded text
+        assert "Class label" not in page.text("body")
+        field = browser.find_element("css selector", "#controls [data-testid='textbox']")
+        assert field.get_attribute("value") == "a dog"
+        field.send_keys(Keys.CONTROL, "a", Keys.NULL, "a cat", Keys.ENTER)
+        page.shows(*(sampled_from_text(text_model, "a cat", scale) for scale in (0.0, 0.05)))
+        page.type("Regularizer scale", 0.5)  # other controls keep the text
+        page.shows(*(sampled_from_text(text_model, "a cat", scale) for scale in (0.0, 0.5)))
+        assert [entry for entry in browser.get_log("browser") if entry["level"] == "SEVERE"] == []
+
+
+@pytest.mark.slow
 def test_the_controls_follow_the_model_and_the_method(tiny_unet, browser):
     pytest.importorskip("gradio")
     pipeline = make_pipeline(tiny_unet())
@@ -457,7 +521,7 @@ def test_the_controls_follow_the_model_and_the_method(tiny_unet, browser):
     try:
         browser.get(url)
         page.shows(*(sampled(pipeline, scale) for scale in (0.0, 0.05)))
-        assert "Class label" not in page.text("body")
+        assert "Class label" not in page.text("body") and "Text" not in page.text("#controls").split("\n")
 
         phone = {"width": 390, "height": 844, "deviceScaleFactor": 1, "mobile": True}
         browser.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", phone)

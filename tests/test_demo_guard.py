@@ -119,7 +119,7 @@ def test_parallel_requests_get_answers_or_a_clear_word(port):
     status, config = ask(port, path="/config")
     assert status == 200
     config = json.loads(config)
-    number = next(entry["id"] for entry in config["dependencies"] if len(entry["inputs"]) == 8)
+    number = next(entry["id"] for entry in config["dependencies"] if len(entry["inputs"]) == 9)
     said = []
 
     def draw(place, data):
@@ -130,7 +130,7 @@ def test_parallel_requests_get_answers_or_a_clear_word(port):
             status, text = ask(port, path=f"/gradio_api/queue/data?session_hash={session}")
         said.append((place, status, text))
 
-    good = ["total_variation", "mpgd", 0.05, 0, 2, "DDIM", 1, 0]
+    good = ["total_variation", "mpgd", 0.05, 0, 2, "DDIM", 1, 0, ""]
     threads = [threading.Thread(target=draw, args=(place, good)) for place in range(20)]
     for thread in threads:
         thread.start()
@@ -156,8 +156,8 @@ def test_parallel_requests_get_answers_or_a_clear_word(port):
         ("queue/join", {"data": [], "fn_index": 9999}, 404, "this page has no function 9999"),
         ("queue/join", {"data": [], "fn_index": -1}, 404, "this page has no function -1"),
         ("queue/join", {"data": [], "fn_index": [1]}, 404, "this page has no function [1]"),
-        ("queue/join", {"data": [], "fn_index": 0}, 422, "function 0 expects a list of 8 inputs"),
-        ("queue/join", {"data": "draw it", "fn_index": 0}, 422, "function 0 expects a list of 8 inputs"),
+        ("queue/join", {"data": [], "fn_index": 0}, 422, "function 0 expects a list of 9 inputs"),
+        ("queue/join", {"data": "draw it", "fn_index": 0}, 422, "function 0 expects a list of 9 inputs"),
         ("queue/join", {"data": []}, 422, "a request must contain fn_index and data"),
         ("queue/join", [], 422, "a request must contain fn_index and data"),
         ("run/predict", {"data": [], "fn_index": 9999}, 404, "this page does not send such requests"),

@@ -63,8 +63,9 @@ def run(args: argparse.Namespace) -> None:
 
     regularizers = _regularizers(args.regularizer)
     pipeline = load_pipeline(args.model)
+    means = _means_on_data(args, pipeline, regularizers)
     try:
-        page = build_demo(pipeline, regularizers, _means_on_data(args, pipeline, regularizers))
+        page = build_demo(pipeline, regularizers, means, _first_text(args.model))
         from ..demo.guard import LOCAL, guarded, is_everywhere
     except ImportError as error:
         raise UsageError(str(error)) from error
@@ -96,6 +97,19 @@ def run(args: argparse.Namespace) -> None:
         url = f"http://{_own_address()}:{page.server_port}/"
     print(f"{url} shows {args.model}; press Ctrl-C to stop", flush=True)
     page.block_thread()
+
+
+def _first_text(model: str) -> str:
+    """Returns the first text that a training recorded; "" without any, or if the record is damaged."""
+    from pathlib import Path
+
+    from ..hub.card import read_json
+    from ..runs.run_folder import CONFIG_FILE
+
+    try:
+        return str(read_json(Path(model, CONFIG_FILE))["data"]["prompts"][0])
+    except (OSError, ValueError, LookupError, TypeError):
+        return ""
 
 
 def _own_address() -> str:

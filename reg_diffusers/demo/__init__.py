@@ -18,13 +18,15 @@ def build_demo(
     pipeline: RegDDPMPipeline,
     regularizers: Mapping[str, Regularizer],
     means_on_data: Mapping[str, float] | None = None,
+    text: str = "",
 ) -> gradio.Blocks:
     """Builds a page that samples from a pipeline with and without guidance, side by side; `.launch()` serves it.
 
     Args:
-        pipeline: the model; its own scheduler is not changed.
+        pipeline: the model, for images or in latents; its own scheduler is not changed.
         regularizers: the losses to choose from, by display name; the first is the initial choice.
         means_on_data: the mean of L' over images of the data, by the same names; a reference where it is known.
+        text: the text that the page begins with, for a text-to-image model.
 
     Raises:
         ImportError: if gradio is not installed.
@@ -37,4 +39,4 @@ def build_demo(
         if error.name != "gradio":
             raise
         raise ImportError('the demo needs gradio: pip install "reg_diffusers[demo]"') from None
-    return build_page(pipeline, regularizers, means_on_data or {})
+    return build_page(pipeline, regularizers, means_on_data or {}, text)

@@ -14,7 +14,6 @@ from types import MappingProxyType
 import gradio as gr
 
 from ..pipeline import RegDDPMPipeline
-from ..prediction import image_channels
 from ..regularizers import Regularizer
 from ..sampling.schedulers import fitting_samplers
 from ..term import needs_of
@@ -36,6 +35,7 @@ _METHODS = [
 # Largest scale, step of the slider, initial scale. With the gradient through the network, the same effect needs more.
 _SCALES = {"mpgd": (0.5, 0.005, 0.05), "dps": (20, 0.1, 2), "lgd": (20, 0.1, 2)}
 _LARGEST_SEED, _MOST_STEPS, _MOST_IMAGES = 2**31 - 1, 200, 16
+_LONGEST_TEXT = 1000  # characters
 _MOST_DRAWINGS, _MOST_WAITING = 8, 16  # at the same time; a new drawing of a visitor ends the previous one
 _SETTLE_SECONDS = 0.15  # a slider must rest this long before sampling starts
 
@@ -47,6 +47,7 @@ class Demonstration:
         pipeline: see `build_demo`.
         regularizers: see `build_demo`.
         means_on_data: see `build_demo`.
+        text: see `build_demo`.
 
     Raises:
         ValueError: see `build_demo`.
@@ -57,19 +58,18 @@ class Demonstration:
         pipeline: RegDDPMPipeline,
         regularizers: Mapping[str, Regularizer],
         means_on_data: Mapping[str, float] = MappingProxyType({}),
+        text: str = "",
     ):
-        self.unet = pipeline.unet
+        self.pipeline, self.text = pipeline, text
         self.classes: int | None = pipeline.num_classes
         self.samplers = fitting_samplers(pipeline)
         self.most_steps = min(_MOST_STEPS, pipeline.scheduler.config.num_train_timesteps)
         self.regularizers, self.means_on_data = dict(regularizers), dict(means_on_data)
         self._newest: dict[str | None, object] = {}  # the latest drawing of each visitor
-        if pipeline.vqvae is not None:
-            raise ValueError("the model draws latents, which the demo does not support: use reg-diffusers sample")
-        self._check(image_channels(pipeline.unet.config.out_channels, pipeline.scheduler.config))
+        self._check()
 
     def draw(
-        self, regularizer, method, scale, seed, steps, scheduler, number, class_label, request: gr.Request
+        self, regularizer, method, scale, seed, steps, scheduler, number, class_label, text, request: gr.Request
     ) -> Iterator[str]:
         """Yields the state of both runs as HTML until they finish or the same visitor starts another drawing.
 
@@ -88,11 +88,12 @@ class Demonstration:
             steps=_whole("Steps", steps, 1, self.most_steps),
             number=_whole("Images", number, 1, _MOST_IMAGES),
             class_label=None if self.classes is None else _whole("Class label", class_label, 0, self.classes - 1),
+            prompt=_text("Text", text) if self.pipeline.takes_prompts else None,
             guidance_method=_one_of("Guidance method", method, _SCALES),
             regularizer_scale=_between("Regularizer scale", scale, 0, max(most for most, *_ in _SCALES.values())),
         )
         try:
-            with closing(watch(self.unet, settings)) as looks:
+            with closing(watch(self.pipeline, settings)) as looks:
                 for plain, guided in looks:
                     if self._newest.get(visitor) is not this:
                         return
@@ -106,10 +107,10 @@ class Demonstration:
         """Ends the drawing of a visitor who left the page."""
         self._newest.pop(request.session_hash, None)
 
-    def _check(self, channels: int) -> None:
+    def _check(self) -> None:
         if not self.regularizers:
             raise ValueError("the demo needs a regularizer")
-        if self.unet.config.in_channels > channels:
+        if self.pipeline.condition_channels:
             raise ValueError("the model is conditioned on images, which the demo does not support")
         known = () if self.classes is None else ("class_labels",)
         for name, regularizer in self.regularizers.items():
@@ -118,15 +119,16 @@ class Demonstration:
 
 
 def build_page(
-    pipeline: RegDDPMPipeline, regularizers: Mapping[str, Regularizer], means_on_data: Mapping[str, float]
+    pipeline: RegDDPMPipeline, regularizers: Mapping[str, Regularizer], means_on_data: Mapping[str, float], text: str
 ) -> gr.Blocks:
     """Builds the page; see `build_demo`."""
-    demonstration = Demonstration(pipeline, regularizers, means_on_data)
+    demonstration = Demonstration(pipeline, regularizers, means_on_data, text)
     with gr.Blocks(title=_TITLE, analytics_enabled=False) as page:
         gr.Markdown(_HEADING)
         with gr.Row():
             with gr.Column(scale=2, min_width=320, elem_id="controls"):
                 gr.Markdown(_INTRODUCTION)
+                prompt = _text_control(demonstration)
                 guidance = _guidance_controls(demonstration)
                 sampling, another_seed = _sampling_controls(demonstration)
             with gr.Column(scale=3, min_width=320):
@@ -134,7 +136,7 @@ def build_page(
         (_, method, scale), (seed, *_) = guidance, sampling
         draw = {
             "fn": demonstration.draw,
-            "inputs": [*guidance, *sampling],
+            "inputs": [*guidance, *sampling, prompt],
             "outputs": result,
             "show_progress": "hidden",
             "trigger_mode": "multiple",  # a new drawing ends the old one itself
@@ -144,6 +146,7 @@ def build_page(
             "api_visibility": "private",
         }
         gr.on([page.load, *(control.change for control in [*guidance, *sampling] if control is not method)], **draw)
+        prompt.submit(**draw)
         # Each method has its own range of scales: the slider must adopt it before sampling starts.
         method.change(_scale_slider, method, scale, api_visibility="private", show_progress="hidden").then(**draw)
         another_seed.click(
@@ -151,6 +154,18 @@ def build_page(
         )
         page.unload(demonstration.forget)
     return page.queue(max_size=_MOST_WAITING)  # further requests get "the queue is full"
+
+
+def _text_control(demonstration: Demonstration) -> gr.Textbox:
+    """Returns the field for the text of the images, which only a text-to-image model shows."""
+    return gr.Textbox(
+        demonstration.text,
+        label="Text",
+        info="What the images show. Enter samples them.",
+        max_lines=1,
+        max_length=_LONGEST_TEXT,
+        visible=demonstration.pipeline.takes_prompts,
+    )
 
 
 def _guidance_controls(demonstration: Demonstration) -> list[gr.components.Component]:
@@ -193,7 +208,8 @@ def _sampling_controls(demonstration: Demonstration) -> tuple[list[gr.components
             label="Scheduler",
             info="The update rule that computes each step from x̂₀ and the noise.",
         )
-        number = gr.Slider(1, _MOST_IMAGES, 4, step=1, label="Images", info="L' is the mean over these images.")
+        usual = min(4, demonstration.pipeline.typical_batch)
+        number = gr.Slider(1, _MOST_IMAGES, usual, step=1, label="Images", info="L' is the mean over these images.")
         class_label = gr.Slider(
             *(0, max(1, (classes or 1) - 1), 0),
             step=1,
@@ -215,6 +231,12 @@ def _description(regularizer: Regularizer) -> str:
 def _one_of(name: str, value, known: Mapping) -> str:
     if not isinstance(value, str) or value not in known:
         raise gr.Error(f"{name} must be one of {', '.join(known)}", print_exception=False)
+    return value
+
+
+def _text(name: str, value) -> str:
+    if not isinstance(value, str) or len(value) > _LONGEST_TEXT:
+        raise gr.Error(f"{name} must be a text of at most {_LONGEST_TEXT:,} characters", print_exception=False)
     return value
 
 

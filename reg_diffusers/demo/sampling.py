@@ -28,6 +28,7 @@ class DemoSettings:
         steps: number of network calls.
         number: number of images.
         class_label: the class of all images, for a class-conditional network.
+        prompt: the text of all images, for a text-to-image model.
         guidance_method: see `RegDDPMPipeline`.
         regularizer_scale: see `RegDDPMPipeline`.
     """
@@ -38,6 +39,7 @@ class DemoSettings:
     steps: int = 20
     number: int = 4
     class_label: int | None = None
+    prompt: str | None = None
     guidance_method: str = "mpgd"
     regularizer_scale: float = 0.05
 
@@ -59,25 +61,28 @@ class Run:
         self.score: float | None = None
         self._stopped = Event()
 
-    def sample(self, unet) -> None:
-        """Samples until the end or until `stop`; all runs share the network and nothing else."""
+    def sample(self, pipeline: RegDDPMPipeline) -> None:
+        """Samples until the end or until `stop`; all runs share the networks, but not the scheduler."""
         settings = self.settings
-        pipeline = RegDDPMPipeline(unet, settings.make_scheduler())
-        pipeline.set_progress_bar_config(disable=True)
-        output = pipeline(
+        drawing = pipeline.with_parts(scheduler=settings.make_scheduler())
+        drawing.register_to_config(normalization=None)  # fields are shown and scored in the units of the network
+        drawing.set_progress_bar_config(disable=True)
+        text = {} if settings.prompt is None else {"prompt": settings.prompt}
+        output = drawing(
             settings.number,
             torch.Generator().manual_seed(settings.seed),
             settings.steps,
             "latent",
             regularizers={"score": settings.regularizer},
             class_labels=settings.class_label,
+            **text,
             guidance=[settings.regularizer],
             regularizer_scale=self.regularizer_scale,
             guidance_method=settings.guidance_method,
             callback_on_step_end=self._look,
             callback_on_step_end_tensor_inputs=["x0_hat"],
         )
-        self.images = output.images.float().cpu()
+        self.images = drawing.decode(output.images).float().cpu()
         self.score = output.scores["score"].mean().item()
 
     def stop(self) -> None:
@@ -85,7 +90,7 @@ class Run:
         self._stopped.set()
 
     def _look(self, pipeline, index: int, timestep, tensors: dict[str, Tensor]) -> None:
-        x0_hat = tensors["x0_hat"]
+        x0_hat = pipeline.decode(tensors["x0_hat"])
         context = {}
         if "class_labels" in needs_of(self.settings.regularizer):
             context["class_labels"] = torch.full((len(x0_hat),), self.settings.class_label, device=x0_hat.device)
@@ -94,17 +99,24 @@ class Run:
         pipeline._interrupt = self._stopped.is_set()
 
 
-def watch(unet, settings: DemoSettings, interval: float = 0.1) -> Iterator[tuple[Run, Run]]:
+def watch(pipeline: RegDDPMPipeline, settings: DemoSettings, interval: float = 0.1) -> Iterator[tuple[Run, Run]]:
     """Samples without and with guidance in parallel; yields both runs every `interval` seconds and at the end.
 
     Closing the generator stops both runs.
 
+    Args:
+        pipeline: the model, which is not changed.
+        settings: the choices of the visitor.
+        interval: the time between two looks.
+
     Raises:
         Exception: the exception of a run that failed.
     """
+    if settings.prompt is not None:
+        pipeline._contexts(1, pipeline.default_guidance_scale, prompt=settings.prompt)  # copies share its embeddings
     runs = Run(settings, regularizer_scale=0.0), Run(settings, settings.regularizer_scale)
     with ThreadPoolExecutor(len(runs)) as executor:
-        futures = [executor.submit(run.sample, unet) for run in runs]
+        futures = [executor.submit(run.sample, pipeline) for run in runs]
         try:
             sampling = True
             while sampling:
