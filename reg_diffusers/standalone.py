@@ -35,6 +35,7 @@ _MODULES = (
         "runs/run_folder",
         "hub/data_text",
         "hub/held_out_text",
+        "hub/objective_text",
         "hub/card_text",
         "hub/card",
         "hub/repository",

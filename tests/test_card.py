@@ -240,7 +240,7 @@ def test_the_formulas_are_those_of_the_library(kind):
     import torch
 
     from reg_diffusers import add_noise, noise_level, predict_original_sample, prediction_target
-    from reg_diffusers.hub.card_text import _FORMULAS
+    from reg_diffusers.hub.objective_text import _FORMULAS
 
     is_flow = kind == "flow_prediction"
     scheduler = FlowMatchEulerDiscreteScheduler() if is_flow else DDPMScheduler(prediction_type=kind)
@@ -264,7 +264,7 @@ def test_the_weightings_are_those_of_the_library(name):
     import torch
 
     from reg_diffusers import load_weighting, noise_level
-    from reg_diffusers.hub.card_text import _WEIGHTINGS
+    from reg_diffusers.hub.objective_text import _WEIGHTINGS
 
     t = torch.tensor([0, 20, 150, 199])
     level = noise_level(DDPMScheduler(), t)

@@ -11,7 +11,8 @@ from huggingface_hub import HfApi, ModelCard, ModelCardData
 from ..runs.measurement import as_text
 from ..runs.run_folder import LORA_FILE
 from .card import BEGIN, END, as_card, facts_of, read_json, results_of, write_card, write_merged
-from .card_text import CardFacts, block, evidence_section, objective_section, reproduction_section
+from .card_text import CardFacts, evidence_section, reproduction_section
+from .objective_text import block, objective_section
 from .repository import STALE, check_kind, open_repository, remote_card
 
 __all__ = ["push_adapters", "write_card_of_run"]
