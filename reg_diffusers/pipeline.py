@@ -13,23 +13,19 @@ import inspect
 import json
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import ClassVar
 
 import torch
 from diffusers import DiffusionPipeline, ModelMixin, SchedulerMixin, UNet2DModel
 from diffusers.utils import logging
 from diffusers.utils.torch_utils import randn_tensor
-from huggingface_hub import HfApi
 from torch import Tensor
 
 from .guidance import Guidance
-from .hub.card import write_card
 from .hub.model_index import as_saved, check_components, check_saved_schedule, check_weights, own_entries
-from .hub.repository import STALE, check_kind, check_source, fetch_evidence, open_repository, remote_card
+from .hub.repository import upload_pipeline
 from .prediction import output_for_step, predict_original_sample
 from .regularizers.contract import Regularizer
-from .runs.run_folder import CARD_FILE
 from .sampling.call_inputs import (
     at_least_one,
     by_name,
@@ -297,28 +293,16 @@ class RegDDPMPipeline(ImageSpace, ConditionedNetwork, DiffusionPipeline):
                 link leads out of the folder that the pipeline was loaded from, or the repository holds LoRA weights.
             HfHubHTTPError: there is no network, or no write access.
         """
-        api = HfApi(token=token)
-        check_source(self.name_or_path)
-        repo_id = open_repository(api, repo_id, private, write=not create_pr)
-        if subfolder is None:
-            check_kind(api, repo_id, is_adapter=False)
-        with TemporaryDirectory() as temporary:
-            folder = Path(temporary)
-            self.save_pretrained(folder, safe_serialization, variant)
-            if self.name_or_path:
-                fetch_evidence(api, self.name_or_path, folder)
-            if subfolder is None:
-                write_card(folder, repo_id, remote_card(api, repo_id))
-            else:
-                (folder / CARD_FILE).unlink(missing_ok=True)
-            return api.upload_folder(
-                repo_id=repo_id,
-                folder_path=folder,
-                path_in_repo=subfolder,
-                commit_message=commit_message or "Upload RegDDPMPipeline",
-                create_pr=create_pr,
-                delete_patterns=list(STALE),
-            )
+        return upload_pipeline(
+            lambda folder: self.save_pretrained(folder, safe_serialization, variant),
+            self.name_or_path,
+            repo_id,
+            commit_message or "Upload RegDDPMPipeline",
+            private,
+            token,
+            create_pr=create_pr,
+            subfolder=subfolder,
+        )
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: str | Path, **kwargs) -> RegDDPMPipeline:

@@ -1,20 +1,23 @@
-"""Opens a model repository on the Hub for writing, and reads its card and evidence."""
+"""Opens a model repository on the Hub for writing, reads its card and evidence, and uploads a pipeline."""
 
 from __future__ import annotations
 
 import filecmp
 import hashlib
 import shlex
+from collections.abc import Callable
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 from huggingface_hub import HfApi, ModelCard
 from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, HFValidationError
 
 from ..runs.run_folder import CARD_FILE, CONFIG_FILE, EVIDENCE, LORA_FILE, evidence_patterns
 from ..runtime.links import check_links
-from .card import copy_evidence, read_card
+from .card import copy_evidence, read_card, write_card
 
 __all__ = ["STALE", "check_kind", "check_source", "fetch_evidence", "open_repository", "remote_card"]
+__all__ += ["upload_pipeline"]
 
 _INDEX = "model_index.json"
 
@@ -133,3 +136,45 @@ def fetch_evidence(api: HfApi, source: str, folder: Path) -> None:
 def _is_copy(entry, path: Path) -> bool:
     """Whether a file of a repository, by its entry on the Hub, is equal to a file on disk."""
     return entry.lfs is not None and entry.lfs.sha256 == hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+def upload_pipeline(
+    save: Callable[[Path], None],
+    source: str | None,
+    repo_id: str,
+    commit_message: str,
+    private: bool | None,
+    token: str | None,
+    *,
+    create_pr: bool,
+    subfolder: str | None,
+) -> str:
+    """Uploads a pipeline with its card and evidence; returns the URL of the commit.
+
+    Args:
+        save: saves the pipeline to a folder.
+        source: folder or repository that it was loaded from.
+        repo_id, commit_message, private, token, create_pr, subfolder: see `RegDDPMPipeline.push_to_hub`.
+    """
+    api = HfApi(token=token)
+    check_source(source)
+    repo_id = open_repository(api, repo_id, private, write=not create_pr)
+    if subfolder is None:
+        check_kind(api, repo_id, is_adapter=False)
+    with TemporaryDirectory() as temporary:
+        folder = Path(temporary)
+        save(folder)
+        if source:
+            fetch_evidence(api, source, folder)
+        if subfolder is None:
+            write_card(folder, repo_id, remote_card(api, repo_id))
+        else:
+            (folder / CARD_FILE).unlink(missing_ok=True)
+        return api.upload_folder(
+            repo_id=repo_id,
+            folder_path=folder,
+            path_in_repo=subfolder,
+            commit_message=commit_message,
+            create_pr=create_pr,
+            delete_patterns=list(STALE),
+        )
