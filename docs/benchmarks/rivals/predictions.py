@@ -189,6 +189,9 @@ def lines(found: dict):
         rows = [row["right"] for row in found["verdicts"] if row["row"].startswith(f"{group},")]
         if rows:
             yield f"right, {group}: {sum(rows)} of {len(rows)}"
+    for title, warns in {"harm is expected": True, "no harm is expected": False}.items():
+        rows = [row["right"] for row in found["verdicts"] if expects_harm(row["verdict"]) is warns]
+        yield f"right where {title}: {sum(rows)} of {len(rows)}"
     yield f"\n{'lowered by shrinking':44}{'named':>8}{'plain':>9}{'with':>9}{'data':>9}   standard deviation"
     for row in found["shrinking"]:
         spreads = "".join(f"{row[title]:>9.3f}" for title in ("plain", "with", "data"))
