@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
 
 import numpy as np
@@ -51,6 +50,8 @@ class Prospects:
         self._before = np.clip(np.searchsorted(places, noise, side="right") - 1, 0, max(len(places) - 2, 0))
         self._after = np.minimum(self._before + 1, len(places) - 1)
         gaps = places[self._after] - places[self._before]
+        of_level = np.concatenate([self._before, self._after])
+        self._rows = [np.flatnonzero(of_level == index) for index in range(len(places))]
         self._way = np.divide(noise - places[self._before], gaps, out=np.zeros_like(noise), where=gaps > 0).clip(0, 1)
         errors = np.array(errors)
         self._errors = self._between(errors[self._before], errors[self._after])
@@ -76,8 +77,8 @@ class Prospects:
         """Finds the weight of each weighting that makes the denoising loss rise by this share."""
         costs = []
         for name, function in weightings.items():
-            lambdas = function(self._schedule).double().tolist()
-            if not all(map(math.isfinite, lambdas)):
+            lambdas = function(self._schedule).double().numpy()
+            if not np.isfinite(lambdas).all():
                 continue
             low, high = -20.0, 20.0  # powers of ten of the weight
             if not self._rise(10**high, lambdas) > rise > self._rise(10**low, lambdas):
@@ -102,11 +103,11 @@ class Prospects:
 
     def _neighbours(self, what: str, taus: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """What the responses at the measured levels before and after each timestep say of its tau."""
-        before, after = np.empty(len(taus)), np.empty(len(taus))
-        for index, path in enumerate(self._responses):
-            for found, neighbour in ((before, self._before), (after, self._after)):
-                rows = neighbour == index
-                found[rows] = getattr(path, what)(taus[rows])
+        both = np.concatenate([taus, taus])
+        found = np.empty(len(both))
+        for path, rows in zip(self._responses, self._rows, strict=True):
+            found[rows] = getattr(path, what)(both[rows])
+        before, after = np.split(found, 2)
         return before, after
 
     def _between(self, before: np.ndarray, after: np.ndarray) -> np.ndarray:

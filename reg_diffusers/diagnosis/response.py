@@ -14,6 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import cached_property
 
 import numpy as np
 import torch
@@ -51,11 +52,10 @@ class Response:
         tau = np.asarray(tau, dtype=float)
         if len(self.tau) == 0:
             return np.zeros_like(tau)
-        logarithms = np.log(np.maximum(self.squared_displacement, 1e-300))
         with np.errstate(divide="ignore"):
-            inside = np.exp(np.interp(np.log(tau), np.log(self.tau), logarithms))
+            inside = np.exp(np.interp(np.log(tau), *self._logarithms))
         below = self.squared_displacement[0] * (tau / self.tau[0]) ** 2
-        above = self.squared_displacement[-1] * (tau / self.tau[-1]) ** _last_power(self)
+        above = self.squared_displacement[-1] * (tau / self.tau[-1]) ** self._last_power
         return np.where(tau < self.tau[0], below, np.where(tau > self.tau[-1], above, inside))
 
     def value_at(self, tau: np.ndarray | float) -> np.ndarray:
@@ -67,9 +67,21 @@ class Response:
         if len(self.tau) == 0:
             return np.full_like(tau, self.start)
         with np.errstate(divide="ignore"):
-            inside = np.interp(np.log(tau), np.log(self.tau), self.value)
+            inside = np.interp(np.log(tau), self._logarithms[0], self.value)
         below = self.start + (self.value[0] - self.start) * tau / self.tau[0]
         return np.where(tau < self.tau[0], below, inside)
+
+    # A search for a weight reads the same path hundreds of times.
+
+    @cached_property
+    def _logarithms(self) -> tuple[np.ndarray, np.ndarray]:
+        return np.log(self.tau), np.log(np.maximum(self.squared_displacement, 1e-300))
+
+    @cached_property
+    def _last_power(self) -> float:
+        """The power of tau with which the squared displacement grows at the end of the path, 0 to 2."""
+        before, last = np.maximum(self.squared_displacement[-2:], 1e-300)
+        return float(np.clip(np.log(last / before) / np.log(self.tau[-1] / self.tau[-2]), 0, 2))
 
 
 def response(evaluate: Callable[[Tensor], tuple[Tensor, Tensor]], guesses: Tensor, spread: float) -> Response:
@@ -94,13 +106,7 @@ def response(evaluate: Callable[[Tensor], tuple[Tensor, Tensor]], guesses: Tenso
         reached.append(values.double().nanmean().item())
     path = Response(tau, np.array(squares), np.array(reached), start)
     far = not squares[-1] < (_FAR * spread) ** 2
-    return replace(path, unbounded=far or _last_power(path) > _STEADY)
-
-
-def _last_power(path: Response) -> float:
-    """Returns the power of tau with which the squared displacement grows at the end of the path, 0 to 2."""
-    before, last = np.maximum(path.squared_displacement[-2:], 1e-300)
-    return float(np.clip(np.log(last / before) / np.log(path.tau[-1] / path.tau[-2]), 0, 2))
+    return replace(path, unbounded=far or path._last_power > _STEADY)
 
 
 def proximal_point(
