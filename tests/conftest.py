@@ -1,6 +1,7 @@
 """Fixtures and options shared by all tests."""
 
 import contextlib
+import gc
 import os
 import subprocess
 import sys
@@ -14,8 +15,10 @@ from in_processes import fill
 from runs import QUICK, ROOT, load_script, reset
 
 from reg_diffusers.cli import main
+from reg_diffusers.data import looks
 from reg_diffusers.data.training_data import load_training_data
 from reg_diffusers.settings.arguments import parse_args
+from reg_diffusers.training import report
 
 
 def pytest_addoption(parser):
@@ -39,6 +42,12 @@ def pytest_collection_modifyitems(config, items):
     slow = [item for item in items if item.get_closest_marker("slow")]
     items[:] = [item for item in items if item not in slow]
     config.hook.pytest_deselected(items=slow)
+
+
+def pytest_collection_finish(session):
+    """Spares the garbage collector the libraries, which it would look through again and again."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -113,6 +122,8 @@ def train(tmp_path, monkeypatch, tiny_unet):
     script = load_script()
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "argv", ["train_reg.py"])
+    monkeypatch.setattr(looks, "_IMAGES_LOOKED_AT", 64)  # for the decoding; of 1,000 they are a third of a short run
+    monkeypatch.setattr(report, "_IMAGES_MEASURED", 40)  # of each model that --compare compares
     tiny_unet().save_config("tiny")
     threads = torch.get_num_threads()
 

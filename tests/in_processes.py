@@ -25,7 +25,8 @@ IMAGES = 32
 _PATIENCE = 300  # seconds
 
 
-multiprocessing.set_forkserver_preload(["accelerate", "datasets", "diffusers", "reg_diffusers.regularization"])
+# Imported once, in place of 2.4 s of CPU in each process.
+multiprocessing.set_forkserver_preload(["accelerate", "datasets", "diffusers.models.unets.unet_2d", "train_reg"])
 
 
 def in_processes(function, *args, number=2, machines=1):

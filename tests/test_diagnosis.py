@@ -207,7 +207,9 @@ def test_min_snr_counts_as_in_the_training(gaussian):
 
 def test_the_share_of_the_gradient_under_min_snr_is_that_of_its_losses(gaussian):
     """In x_0 units both gradients are plain; by the model output both have the slope of the parameterization."""
-    found = diagnose(EPSILON, Term(regularizers.sparsity, 0.1, weighting.constant), gaussian[0][:300], snr_gamma=5)
+    found = diagnose(
+        EPSILON, Term(regularizers.sparsity, 0.1, weighting.constant), gaussian[0][:300], snr_gamma=5, num_levels=4
+    )
     for level in found.levels:
         expected = 2 * min(level.snr, 5) * (level.best.error / level.snr) ** 0.5 / SIZE
         assert level.best.denoising_gradient == pytest.approx(expected, rel=1e-4)
@@ -276,7 +278,7 @@ def no_number_on_guesses(images, /):
     ],
 )
 def test_verdict(blocks, regularizer, weight, weighted, answer):
-    found = judge(diagnose(VELOCITY, Term(regularizer, weight, weighted), blocks))
+    found = judge(diagnose(VELOCITY, Term(regularizer, weight, weighted), blocks, num_levels=6))
     assert found.answer == answer or (answer.endswith("=") and found.answer.startswith(answer))
     assert found.reasons
     assert all(any(letter.isdigit() for letter in reason) for reason in found.reasons)
@@ -362,7 +364,7 @@ def test_known_noise_is_diagnosed_nearer_to_the_images(blocks):
 
     def levels(estimator):
         term = Term(regularizers.gradient_energy, 0.1, weighting.constant, estimator=estimator)
-        return diagnose(VELOCITY, term, blocks[:60], num_levels=4).levels
+        return diagnose(VELOCITY, term, blocks[:60], num_levels=3).levels
 
     plain, whole, half = levels(one_step), levels(KnownNoise(1.0)), levels(KnownNoise(0.5))
     for one, other, nearer in zip(plain, whole, half, strict=True):

@@ -94,7 +94,12 @@ SHORT = "{} --max_train_steps 4 --checkpointing_steps 2"
 @pytest.mark.parametrize(
     "command, status, told",
     [
-        (SHORT + " | head -1", 1, "stdout was closed; the run continues, and its output follows here"),
+        pytest.param(
+            SHORT + " | head -1",
+            1,
+            "stdout was closed; the run continues, and its output follows here",
+            marks=pytest.mark.slow,
+        ),
         pytest.param(SHORT + " 2>&1 | head -1", 1, "", marks=pytest.mark.slow),
         pytest.param(SHORT + " 2>&-", 0, "", marks=pytest.mark.slow),
         pytest.param(SHORT + " >&- 2>&-", 0, "", marks=pytest.mark.slow),

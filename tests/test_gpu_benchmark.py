@@ -86,8 +86,13 @@ def test_a_comparison_that_runs_out_of_time_keeps_its_complete_turns(monkeypatch
     assert found[0]["times_as_fast"] == 1
 
 
-def test_without_a_gpu_it_says_what_to_do(tmp_path):
-    code = "import torch; torch.cuda.is_available = lambda: False\n" + BARE
-    done = subprocess.run([sys.executable, "-c", code, "--output", str(tmp_path)], capture_output=True, text=True)
-    assert done.returncode == 2 and "--dry_run" in done.stderr
+def test_without_a_gpu_it_says_what_to_do(tmp_path, monkeypatch, capsys):
+    monkeypatch.syspath_prepend(FOLDER)
+    import gpu
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(sys, "argv", ["gpu.py", "--output", str(tmp_path)])
+    with pytest.raises(SystemExit, match=r"^2$"):
+        gpu.main()
+    assert "--dry_run" in capsys.readouterr().err
     assert not list(tmp_path.iterdir())

@@ -54,17 +54,41 @@ def start(tmp_path, tiny_unet):
         process.kill()
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, pytest.param(signal.SIGUSR1, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGUSR1])
 def test_a_signal_saves_and_ends_with_status_0(start, tmp_path, number):
     process = start()
     process.send_signal(number)
     output, _ = process.communicate(timeout=60)
     assert process.returncode == 0, output
-    assert f"{number.name}: ending after this step; a second signal" in output
     assert re.search(rf"stopped by {number.name}; continue with: \S+ {ROOT / 'train_reg.py'} --resolution", output)
-    (checkpoint,) = (tmp_path / "out").glob("checkpoint-*")
+    check_ended_by(number, tmp_path / "out", output)
+
+
+def check_ended_by(number, out, output):
+    assert f"{number.name}: ending after this step; a second signal" in output
+    (checkpoint,) = out.glob("checkpoint-*")
     assert f"saved out/{checkpoint.name}" in output and (checkpoint / "manifest.json").is_file()
-    assert (tmp_path / "out" / "model_index.json").is_file()
+    assert (out / "model_index.json").is_file()
+    return checkpoint
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_in_the_fifth_step_saves_that_step(train, capsys, number):
+    class Interrupted(train.script.RegularizedLoss):
+        calls = 0
+
+        def forward(self, *args, **kwargs):
+            Interrupted.calls += 1
+            if Interrupted.calls == 5:
+                os.kill(os.getpid(), number)
+            return super().forward(*args, **kwargs)
+
+    train.script.RegularizedLoss = Interrupted
+    out = train("--max_train_steps", 100, "--lr_scheduler", "constant")
+    printed = capsys.readouterr()
+    assert check_ended_by(number, out, printed.out + printed.err).name == "checkpoint-5"
+    assert re.search(rf"stopped by {number.name}; continue with: accelerate launch train_reg.py --", printed.out)
 
 
 @pytest.mark.slow

@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 from datetime import timedelta
+from functools import cache
 
 import numpy as np
 import psutil
@@ -83,9 +84,11 @@ DIVISIONS = {
 
 @pytest.fixture(scope="module")
 def divided(folder):
-    """Runs of 6 steps of 8 images, over the end of an epoch, by how the 8 are divided; (weights, metrics)."""
-    runs = {}
-    for name, (number, batch_size, accumulation) in DIVISIONS.items():
+    """A run of 6 steps of 8 images, over the end of an epoch, by how the 8 are divided; (weights, metrics)."""
+
+    @cache
+    def run(name):
+        number, batch_size, accumulation = DIVISIONS[name]
         flags = f"--output_dir {name.replace(' ', '-')} --train_batch_size {batch_size} --max_train_steps 6"
         flags += (
             f" --gradient_accumulation_steps {accumulation} --learning_rate 1e-3 --max_grad_norm 0.5 --max_bad_steps 7"
@@ -93,23 +96,28 @@ def divided(folder):
         flags += " --regularizer total_variation own_losses:partly_bad --reg_weight 0.3 0.2 --reg_weighting constant"
         assert run_script(folder, *flags.split(), prepare=feed, number=number) == [0] * number
         output = folder / name.replace(" ", "-")
-        runs[name] = weights(output), metrics(output)
-    return runs
+        return weights(output), metrics(output)
+
+    return run
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("division", list(DIVISIONS)[1:])
+of_each_division = pytest.mark.parametrize(
+    "division", ["two processes", *(pytest.param(name, marks=pytest.mark.slow) for name in list(DIVISIONS)[2:])]
+)
+
+
+@of_each_division
 def test_the_weights_do_not_depend_on_how_a_batch_is_divided(divided, division):
     """Equal after 6 steps of AdamW, which take gradients apart by their ratios, hence also by each term's weight."""
-    expected, found = divided["one process"][0], divided[division][0]
+    expected, found = divided("one process")[0], divided(division)[0]
     assert {value.dtype for value in found.values()} == {torch.float64}
     for name, value in expected.items():
         torch.testing.assert_close(found[name], value, rtol=1e-7, atol=1e-9)
 
 
-@pytest.mark.parametrize("division", list(DIVISIONS)[1:])
+@of_each_division
 def test_means_and_counts_do_not_depend_on_how_a_batch_is_divided(divided, division):
-    ((expected,), (found,)) = divided["one process"][1], divided[division][1]
+    ((expected,), (found,)) = divided("one process")[1], divided(division)[1]
     assert 5 < expected["nonfinite/partly_bad"] < 6 * 8 and expected["nonfinite/total_variation"] == 0
     assert set(found) == set(expected) and expected["bad_steps"] == 0
     for name, value in expected.items():

@@ -86,6 +86,7 @@ def test_the_run_is_sharded_and_its_state_too(runs):
     assert not list((runs[0] / "checkpoint-4").rglob("*.distcp"))
 
 
+@pytest.mark.slow
 def test_a_sharded_run_learns_what_one_without_sharding_learns(runs):
     """The saved weights are the average, whole; metrics, pictures and samples follow from them."""
     expected, found = map(weights, runs)

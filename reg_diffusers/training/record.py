@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import platform
 import subprocess
+from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
@@ -162,6 +163,7 @@ def _gate(term: Term, noise_scheduler) -> str:
     return f"t = {first} to {last} of {steps} (SNR at least {level.snr[active].min().item():.3g})"
 
 
+@cache
 def _versions() -> dict[str, str]:
     found = {}
     for package in _PACKAGES:
@@ -172,6 +174,7 @@ def _versions() -> dict[str, str]:
     return found
 
 
+@cache  # of the code that runs, whatever happens to its files meanwhile
 def _commit() -> str | None:
     """Returns the commit of the source tree, marked if files differ from it; None outside a source tree."""
     git = ["git", "-C", str(Path(__file__).parents[2])]
