@@ -16,8 +16,15 @@ from ..runs.run_folder import CARD_FILE, CONFIG_FILE, EVIDENCE, LORA_FILE, evide
 from ..runtime.links import check_links
 from .card import copy_evidence, read_card, write_card
 
-__all__ = ["STALE", "check_kind", "check_source", "fetch_evidence", "open_repository", "remote_card"]
-__all__ += ["upload_pipeline"]
+__all__ = [
+    "STALE",
+    "check_kind",
+    "check_source",
+    "fetch_evidence",
+    "open_repository",
+    "remote_card",
+    "upload_pipeline",
+]
 
 _INDEX = "model_index.json"
 
