@@ -319,6 +319,9 @@ def test_a_text_to_image_model_gets_the_text_and_the_size_of_each_image(train, p
         for row, embedding in zip(batch.ids.tolist(), batch.context.conditions["prompt_embeds"], strict=True):
             assert torch.equal(embedding, embedded.setdefault(captions[row], embedding))
     assert len(embedded) == 2 and not torch.equal(*embedded.values())
+    card = (out / "README.md").read_text()
+    assert "16 images of photos at 4 x 12: " in card
+    assert "any of them; the code below draws the most frequent one." in card
     adapters = load_file(out / "pytorch_lora_weights.safetensors")
     (out / "pytorch_lora_weights.safetensors").unlink()
     train(*flags, "--resume", "auto", model=model)

@@ -142,6 +142,8 @@ def test_the_network_is_given_the_sizes_of_each_image_and_a_resumed_run_is_the_s
     said = "takes the size of each image before it is resized (12 x 30 to 64 x 16 pixels) and the corner of its crop;"
     assert f"{said} samples count as 16 x 16 and uncropped, the default of the pipeline" in capsys.readouterr().out
     assert recorded_sizes(out) == "12 x 30 to 64 x 16 pixels"
+    card = (out / "README.md").read_text()
+    assert "given the size of each image before it was resized (12 x 30 to 64 x 16 pixels) and the corner of" in card
     whole = load_file(out / "pytorch_lora_weights.safetensors")
     (out / "pytorch_lora_weights.safetensors").unlink()
     for folder in (out, out / "plain"):

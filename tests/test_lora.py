@@ -75,6 +75,8 @@ def test_the_folder_holds_adapters_that_stock_diffusers_draws_the_same_image_wit
     np.testing.assert_allclose(with_adapters, drawn(own), atol=1e-5)
     card = ModelCard((out / "README.md").read_text())
     assert card.data.pipeline_tag == "text-to-image" and "lora" in card.data.tags
+    trained_on = "trained on 8 images of photos at 16 x 16: `pytorch_lora_weights.safetensors`."
+    assert f"{trained_on} The images are RGB, with 8 bits.\n" in card.text
     assert PIL.Image.open(out / "samples" / "step-000002.png").size[0] > 64
 
 

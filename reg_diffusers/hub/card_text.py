@@ -115,8 +115,8 @@ def _introduction(facts: CardFacts) -> str:
         number = f"a stream of {kind}" if data["images"] is None else f"{data['images']:,} {kind}"
         trained = f", {_start(facts.record)} on {number} of {_data_name(data)}"
     generates = f"A diffusion model that generates {' '.join([drawn, *given])}: {network}{trained}."
-    has_sizes = data and "shape" in data  # a record of other software may lack it
-    return generates if facts.is_field or not has_sizes else f"{generates} {data_text(data)}"
+    about_data = "" if facts.is_field or not data else data_text(data)
+    return f"{generates} {about_data}".rstrip()
 
 
 def _start(record: dict) -> str:

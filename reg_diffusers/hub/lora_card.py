@@ -12,6 +12,7 @@ from ..runs.measurement import as_text
 from ..runs.run_folder import LORA_FILE
 from .card import BEGIN, END, as_card, facts_of, read_json, results_of, write_card, write_merged
 from .card_text import CardFacts, evidence_section, reproduction_section
+from .data_text import data_text
 from .objective_text import block, objective_section
 from .repository import STALE, check_kind, open_repository, remote_card
 
@@ -109,13 +110,15 @@ def _text(facts: CardFacts, repo_id: str, pipeline: str) -> str:
     base, data = record.get("base_model"), record.get("data") or {}
     named = f"[{base}](https://huggingface.co/{base})" if base else "a pipeline on the author's machine"
     number = "a stream of" if data and data["images"] is None else f"{data['images']:,}" if data else ""
-    images = f", trained on {number} images of {as_text(data['name'])}" if data else ""
+    _, height, width = data.get("shape") or (None, None, None)
+    of_size = f" at {height} x {width}" if height else ""
+    images = f", trained on {number} images of {as_text(data['name'])}{of_size}" if data else ""
+    about_data = data_text(data, draws="the code below draws")
     lora = [
         f"pipeline = DiffusionPipeline.from_pretrained({json.dumps(base or 'the pipeline that was fine-tuned')})",
         f"pipeline.load_lora_weights({json.dumps(repo_id)})",
     ]
     loading = [f"pipeline = DiffusionPipeline.from_pretrained({json.dumps(repo_id)})"] if pipeline else lora
-    _, height, width = data.get("shape") or (None, None, None)
     size = f", height={height}, width={width}" if height else ""
     usage = [
         "from diffusers import DiffusionPipeline",
@@ -123,7 +126,8 @@ def _text(facts: CardFacts, repo_id: str, pipeline: str) -> str:
         *loading,
         f'pipeline({json.dumps(prompts[0] if prompts else "your text")}{size}).images[0].save("sample.png")',
     ]
-    what = f"A `{pipeline}`, fine-tuned as a whole from {named}{images}." if pipeline else ""
+    whole = f"A `{pipeline}`, fine-tuned as a whole from {named}{images}."
+    what = whole if pipeline else f"LoRA weights for {named}{images}: `{LORA_FILE}`."
     regularized = [
         "from reg_diffusers import RegTextToImagePipeline",
         "",
@@ -132,7 +136,7 @@ def _text(facts: CardFacts, repo_id: str, pipeline: str) -> str:
     ]
     sections = [
         f"# {as_text(repo_id.rstrip('/').split('/')[-1])}",
-        what or f"LoRA weights for {named}{images}: `{LORA_FILE}`.",
+        f"{what} {about_data}".rstrip(),
         objective_section(record.get("objective")),
         evidence_section(facts),
         "## Usage",
