@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import difflib
+import math
 from collections.abc import Iterable, Mapping
+from numbers import Real
 
 import torch
 from torch import Tensor
@@ -11,10 +13,52 @@ from torch import Tensor
 from .prediction import NoiseLevel, tensor_of
 from .term import Term, checked_weights
 
-__all__ = ["checked_loss_weight", "checked_mask", "handed_over", "one_per_image"]
-__all__ += ["refuse_unknown", "weightings_of"]
+__all__ = ["checked_loss_weight", "checked_mask", "checked_scheduler", "checked_snr_gamma", "handed_over"]
+__all__ += ["one_per_image", "refuse_other_images", "refuse_unknown", "weightings_of"]
 
-_PARAMETERS = ("x0_hat", "model", "model_kwargs", "noise", "loss_weight", "image_mask", "training_step")
+_PARAMETERS = ("model_output", "timesteps", "sample", "x0_hat", "model", "model_kwargs", "noise", "loss_weight")
+_PARAMETERS += ("image_mask", "training_step")
+
+
+def checked_scheduler(scheduler):
+    """Returns a scheduler.
+
+    Raises:
+        TypeError: it is not an object with a config, such as a scheduler of diffusers or an `AffineSchedule`.
+    """
+    if isinstance(scheduler, type) or not hasattr(scheduler, "config"):
+        raise TypeError(
+            f"scheduler must be a scheduler of diffusers, such as DDPMScheduler(), or an AffineSchedule, not"
+            f" {scheduler!r}"
+        )
+    return scheduler
+
+
+def checked_snr_gamma(snr_gamma: float | None) -> float | None:
+    """Returns gamma of min-SNR weighting.
+
+    Raises:
+        ValueError: it is not a finite number above 0.
+    """
+    if snr_gamma is not None and not (isinstance(snr_gamma, Real) and math.isfinite(snr_gamma) and snr_gamma > 0):
+        raise ValueError(f"snr_gamma must be a finite number above 0, or None, not {snr_gamma!r}")
+    return snr_gamma
+
+
+def refuse_other_images(original_samples: Tensor, noise: Tensor | None) -> None:
+    """Raises an error for images that are not a batch of floating-point numbers, or for noise of another shape.
+
+    Raises:
+        TypeError: original_samples is not a floating-point tensor.
+        ValueError: the batch is empty, or the shapes differ.
+    """
+    if not isinstance(original_samples, Tensor) or not original_samples.is_floating_point():
+        got = original_samples.dtype if isinstance(original_samples, Tensor) else type(original_samples).__name__
+        raise TypeError(f"original_samples must be a floating-point tensor, images (B, C, ...) in [-1, 1], not {got}")
+    if not len(original_samples):
+        raise ValueError("original_samples is a batch of 0 images: leave this step out")
+    if noise is not None and noise.shape != original_samples.shape:
+        raise ValueError(f"noise has shape {tuple(noise.shape)}, original_samples {tuple(original_samples.shape)}")
 
 
 def refuse_unknown(context: dict, terms: Iterable[Term]) -> None:
@@ -45,7 +89,7 @@ def handed_over(
 
     Raises:
         ValueError: an argument is missing or redundant, or the batch sizes differ.
-        TypeError: `model_output` contains no tensor.
+        TypeError: `model_output` or `x0_hat` contains no tensor, or `sample` is not one.
     """
     if (model_output is None) == (x0_hat is None):
         raise ValueError("pass either model_output, in the scheduler's prediction_type, or x0_hat=")
@@ -53,7 +97,10 @@ def handed_over(
         raise ValueError("timesteps are missing: pass the timestep of each image, (B,)")
     if sample is None and (x0_hat is None or needs_sample):
         raise ValueError("sample is missing: pass the noisy images x_t, the input of the network, (B, C, ...)")
-    name, given = ("model_output", tensor_of(model_output)) if x0_hat is None else ("x0_hat", x0_hat)
+    name, given = ("model_output", model_output) if x0_hat is None else ("x0_hat", x0_hat)
+    given = tensor_of(given, name)
+    if sample is not None and not isinstance(sample, Tensor):
+        raise TypeError(f"sample must be a tensor, the noisy images x_t, (B, C, ...), not {type(sample).__name__}")
     if sample is not None and len(sample) != len(given):
         raise ValueError(
             f"{name} has {len(given)} images, sample {len(sample)}: pass both for the same images; to leave images"

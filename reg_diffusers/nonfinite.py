@@ -6,6 +6,7 @@ import math
 import threading
 import warnings
 from collections.abc import Callable, Mapping
+from numbers import Integral
 
 import torch
 from torch import Tensor
@@ -37,6 +38,8 @@ class NonFiniteGuard:
     """
 
     def __init__(self, max_steps: int | None, check_interval: int = 100, views: Mapping[str, Callable] | None = None):
+        if max_steps is not None and not (isinstance(max_steps, Integral) and max_steps >= 1):
+            raise ValueError(f"max_nonfinite_steps must be an integer of at least 1, or None, not {max_steps!r}")
         self.max_steps = max_steps
         self.check_interval = check_interval
         self._views = dict(views or {})

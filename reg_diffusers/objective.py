@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from .context import unwrap
 from .estimators import Prediction
-from .inputs import one_per_image, refuse_unknown
+from .inputs import checked_scheduler, one_per_image, refuse_other_images, refuse_unknown
 from .loss_output import Denoising, LossOutput, alias
 from .precision import full_precision, input_dtype, version_of
 from .prediction import (
@@ -87,6 +87,7 @@ class RegularizedLoss(nn.Module):
         section: Callable[[], AbstractContextManager] = nullcontext,
     ):
         super().__init__()
+        checked_scheduler(scheduler)
         if snr_gamma is not None and prediction_type(scheduler) == "epsilon":
             refuse_zero_terminal_snr(scheduler)
         refuse_own_noise(scheduler)
@@ -131,14 +132,15 @@ class RegularizedLoss(nn.Module):
             The loss and its parts, "denoising" first.
 
         Raises:
-            TypeError: a keyword is in the `needs` of no term.
-            ValueError: a timestep is out of the scheduler's range, or a term has a schedule and `training_step` is
-                missing.
+            TypeError: a keyword is in the `needs` of no term, or `original_samples` is not a floating-point tensor.
+            ValueError: a timestep is out of the scheduler's range, a term has a schedule and `training_step` is
+                missing, the batch is empty, or `noise` has another shape.
             TermError: a regularizer, weighting, view or estimator violates its contract.
             FloatingPointError: L' was non-finite for `max_nonfinite_steps` steps in a row.
         """
         regularization, scheduler = self.regularization, self.scheduler
         refuse_unknown(context, regularization.terms)
+        refuse_other_images(original_samples, noise)
         batch_size = original_samples.shape[0]
         if noise is None:
             noise = torch.randn_like(original_samples)
@@ -228,7 +230,7 @@ def draw_timesteps(scheduler, batch_size: int, density: Callable[[Tensor], Tenso
         (B,) integers, or for flow matching floats in the scheduler's unit.
 
     Raises:
-        ValueError: the scheduler has no training schedule.
+        ValueError: the scheduler has no training schedule, or `density` leaves [0, 1].
     """
     if unit_of_time(scheduler) in ("angle", "own") or is_edm(scheduler):
         raise ValueError(f"{type(scheduler).__name__} has no training schedule to draw timesteps from: pass timesteps")
@@ -251,6 +253,8 @@ def timesteps_of_training(scheduler, quantiles: Tensor, density: Callable[[Tenso
     draw_timesteps(scheduler, 0)  # raises without a training schedule
     steps = scheduler.config.num_train_timesteps
     places = quantiles if density is None else density(quantiles)
+    if not ((places >= 0) & (places <= 1)).all():  # False for nan
+        raise ValueError("density must map quantiles from 0 to 1 to positions in the schedule from 0 to 1")
     return _of_schedule(scheduler, (places * steps).long().clamp(0, steps - 1))
 
 

@@ -301,7 +301,7 @@ def _level_of(scheduler, timesteps, sample: Tensor) -> Factors | NoiseLevel:
     return level
 
 
-def tensor_of(model_result) -> Tensor:
+def tensor_of(model_result, name: str = "model_output") -> Tensor:
     """Returns the tensor in a network's result, which may be a tensor, a tuple, a list or a diffusers output.
 
     Raises:
@@ -310,14 +310,14 @@ def tensor_of(model_result) -> Tensor:
     if isinstance(model_result, Tensor):
         return model_result
     if isinstance(model_result, list) and len(model_result) > 1 and isinstance(model_result[1], Tensor):
-        raise TypeError(f"model_output is a list of {len(model_result)} tensors: pass torch.stack(model_output)")
+        raise TypeError(f"{name} is a list of {len(model_result)} tensors: pass torch.stack({name})")
     try:
         first = model_result[0]
     except (TypeError, KeyError, IndexError):
         first = None
     if not isinstance(first, Tensor):
         kind = type(model_result).__name__
-        raise TypeError(f"model_output must be a tensor, a tuple with one first, or a diffusers output, not {kind}")
+        raise TypeError(f"{name} must be a tensor, a tuple with one first, or a diffusers output, not {kind}")
     return first
 
 

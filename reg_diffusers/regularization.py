@@ -20,7 +20,14 @@ from .adaptive_weights import AdaptiveWeights
 from .description import describe
 from .estimators import Prediction, calls_model, one_step
 from .frozen import FrozenNetworks
-from .inputs import checked_loss_weight, handed_over, refuse_unknown, weightings_of
+from .inputs import (
+    checked_loss_weight,
+    checked_scheduler,
+    checked_snr_gamma,
+    handed_over,
+    refuse_unknown,
+    weightings_of,
+)
 from .loss_output import Denoising, LossOutput, Records, alias
 from .nonfinite import NonFiniteGuard
 from .parameterization import Factors
@@ -59,8 +66,9 @@ class X0Regularization(nn.Module):
             disables it, for training with several processes, where an error in one leaves the others waiting.
 
     Raises:
-        TypeError: `terms` is not a sequence of `Term`.
-        ValueError: two terms have the same name, or a term is named "denoising".
+        TypeError: `terms` is not a sequence of `Term`, or `scheduler` is not a scheduler object.
+        ValueError: two terms have the same name, or a term is named "denoising"; `snr_gamma` is not a finite number
+            above 0; or `max_nonfinite_steps` is not an integer of at least 1.
     """
 
     def __init__(
@@ -72,9 +80,9 @@ class X0Regularization(nn.Module):
         max_nonfinite_steps: int | None = 10,
     ):
         super().__init__()
-        self.scheduler = scheduler
+        self.scheduler = checked_scheduler(scheduler)
         self.terms = checked_terms(terms)
-        self.snr_gamma = snr_gamma
+        self.snr_gamma = checked_snr_gamma(snr_gamma)
         parts = [part for term in self.terms for part in (term.regularizer, term.estimator, term.view)]
         self.networks = FrozenNetworks(part for part in parts if isinstance(part, nn.Module))
         self.adaptive = AdaptiveWeights(self.terms)

@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterable, Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from functools import cached_property
+from numbers import Real
 from typing import Any
 
 import torch
@@ -62,8 +63,8 @@ class Term:
             diagnosis, which have no training step, use the weight itself.
 
     Raises:
-        TypeError: the regularizer, estimator, view or schedule is not callable, or the estimator has the signature
-            used before 0.4.
+        TypeError: the regularizer, weighting, estimator, view or schedule is not callable, or is a class instead of an
+            instance; the weight is not a number or rule; or the estimator has the signature used before 0.4.
         ValueError: the weight is negative or non-finite, `normalize` is unknown, or `Target` is combined with a
             schedule.
         TermError: the regularizer's `needs` is not a sequence of names.
@@ -81,11 +82,22 @@ class Term:
     def __post_init__(self):
         if not callable(self.regularizer):
             raise TypeError(f"{self.regularizer!r} cannot be called; load_regularizer turns a name into a regularizer")
+        for name in ("regularizer", "weighting", "estimator", "view", "schedule"):
+            given = getattr(self, name)
+            if isinstance(given, type):
+                raise TypeError(f"{name} is the class {given.__name__}: pass an instance, {given.__name__}(...)")
+        if not callable(self.weighting):
+            raise TypeError(
+                f"weighting must be callable, NoiseLevel -> (B,), such as weighting.matched, not {self.weighting!r};"
+                " load_weighting turns a name into a weighting"
+            )
         if not (self.view is None or callable(self.view)):
             raise TypeError(
                 f"view must be callable, images -> images, such as views.Affine(2.0, 5.0), not {self.view!r}"
             )
         _check_estimator(self.estimator)
+        if not isinstance(self.weight, Real | Tensor | AutoWeight | Target):
+            raise TypeError(f"weight must be a number, AutoWeight or Target, not {self.weight!r}")
         if not isinstance(self.weight, AutoWeight | Target) and not (math.isfinite(self.weight) and self.weight >= 0):
             raise ValueError(f"weight must be finite and at least 0, not {self.weight}")
         if self.normalize not in _NORMALIZATIONS:

@@ -16,7 +16,9 @@ Images with a weighting of exactly 0 are left out before L' runs.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
+from numbers import Real
 
 import torch
 from torch import Tensor
@@ -74,14 +76,13 @@ class gated:
         min_snr: the smallest SNR with a weight, at least 0.
 
     Raises:
-        ValueError: min_snr is negative or nan.
+        ValueError: min_snr is not a finite number of at least 0.
     """
 
     min_snr: float
 
     def __post_init__(self):
-        if not self.min_snr >= 0:
-            raise ValueError(f"min_snr must be at least 0, not {self.min_snr}")
+        _check_at_least_0("min_snr", self.min_snr)
 
     def __call__(self, level: NoiseLevel) -> Tensor:
         return (level.snr >= self.min_snr).to(level.snr.dtype)
@@ -104,14 +105,13 @@ class signal_power:
         exponent: p, at least 0; 0 weights all noise levels equally.
 
     Raises:
-        ValueError: the exponent is negative or nan.
+        ValueError: the exponent is not a finite number of at least 0.
     """
 
     exponent: float
 
     def __post_init__(self):
-        if not self.exponent >= 0:
-            raise ValueError(f"exponent must be at least 0, not {self.exponent}")
+        _check_at_least_0("exponent", self.exponent)
 
     def __call__(self, level: NoiseLevel) -> Tensor:
         return level.alpha**self.exponent
@@ -139,3 +139,8 @@ def low_noise(level: NoiseLevel, *, max_timestep: float = 200) -> Tensor:
         max_timestep: first timestep that is left out; the default is meant for schedules of 1000 timesteps.
     """
     return (level.timesteps < max_timestep).to(level.snr.dtype)
+
+
+def _check_at_least_0(name: str, value: float) -> None:
+    if not (isinstance(value, Real) and math.isfinite(value) and value >= 0):
+        raise ValueError(f"{name} must be a finite number of at least 0, not {value!r}")

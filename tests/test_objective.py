@@ -13,7 +13,7 @@ from torch import nn
 
 from reg_diffusers import weighting
 from reg_diffusers.estimators import one_step
-from reg_diffusers.objective import RegularizedLoss, Term, X0Regularization
+from reg_diffusers.objective import RegularizedLoss, Term, X0Regularization, draw_timesteps
 from reg_diffusers.prediction import (
     add_noise,
     noise_level,
@@ -441,3 +441,33 @@ def test_metrics_are_plain_numbers_with_the_raw_loss_among_them():
     assert all(isinstance(value, float) for value in found.values())
     assert found["loss"] == pytest.approx(found["denoising"] + 0.1 * found["mean_square"])
     assert found["raw/mean_square"] == pytest.approx(output.per_image["mean_square"][:2].mean().item())
+
+
+@pytest.mark.parametrize(
+    ("original_samples", "noise", "error", "message"),
+    [
+        (
+            torch.zeros(2, 1, 4, 4, dtype=torch.uint8),
+            None,
+            TypeError,
+            "original_samples must be a floating-point tensor",
+        ),
+        (lambda sample, timesteps: sample, None, TypeError, "original_samples must be .*, not function"),
+        (torch.zeros(0, 1, 4, 4), None, ValueError, "a batch of 0 images"),
+        (
+            torch.zeros(2, 1, 4, 4),
+            torch.zeros(1, 1, 4, 4),
+            ValueError,
+            r"noise has shape \(1, 1, 4, 4\), original_samp",
+        ),
+    ],
+)
+def test_images_and_noise_that_cannot_be_meant_are_refused_by_name(original_samples, noise, error, message):
+    with pytest.raises(error, match=message):
+        RegularizedLoss(scheduler_of())(lambda sample, timesteps: sample, original_samples, noise=noise)
+
+
+@pytest.mark.parametrize("density", [lambda u: u - 2, lambda u: 1000 * u + 1.5, lambda u: u / 0 * 0])
+def test_a_density_of_timesteps_that_leaves_the_schedule_is_refused(density):
+    with pytest.raises(ValueError, match="density must map quantiles"):
+        draw_timesteps(scheduler_of(), 4, density)

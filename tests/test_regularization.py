@@ -1,6 +1,7 @@
 """The extra part in a loop of someone else: what it takes, what it refuses, what it says before the training."""
 
 import warnings
+from math import nan
 
 import diffusers
 import pytest
@@ -381,3 +382,37 @@ def test_a_perfect_network_has_the_loss_of_the_data_in_any_form_it_is_handed_ove
     torch.testing.assert_close(regularization(target, TIMES, sample).loss, expected, rtol=1e-5, atol=0)
     actual = regularization(x0_hat=original, timesteps=TIMES, loss_weight=1.0).loss
     torch.testing.assert_close(actual, expected, rtol=1e-12, atol=0)
+
+
+@pytest.mark.parametrize("of", [X0Regularization, RegularizedLoss])
+@pytest.mark.parametrize(
+    ("change", "error", "message"),
+    [
+        *[
+            ({"snr_gamma": wrong}, ValueError, "snr_gamma must be a finite number above 0")
+            for wrong in (0, -1, nan, "5")
+        ],
+        *[
+            ({"max_nonfinite_steps": wrong}, ValueError, "max_nonfinite_steps must be an integer")
+            for wrong in (0, 1.5)
+        ],
+        *[({"scheduler": wrong}, TypeError, "scheduler must be") for wrong in (None, "ddpm", diffusers.DDPMScheduler)],
+    ],
+)
+def test_arguments_of_the_loss_that_cannot_be_meant_are_refused_by_name(of, change, error, message):
+    with pytest.raises(error, match=message):
+        of(**({"scheduler": scheduler_of(), "terms": [Term(mean_square, 1.0)]} | change))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"sample": images(2, 1, 4, 4).numpy()}, "sample must be a tensor"),
+        ({"model_output": None, "x0_hat": images(2, 1, 4, 4).numpy()}, "x0_hat must be a tensor"),
+        ({"time_steps": torch.tensor([1, 2])}, "did you mean 'timesteps'"),
+    ],
+)
+def test_an_argument_that_is_no_tensor_is_refused_by_its_name(change, message):
+    given = {"model_output": images(2, 1, 4, 4), "timesteps": torch.tensor([1, 2]), "sample": images(2, 1, 4, 4)}
+    with pytest.raises(TypeError, match=message):
+        X0Regularization(scheduler_of(), [Term(mean_square, 1.0)])(**(given | change))

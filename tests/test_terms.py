@@ -6,7 +6,7 @@ import torch
 from losses import images, loss_and_gradients, mean_square, scheduler_of
 from torch import nn
 
-from reg_diffusers import weighting
+from reg_diffusers import Ddim, every, weighting
 from reg_diffusers.objective import RegularizedLoss, Term, X0Regularization
 from reg_diffusers.regularizers import total_variation
 
@@ -180,3 +180,19 @@ def test_strings_and_single_terms_are_refused():
         Term("total_variation", 0.1)
     with pytest.raises(TypeError, match=r"\[Term"):
         RegularizedLoss(scheduler_of(), Term(mean_square, 0.1))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"weighting": "matched"}, "load_weighting turns a name into a weighting"),
+        ({"weighting": weighting.gated}, r"weighting is the class gated: pass an instance, gated\(...\)"),
+        ({"schedule": every}, r"schedule is the class every: pass an instance, every\(...\)"),
+        ({"estimator": Ddim}, "estimator is the class Ddim"),
+        ({"regularizer": nn.Identity}, "regularizer is the class Identity"),
+        ({"weight": "0.1"}, "weight must be a number, AutoWeight or Target, not '0.1'"),
+    ],
+)
+def test_what_is_not_a_part_of_a_term_is_refused_when_the_term_is_made(change, message):
+    with pytest.raises(TypeError, match=message):
+        Term(**({"regularizer": total_variation, "weight": 0.1} | change))

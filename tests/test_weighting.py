@@ -136,6 +136,6 @@ def test_a_gate_is_flat_above_an_snr_and_exactly_0_below():
     found = weighting.gated(0.184)(level)
     assert torch.equal(found, (level.snr >= 0.184).float()) and found.dtype == torch.float32
     assert weighting.gated(0.0)(level).min() == 1 and weighting.gated(3.0) == weighting.gated(3)
-    for wrong in (-1.0, math.nan):
-        with pytest.raises(ValueError, match="min_snr must be at least 0"):
+    for wrong in (-1.0, math.nan, math.inf, "3"):
+        with pytest.raises(ValueError, match="min_snr must be a finite number of at least 0"):
             weighting.gated(wrong)

@@ -435,3 +435,21 @@ def test_images_that_are_masked_out_or_of_another_kind_are_not_checked():
     with_term(NOISE)(loop.target, loop.t, sample, noise=loop.noise, original_samples=loop.x0, image_mask=mask)
     larger = torch.zeros(2, 3, 64, 64)  # pictures beside latents
     with_term(NOISE)(loop.target, loop.t, loop.x_t, noise=loop.noise, original_samples=larger)
+
+
+def test_black_and_white_images_are_not_taken_for_rounded_ones():
+    # Half precision holds -1 and 1 exactly. Taken for rounding, it hid timesteps that are off by one.
+    loop = Loop(NOISE, seed=0, timesteps=torch.tensor([2, 50, 200]))
+    x0 = loop.x0.sign()
+    sample = add_noise(NOISE, x0, loop.noise, loop.t)
+    assert verify(NOISE, loop.noise, loop.t, sample, x0) < 1e-6
+    with pytest.raises(ValueError, match="timesteps are too large by 1"):
+        verify(NOISE, loop.noise, loop.t + 1, sample, x0)
+
+
+def test_noise_of_another_shape_than_the_noisy_images_is_refused():
+    loop = Loop(NOISE, seed=0, timesteps=torch.tensor([2, 50, 200]))
+    sample = add_noise(NOISE, loop.x0, loop.noise, loop.t)
+    loss = X0Regularization(NOISE, [Term(total_variation, 0.1)])
+    with pytest.raises(ValueError, match=r"noise has shape \(1, 3, 16, 16\), sample \(3, 3, 16, 16\)"):
+        loss(loop.noise, loop.t, sample, noise=loop.noise[:1], original_samples=loop.x0)

@@ -149,7 +149,9 @@ class FirstBatch:
             return
         if torch.compiler.is_compiling() or (sample.is_cuda and torch.cuda.is_current_stream_capturing()):
             return
-        of_one_shape = len({part.shape for part in given}) == 1
+        if noise.shape != sample.shape:
+            raise ValueError(f"noise has shape {tuple(noise.shape)}, sample {tuple(sample.shape)}")
+        of_one_shape = original_samples.shape == sample.shape
         self._is_done = not of_one_shape or check_noisy_samples(
             scheduler, timesteps, sample, original_samples, noise, image_mask
         )
@@ -170,10 +172,14 @@ def _are_half(tensors: Iterable[Tensor]) -> bool:
 
 
 def _hold_half(tensors: Iterable[Tensor]) -> bool:
-    """Whether float32 values were rounded to half precision before: `.float()` does not restore them."""
+    """Whether float32 values were rounded to half precision before: `.float()` does not restore them.
+
+    Values that even 8 bits hold, such as those of black and white images, were not rounded.
+    """
     wide = [tensor for tensor in tensors if tensor.dtype == torch.float32]
     halves = (torch.bfloat16, torch.float16)
-    return any(torch.equal(tensor, tensor.to(half).float()) for tensor in wide for half in halves)
+    rounded = [tensor for tensor in wide if any(torch.equal(tensor, tensor.to(half).float()) for half in halves)]
+    return any(not torch.equal(tensor, tensor.to(torch.float8_e4m3fn).float()) for tensor in rounded)
 
 
 def _refuse_other_shape(name: str, tensor: Tensor, sample: Tensor) -> None:
