@@ -12,6 +12,7 @@ import time
 from pathlib import Path
 
 from hub_server import TOKEN, client_environment
+from huggingface_hub import constants
 
 TRAIN_REG = Path(__file__).parents[1] / "train_reg.py"
 SMALL = (
@@ -45,6 +46,21 @@ def error_of(call, *args, **kwargs):
     except Exception as error:
         return f"{type(error).__name__}: {error}"
 """
+
+
+def make_client(monkeypatch, hub, home, token=TOKEN):
+    """Makes this process one whose Hub is `hub`, and whose caches are in the folder `home`."""
+    environment = client_environment(hub, home, token)
+    for name in set(os.environ) - set(environment):
+        monkeypatch.delenv(name)
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(constants, "ENDPOINT", hub.endpoint)
+    place = hub.endpoint + "/{repo_id}/resolve/{revision}/{filename}"
+    monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", place)
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(home / "hub"))
+    monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
 
 
 class Client:

@@ -11,11 +11,14 @@ import textwrap
 import numpy as np
 import PIL.Image
 import pytest
-from hub_client import Client, asked, code_blocks, contents
+from hub_client import Client, asked, code_blocks, contents, make_client
 from hub_server import TOKEN, HubServer
 from hub_storage import Repository
-from huggingface_hub import ModelCard
+from huggingface_hub import ModelCard, constants
 from safetensors.torch import load, load_file
+
+from reg_diffusers.hub.uploads import Uploads, check_upload
+from reg_diffusers.settings.arguments import parse_args
 
 pytestmark = pytest.mark.hub
 
@@ -123,6 +126,7 @@ def test_what_is_uploaded_at_a_checkpoint_is_what_was_saved_then(hub, client, ru
     assert "## Objective" in card and "## Results" not in card
 
 
+@pytest.mark.slow
 def test_the_finished_run_is_uploaded_with_its_evidence_and_without_its_checkpoints(hub, client, run):
     on_disk = contents(client.folder / OUT)
     assert run["files"] == {path: on_disk[path] for path in run["files"]}
@@ -134,6 +138,7 @@ def test_the_finished_run_is_uploaded_with_its_evidence_and_without_its_checkpoi
     assert hub.private[REPO] and not (client.folder / OUT / ".upload").exists()
 
 
+@pytest.mark.slow
 def test_the_token_is_nowhere(client, run):
     seen = run["process"].stdout + run["process"].stderr
     assert TOKEN not in seen and "--hub_token" not in seen
@@ -142,6 +147,7 @@ def test_the_token_is_nowhere(client, run):
         assert TOKEN.encode() not in content, path
 
 
+@pytest.mark.slow
 def test_the_card_says_what_was_optimised(run):
     formula = (
         "L = ||v - model(x_t, t)||^2 + 0.05 * matched(t) * total_variation(x0_hat) + 0.1 * early(t) * Dark(x0_hat)"
@@ -155,6 +161,7 @@ def test_the_card_says_what_was_optimised(run):
     assert "generates 8 x 8 images: a `UNet2DModel`, trained on 16 images of photos." in run["card"]
 
 
+@pytest.mark.slow
 def test_the_card_has_what_was_measured(run):
     rows = json.loads(run["files"]["comparison.json"])["rows"]
     assert list(rows) == ["data", "without", "with total_variation + Dark"]
@@ -181,6 +188,7 @@ def test_the_card_has_what_was_measured(run):
     )
 
 
+@pytest.mark.slow
 def test_the_card_has_the_command_of_the_run(run):
     (command,) = code_blocks(run["card"], "bash")
     words = shlex.split(command)
@@ -216,6 +224,39 @@ def test_the_code_of_the_card_runs_as_it_is(client, run, package, tmp_path):
     assert told == {"pipeline": "RegDDPMPipeline", "scheduler": "DDIMScheduler"}
     sizes = [PIL.Image.open(path).size for path in tmp_path.glob("*/sample.png")]
     assert sizes == [(8, 8)] * (3 if package else 2)
+
+
+# A run in this process
+
+
+@pytest.fixture
+def here(hub, tmp_path, monkeypatch):
+    make_client(monkeypatch, hub, tmp_path / "cache")
+
+
+def test_a_run_in_this_process_is_uploaded_with_a_card_and_without_checkpoints_and_token(here, hub, train, capsys):
+    """In outline what the tests above show in detail."""
+    hub.repositories["tester/here"] = Repository("tester/here", private=True)
+    hub.repositories["tester/here"].commit("main", "Mine", {"README.md": USERS_CARD.encode()})
+    flags = ("--max_train_steps", 2, "--checkpointing_steps", 1, "--hub_model_id", "tester/here", "--push_to_hub")
+    out = train(*flags, "--regularizer", "total_variation", "--hub_token", TOKEN)
+    printed = capsys.readouterr()
+    assert printed.out.splitlines()[-1] == f"uploaded    {hub.endpoint}/tester/here"
+    on_disk, uploaded = contents(out), hub.files["tester/here"]
+    assert uploaded == {path: on_disk[path] for path in uploaded}
+    assert set(uploaded) == {
+        *("README.md", "model_index.json", "pipeline.py", "scheduler/scheduler_config.json", "unet/config.json"),
+        *("unet/diffusion_pytorch_model.safetensors", "reg_config.json", "reg_settings.yaml", "metrics.jsonl"),
+        *("comparison.json", "comparison.png", "evaluation.png", "samples/step-000002.png"),
+    }
+    card = uploaded["README.md"].decode()
+    assert "# My pictures\n\nPlease cite me.\n" in card and card.index("Please cite me") < card.index("# here")
+    assert ModelCard(card).data.license == "cc-by-4.0" and "art" in ModelCard(card).data.tags
+    assert "0.1 * matched(t) * total_variation(x0_hat)" in code_blocks(card, "text")[0]
+    words = shlex.split(code_blocks(card, "bash")[0])
+    assert words[:3] == ["accelerate", "launch", "train_reg.py"] and not {"--hub_token", TOKEN} & set(words)
+    assert TOKEN not in printed.out + printed.err
+    assert not [path for path, content in on_disk.items() if TOKEN.encode() in content]
 
 
 # A run from the Hub, whose upload is refused at its end
@@ -275,6 +316,7 @@ def test_the_card_names_the_model_and_the_data_it_came_from(hub, client, refused
     assert ModelCard(hub.files[REPO]["README.md"].decode()).data.base_model is None
 
 
+@pytest.mark.slow
 def test_the_owners_text_metadata_and_results_stay(client, refused):
     card = (client.folder / "tuned" / "README.md").read_text()
     assert "# My pictures\n\nPlease cite me.\n" in card and card.index("Please cite me") < card.index("# tuned")
@@ -384,20 +426,15 @@ def test_a_wrong_token_is_said_before_anything_else(hub, client):
     assert not (client.folder / "reg-ddpm-model").exists()
 
 
-CHECKS = """
-import json, sys
-from reg_diffusers.hub.uploads import Uploads, check_upload
-from reg_diffusers.settings.arguments import parse_args
-
-def said(flags):
+def said(*flags):
+    """How a training with these flags is refused before it begins; None if it is not."""
     settings = parse_args(["--push_to_hub", *flags])
     try:
         Uploads(settings.hub, check_upload(settings.hub, settings.output.output_dir), settings.output)
     except ValueError as error:
         return str(error)
 
-print(json.dumps(dict(told=[said(flags) for flags in json.loads(sys.argv[1])])))
-"""
+
 REFUSED = [
     ("--hub_model_id a/b/c", "--hub_model_id a/b/c: Repo id must "),
     ("--hub_model_id .hidden", "--hub_model_id .hidden: Repo id must "),
@@ -419,39 +456,38 @@ REFUSED = [
 ]
 
 
-def test_what_cannot_be_uploaded_is_said_before_the_training(hub, client):
-    (client.folder / "linked" / "samples").mkdir(parents=True)
-    (client.folder / "linked" / "samples" / "x.png").symlink_to(client.folder / "my_losses.py")
+def test_what_cannot_be_uploaded_is_said_before_the_training(here, hub, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "linked" / "samples").mkdir(parents=True)
+    (tmp_path / "secret").write_text("secret")
+    (tmp_path / "linked" / "samples" / "x.png").symlink_to(tmp_path / "secret")
     for name in ("other/theirs", "tester/open", "tester/broken"):
         hub.repositories[name] = Repository(name)
     hub.repositories["tester/broken"].commit("main", "Mine", {"README.md": b"---\nlicense: [mit\n---\n"})
     accepted = ["--hub_model_id tester/open --hub_license mit", "--output_dir some/named --hub_private_repo", ""]
-    flags = [flags.split() for flags in [*(flags for flags, _ in REFUSED), *accepted]]
-    *told, first, second, third = client.python(CHECKS, json.dumps(flags), prelude="")["told"]
-    for (flags, expected), said in zip(REFUSED, told, strict=True):
-        assert said and re.match(expected, said) and "\n" not in said, f"{flags}: {said}"
-    assert (first, second, third) == (None, None, None)
+    for flags, expected in REFUSED:
+        told = said(*flags.split())
+        assert told and re.match(expected, told) and "\n" not in told, f"{flags}: {told}"
+    assert [said(*flags.split()) for flags in accepted] == [None, None, None]
     assert hub.private["tester/named"] and not hub.private["tester/reg-ddpm-model"]
     assert "other/new" not in hub.repositories and "tester/linked" not in hub.repositories
 
 
-def test_a_token_that_may_only_read_is_said_before_the_training(hub, client):
+def test_a_token_that_may_only_read_is_said_before_the_training(here, hub):
     hub.repositories["tester/old"] = Repository("tester/old")
     hub.read_only = True
-    flags = [["--hub_model_id", "tester/old"], ["--hub_model_id", "tester/not_yet"]]
-    told = client.python(CHECKS, json.dumps(flags), prelude="")["told"]
+    told = [said("--hub_model_id", name) for name in ("tester/old", "tester/not_yet")]
     hub.read_only = False
-    assert all("HfHubHTTPError 403" in said and "needs write access" in said for said in told), told
+    assert all("HfHubHTTPError 403" in line and "needs write access" in line for line in told), told
 
 
-@pytest.mark.slow
-def test_no_token_and_no_hub_are_told_apart(client, tmp_path):
-    with HubServer() as hub:
-        gone = Client(hub, tmp_path / "work")
-    (without,) = client.python(CHECKS, "[[]]", prelude="", token=None)["told"]
-    (unreachable,) = gone.python(CHECKS, "[[]]", prelude="")["told"]
-    assert without == "--push_to_hub: no token: run `hf auth login`, or set HF_TOKEN"
-    assert unreachable.startswith("--push_to_hub: the Hub cannot be reached (ConnectError")
+def test_no_token_and_no_hub_are_told_apart(hub, tmp_path, monkeypatch):
+    make_client(monkeypatch, hub, tmp_path / "cache", token=None)
+    monkeypatch.setattr(constants, "HF_TOKEN_PATH", str(tmp_path / "token"))
+    assert said() == "--push_to_hub: no token: run `hf auth login`, or set HF_TOKEN"
+    with HubServer() as gone:
+        make_client(monkeypatch, gone, tmp_path / "cache")
+    assert said().startswith("--push_to_hub: the Hub cannot be reached (ConnectError")
 
 
 @pytest.mark.slow
