@@ -62,6 +62,7 @@ class NonFiniteGuard:
             self._count(name, torch.zeros((), dtype=torch.long, device="cpu"))
         before = 0 if last is None else last.in_a_row
         self._last[key] = call = GuardedCall(name, timesteps, places, before, self._count)
+        call.earlier = None if last is None else last.dropped()
         return call
 
     def last_timesteps(self, name: str) -> list[float]:
@@ -118,6 +119,7 @@ class GuardedCall:
         places: as given.
         before: as given.
         in_a_row: number of consecutive non-finite steps including this one, as far as known.
+        earlier: what `dropped` returned for the step before, whose gradients are known only now.
     """
 
     def __init__(
@@ -132,6 +134,7 @@ class GuardedCall:
         self.places = places
         self.before = before
         self.in_a_row = before
+        self.earlier: tuple[Tensor, Tensor] | None = None
         self._name = name
         self._count = count
         self._given: Tensor | None = None  # (n,) whether the input of L' was finite; None if all was
@@ -178,12 +181,16 @@ class GuardedCall:
         """Counts images whose gradients the view has made non-finite, (n,) bool."""
         self._drop(self._caused(images))
 
-    def dropped_timesteps(self) -> list[float]:
-        """Returns the timesteps of the dropped images. Waits for the accelerator."""
+    def dropped(self) -> tuple[Tensor, Tensor] | None:
+        """Returns the timesteps of the images, (n,), and whether each was dropped, (n,); None if none was so far."""
         if self._dropped is None:
-            return []
-        timesteps = self.timesteps if self.places is None else self.timesteps[self.places]
-        return timesteps[self._dropped.to(timesteps.device)].tolist()
+            return None
+        return self.timesteps if self.places is None else self.timesteps[self.places], self._dropped
+
+    def dropped_timesteps(self) -> list[float]:
+        """Returns the timesteps of the dropped images, else those of the step before. Waits for the accelerator."""
+        found = self.dropped() or self.earlier
+        return [] if found is None else found[0][found[1].to(found[0].device)].tolist()
 
     def _caused(self, bad: Tensor) -> Tensor:
         """Selects bad images whose x0_hat was finite, (n,) bool."""

@@ -6,6 +6,8 @@ from collections.abc import Callable
 
 from torch import Tensor, nn
 
+from .regularizers.contract import refuse_another_size
+
 __all__ = ["Paired"]
 
 
@@ -38,8 +40,9 @@ class Paired(nn.Module):
         """Computes the distance of each image, (B,).
 
         Raises:
-            ValueError: `net` does not return one value per image.
+            ValueError: `net` does not return one value per image, or the images have another size than x0_hat.
         """
+        refuse_another_size(x0_hat, original_samples)
         distances = self.net(x0_hat, original_samples)
         if distances.numel() != len(x0_hat):
             raise ValueError(

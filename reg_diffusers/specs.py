@@ -96,6 +96,8 @@ def _exported(module) -> dict[str, Callable]:
 
 
 def _load(spec: str, builtin: Mapping[str, Callable], kind: str):
+    if not isinstance(spec, str):
+        raise TypeError(f"{kind} must be named by a string, not {spec!r}: use the object itself, without loading it")
     name, values, keywords = _parsed(spec, kind)
     return _bound(_found(name, builtin, kind), values, keywords, kind, spec)
 
@@ -116,7 +118,7 @@ def _parsed(spec: str, kind: str) -> tuple[str, list, dict]:
             raise ValueError
         values = [ast.literal_eval(value) for value in call.args]
         keywords = {keyword.arg: ast.literal_eval(keyword.value) for keyword in call.keywords}
-        if None in keywords:  # **
+        if None in keywords or len(keywords) < len(call.keywords):  # **, or a name given twice
             raise ValueError
     except (SyntaxError, ValueError, TypeError, MemoryError, RecursionError):
         raise ValueError(
@@ -178,6 +180,8 @@ def _check_numbers(signature: inspect.Signature, given: Mapping, kind: str, spec
         wanted = {part.strip() for part in getattr(annotation, "__name__", str(annotation)).split("|")}
         if wanted & {"int", "float"} and wanted <= {"int", "float", "None"} and isinstance(value, str):
             raise ValueError(f"{kind} {spec!r}: {name} must be a number, not {value!r}")
+        if value is None and wanted and wanted <= {"int", "float", "bool", "str"}:
+            raise ValueError(f"{kind} {spec!r}: {name} must have a value, not None")
         if wanted <= {"str", "None"} and wanted & {"str"} and isinstance(value, int | float):
             raise ValueError(f"{kind} {spec!r}: {name} must be a text, not {value!r}")
 

@@ -41,7 +41,7 @@ class Affine:
         offset: value in the user's units where x is 0.
 
     Raises:
-        ValueError: the number of channels of x differs from that of scale or offset.
+        ValueError: scale or offset is not finite, or its length differs from the number of channels of x.
     """
 
     scale: float | tuple[float, ...]
@@ -51,7 +51,12 @@ class Affine:
         for name in ("scale", "offset"):
             value = getattr(self, name)
             value = value.tolist() if hasattr(value, "tolist") else value
-            given = tuple(map(float, value)) if isinstance(value, Sequence) else float(value)
+            try:
+                given = tuple(map(float, value)) if isinstance(value, Sequence) else float(value)
+            except (TypeError, ValueError):
+                given = math.nan
+            if not all(map(math.isfinite, _as_tuple(given))):
+                raise ValueError(f"views.Affine: {name} must be a finite number, or one per channel, not {value!r}")
             object.__setattr__(self, name, given)
 
     def __call__(self, x: Tensor) -> Tensor:

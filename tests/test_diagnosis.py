@@ -590,3 +590,23 @@ def test_arguments_of_a_model_follow_their_images(gaussian):
     term = Term(regularizers.gradient_energy, 0.1)
     found = diagnose(EPSILON, term, images, model=knowing, model_kwargs={"originals": images}, num_levels=3)
     assert all(level.model.error < 1e-6 < level.best.error for level in found.levels)
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "message"),
+    [
+        ({"term": [Term(regularizers.total_variation, 0.1)]}, TypeError, "diagnose takes one Term"),
+        ({"original_samples": torch.zeros(30, 1, 4, 4, dtype=torch.uint8)}, TypeError, "floating-point .*torch.uint8"),
+        (
+            {"original_samples": torch.zeros(30, 1, 4, 4).numpy()},
+            TypeError,
+            "original_samples must be a floating-point",
+        ),
+        ({"original_samples": torch.full((30, 1, 4, 4), torch.nan)}, ValueError, "original_samples has non-finite"),
+        ({"num_levels": 0}, ValueError, "num_levels must be at least 1, not 0"),
+    ],
+)
+def test_arguments_of_a_diagnosis_that_cannot_be_meant_are_refused_by_name(change, error, message):
+    given = {"term": Term(regularizers.total_variation, 0.1), "original_samples": torch.randn(30, 1, 4, 4)}
+    with pytest.raises(error, match=message):
+        diagnose(DDPMScheduler(), **(given | change))

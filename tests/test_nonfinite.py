@@ -221,3 +221,15 @@ def test_no_step_waits_for_an_accelerator_but_every_hundredth():
         guard.check()
     with pytest.raises(AssertionError, match="waits for the accelerator"):
         guard.check()
+
+
+def test_the_error_names_the_timesteps_of_gradients_that_are_not_finite():
+    # They are known after the backward pass of their step, so in the next step.
+    def root(x0_hat):
+        return (x0_hat - x0_hat.detach()).square().flatten(1).sum(1).sqrt()
+
+    loss_fn = X0Regularization(scheduler_of(), [Term(root, 1.0, weighting.constant)], max_nonfinite_steps=2)
+    output = images(3, 1, 4, 4).requires_grad_()
+    with pytest.raises(FloatingPointError, match=r"2 steps in a row \(last at timesteps 10 to 30\), 6 images in all"):
+        for _ in range(3):
+            loss_fn(output, torch.tensor([10, 20, 30]), images(3, 1, 4, 4)).loss.backward()

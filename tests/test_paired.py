@@ -7,6 +7,7 @@ from torch import nn
 
 from reg_diffusers import Paired, Term, X0Regularization, weighting
 from reg_diffusers.prediction import add_noise, predict_original_sample
+from reg_diffusers.regularizers import spectrum, wavelet
 
 pytestmark = pytest.mark.loss
 
@@ -67,3 +68,10 @@ def test_what_is_no_distance_of_images_is_refused(step):
         ours = X0Regularization(SCHEDULER, [Term(Paired(net), 0.5, weighting.constant)])
         with pytest.raises(ValueError, match=f"of shape {shape} for 3 images: one value per image"):
             ours(output, times, x_t, original_samples=x0)
+
+
+@pytest.mark.parametrize("shape", [(2, 1, 8, 8), (2, 3, 1, 8), (2, 3, 8, 1), (2, 3, 4, 4)])
+@pytest.mark.parametrize("distance", [Paired(lambda x, y: (x - y).square().mean((1, 2, 3))), spectrum, wavelet])
+def test_images_of_another_size_are_refused_instead_of_repeated(distance, shape):
+    with pytest.raises(ValueError, match=r"original_samples have the size .*, x0_hat \(3, 8, 8\)"):
+        distance(torch.zeros(2, 3, 8, 8), original_samples=torch.zeros(shape))

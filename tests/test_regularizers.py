@@ -321,3 +321,19 @@ def test_names_are_those_of_functions_and_classes():
     assert regularizer_name(total_variation) == "total_variation"
     assert regularizer_name(partial(partial(mean_intensity, target=0.1))) == "mean_intensity"
     assert regularizer_name(Classifier()) == "Classifier"
+
+
+@pytest.mark.parametrize(
+    ("name", "arguments", "message"),
+    [
+        ("total_variation", {"isotropic": True, "smoothing": -1.0}, "smoothing must be at least 0"),
+        ("out_of_range", {"low": 1.0, "high": -1.0}, "low must be at most high, not 1.0 with high -1.0"),
+        ("high_frequency_energy", {"cutoff": 5.0}, "cutoff must be at least 0 and below"),
+        ("high_frequency_energy", {"cutoff": -1.0}, "cutoff must be at least 0 and below"),
+        ("symmetry", {"dim": 0}, "dim must be a dimension of each image, such as -1 or -2, not 0"),
+        ("symmetry", {"dim": 9}, "dim must be a dimension of each image"),
+    ],
+)
+def test_arguments_that_switch_a_loss_off_or_change_its_meaning_are_refused(name, arguments, message):
+    with pytest.raises(ValueError, match=message):
+        getattr(regularizers, name)(torch.zeros(2, 1, 8, 8), **arguments)

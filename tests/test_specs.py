@@ -240,6 +240,8 @@ def test_the_record_of_a_model_cannot_load_a_network(tmp_path):
         (load_regularizer, "mean_intensity(target='0.2')", "target must be a number, not '0.2'"),
         (load_weighting, "gated('low')", "min_snr must be a number, not 'low'"),
         (load_schedule, "warmup('10')", "steps must be a number, not '10'"),
+        (load_regularizer, "mean_intensity(target=None)", "target must have a value, not None"),
+        (load_regularizer, "mean_intensity(target=0.2, target=0.3)", "the arguments must be"),
         (load_schedule, "warmup", r"'warmup' needs steps: it is warmup\(steps\)$"),
     ],
 )

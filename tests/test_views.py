@@ -28,6 +28,12 @@ def test_an_affine_view_is_the_users_units():
     torch.testing.assert_close(actual, expected, rtol=1e-12, atol=0)
 
 
+@pytest.mark.parametrize("scale", ["a", None, float("nan"), (1.0, float("inf"))])
+def test_an_affine_view_of_something_other_than_numbers_is_refused_by_name(scale):
+    with pytest.raises(ValueError, match=r"views\.Affine: scale must be a finite number, or one per channel"):
+        Affine(scale, 1.0)
+
+
 def test_affine_views_of_equal_numbers_are_equal():
     assert Affine([2, 3], torch.tensor([1.0, 0.5])) == Affine((2.0, 3.0), (1.0, 0.5))
     with pytest.raises(ValueError, match="2 numbers for images of 3 channels"):

@@ -80,10 +80,19 @@ def diagnose(
         **context: what the regularizer lists in `needs`, one entry per image; `original_samples` is provided.
 
     Raises:
-        ValueError: if there are fewer than 20 images, or if the estimator calls the network again.
+        TypeError: if `term` is not a `Term`, or `original_samples` is not a floating-point tensor.
+        ValueError: if there are fewer than 20 images, if one has non-finite values, if `num_levels` is below 1, or if
+            the estimator calls the network again.
         TermError: if the regularizer breaks its contract: it has no gradient, returns another shape than (B,), is
             non-finite on the images, or depends on the other images of the batch.
     """
+    if not isinstance(term, Term):
+        raise TypeError(f"diagnose takes one Term, such as Term(total_variation, 0.1), not {term!r}")
+    if not isinstance(original_samples, Tensor) or not original_samples.is_floating_point():
+        got = original_samples.dtype if isinstance(original_samples, Tensor) else type(original_samples).__name__
+        raise TypeError(f"original_samples must be a floating-point tensor, images (M, C, ...) in [-1, 1], not {got}")
+    if num_levels < 1:
+        raise ValueError(f"num_levels must be at least 1, not {num_levels}")
     refuse_rules([term], "diagnose")
     if calls_model(term.estimator):
         raise ValueError(
@@ -92,6 +101,8 @@ def diagnose(
         )
     if len(original_samples) < _FEWEST_IMAGES:
         raise ValueError(f"{len(original_samples)} images are too few: diagnose needs at least {_FEWEST_IMAGES}")
+    if not original_samples.isfinite().all():
+        raise ValueError("original_samples has non-finite values: remove these images")
     generator = torch.Generator().manual_seed(seed)
     known, held_out = _divided(original_samples, generator)
     context, given = (

@@ -8,7 +8,8 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-__all__ = ["Regularizer", "TermError", "at_least_float32", "masks_of", "needs_of", "regularizer_name"]
+__all__ = ["Regularizer", "TermError", "at_least_float32", "masks_of", "needs_of", "refuse_another_size"]
+__all__ += ["regularizer_name"]
 
 
 class Regularizer(Protocol):
@@ -63,3 +64,13 @@ def masks_of(regularizer: Regularizer) -> tuple[str, ...]:
 def at_least_float32(images: Tensor) -> Tensor:
     """Converts half precision to float32; float32 and float64 stay as they are."""
     return images.to(torch.promote_types(images.dtype, torch.float32))
+
+
+def refuse_another_size(x0_hat: Tensor, original_samples: Tensor) -> None:
+    """Raises ValueError unless both are images of one size; PyTorch would repeat a channel, row or column silently."""
+    ours, theirs = tuple(x0_hat.shape[1:]), tuple(original_samples.shape[1:])
+    if ours != theirs:
+        raise ValueError(
+            f"original_samples have the size {theirs}, x0_hat {ours}: pass images of one size, or original_images= for"
+            " what a view shows"
+        )

@@ -18,7 +18,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from .contract import at_least_float32
+from .contract import at_least_float32, refuse_another_size
 
 __all__ = ["RadialSpectrum", "mean_radial_spectrum", "radial_spectrum", "spectrum", "wavelet"]
 
@@ -72,13 +72,14 @@ def spectrum(
         (B,), in pixel values; without unit for "log_amplitude" (a factor e in every amplitude is 1).
 
     Raises:
-        ValueError: `kind` is unknown, such as a squared difference, `focal` is negative, or `bands` is not a
-            sequence of weights that are finite and at least 0.
+        ValueError: `kind` is unknown, such as a squared difference, `focal` is negative, `bands` is not a sequence
+            of weights that are finite and at least 0, or the images have another size than x0_hat.
     """
     if kind not in _KINDS:
         raise ValueError(f"kind must be one of {', '.join(_KINDS)}, not {kind!r}. {_PARSEVAL}")
     if not focal >= 0:
         raise ValueError(f"focal must be at least 0, not {focal}")
+    refuse_another_size(x0_hat, original_samples)
     ours, theirs = (torch.fft.fft2(at_least_float32(image), norm="ortho") for image in (x0_hat, original_samples))
     if kind == "complex":
         difference = _modulus(ours - theirs, 1e-6) - 1e-6
@@ -131,7 +132,8 @@ def wavelet(
 
     Raises:
         ValueError: H or W is not divisible by 2^levels, `loss` is unknown, such as a squared difference, or
-            `weights` does not have levels + 1 entries that are finite and at least 0.
+            `weights` does not have levels + 1 entries that are finite and at least 0, or the images have another size
+            than x0_hat.
     """
     if loss not in ("l1", "huber"):
         raise ValueError(f"loss must be 'l1' or 'huber', not {loss!r}. {_PARSEVAL}")
@@ -145,6 +147,7 @@ def wavelet(
     weights = _weights([1.0] * (levels + 1) if weights is None else weights, "weights")
     if len(weights) != levels + 1:
         raise ValueError(f"weights must have levels + 1 = {levels + 1} entries, not {len(weights)}")
+    refuse_another_size(x0_hat, original_samples)
     averages, total = at_least_float32(x0_hat) - at_least_float32(original_samples), 0.0
     size = averages[0].numel()
     for weight in reversed(weights[1:]):

@@ -40,7 +40,12 @@ def total_variation(x0_hat: Tensor, /, *, isotropic: bool = False, smoothing: fl
 
     Returns:
         (B,), in pixel values per pixel; at most 4 for images in [-1, 1].
+
+    Raises:
+        ValueError: smoothing is negative.
     """
+    if not smoothing >= 0:
+        raise ValueError(f"smoothing must be at least 0, not {smoothing}")
     x0_hat = at_least_float32(x0_hat)
     if not isotropic:
         return _mean(_difference(x0_hat, -1).abs()) + _mean(_difference(x0_hat, -2).abs())
@@ -104,7 +109,12 @@ def out_of_range(x0_hat: Tensor, /, *, low: float = -1.0, high: float = 1.0) -> 
 
     Returns:
         (B,), in squared pixel values.
+
+    Raises:
+        ValueError: low exceeds high.
     """
+    if not low <= high:
+        raise ValueError(f"low must be at most high, not {low} with high {high}")
     x0_hat = at_least_float32(x0_hat)
     return _mean((x0_hat - x0_hat.clamp(low, high)) ** 2)
 
@@ -121,11 +131,16 @@ def high_frequency_energy(x0_hat: Tensor, /, *, cutoff: float = 0.5) -> Tensor:
 
     Args:
         x0_hat: (B, C, H, W).
-        cutoff: radius in units of the Nyquist frequency, 0 to sqrt(2).
+        cutoff: radius in units of the Nyquist frequency, from 0 to below sqrt(2).
 
     Returns:
         (B,), in squared pixel values; at most the mean square of the image.
+
+    Raises:
+        ValueError: the cutoff is not from 0 to below sqrt(2), above which there are no frequencies.
     """
+    if not 0 <= cutoff < 2**0.5:
+        raise ValueError(f"cutoff must be at least 0 and below sqrt(2), the highest frequency, not {cutoff}")
     x0_hat = at_least_float32(x0_hat)
     height, width = x0_hat.shape[-2:]
     f_y = torch.fft.fftfreq(height, d=0.5, device=x0_hat.device, dtype=x0_hat.dtype)
@@ -149,7 +164,12 @@ def symmetry(x0_hat: Tensor, /, *, dim: int = -1) -> Tensor:
 
     Returns:
         (B,), in squared pixel values; at most 4 for images in [-1, 1].
+
+    Raises:
+        ValueError: the images lack the dimension, or it is that of the batch.
     """
+    if not (-x0_hat.ndim < dim < x0_hat.ndim and dim != 0):
+        raise ValueError(f"dim must be a dimension of each image, such as -1 or -2, not {dim}")
     x0_hat = at_least_float32(x0_hat)
     return _mean((x0_hat - x0_hat.flip(dim)) ** 2)
 

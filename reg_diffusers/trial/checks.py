@@ -302,6 +302,9 @@ def _named(name: str, network: nn.Module) -> str:
 
 
 def _own_error(term: Term, error: Exception, data: TrainingData) -> UsageError:
+    module = str(getattr(term.regularizer, "func", term.regularizer).__module__)  # .func: of a partial
+    if isinstance(error, ValueError) and module.startswith("reg_diffusers.regularizers"):  # about its arguments
+        return UsageError(f"--regularizer {term.name}: {error}")
     columns = [str(column) for column in data.columns if column.name in term.needs]
     usage_error = UsageError(
         f"--regularizer {term.name} raised {type(error).__name__} on a batch of images: {error}"
