@@ -91,10 +91,10 @@ class Client:
     def train(self, *flags, token=TOKEN, check=True):
         return self.start_training(*flags, token=token).finish(check)
 
-    def python(self, script, *arguments, token=TOKEN, package=True, prelude=PRELUDE):
+    def python(self, script, *arguments, token=TOKEN, package=True, prelude=PRELUDE, seconds=100):
         """Runs a script, and returns what it told last."""
         script = ("" if package else WITHOUT_PACKAGE) + prelude + textwrap.dedent(script)
-        done = self.run(sys.executable, "-c", script, *arguments, token=token)
+        done = self.start(sys.executable, "-c", script, *arguments, token=token).finish(seconds=seconds)
         return json.loads(done.stdout.splitlines()[-1])
 
 

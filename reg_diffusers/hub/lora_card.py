@@ -1,4 +1,4 @@
-"""Writes the card of a text-to-image model, LoRA weights or a pipeline, from its folder; uploads LoRA weights."""
+"""Writes the card of a text-to-image model, LoRA weights or a pipeline, from its folder; uploads either."""
 
 from __future__ import annotations
 
@@ -6,17 +6,19 @@ import json
 from dataclasses import replace
 from pathlib import Path
 
+import torch
 from huggingface_hub import HfApi, ModelCard, ModelCardData
+from safetensors.torch import load_file
 
 from ..runs.measurement import as_text
 from ..runs.run_folder import LORA_FILE
-from .card import BEGIN, END, as_card, facts_of, read_json, results_of, write_card, write_merged
+from .card import BEGIN, END, as_card, copy_evidence, facts_of, read_json, results_of, write_card, write_merged
 from .card_text import CardFacts, evidence_section, reproduction_section
 from .data_text import data_text
 from .objective_text import block, objective_section
-from .repository import STALE, check_kind, open_repository, remote_card
+from .repository import STALE, check_kind, check_source, fetch_evidence, open_repository, remote_card
 
-__all__ = ["push_adapters", "write_card_of_run"]
+__all__ = ["push_text_to_image", "write_card_of_run"]
 
 _TASK = "text-to-image"
 
@@ -27,17 +29,16 @@ def write_card_of_run(folder: Path, repo_id: str, old: ModelCard | None = None, 
     Raises:
         ValueError: README.md is a link out of the folder, or its metadata cannot be read.
     """
-    is_lora = (folder / LORA_FILE).is_file()
-    pipeline = "" if is_lora else read_json(folder / "model_index.json").get("_class_name", "")
-    if not (is_lora or (folder / "tokenizer").is_dir()):
+    if (folder / LORA_FILE).is_file() or (folder / "tokenizer").is_dir():
+        _write_card(folder, repo_id, facts_of(folder), old, license)
+    else:
         write_card(folder, repo_id, old, license)
-        return
-    _write_card(folder, repo_id, facts_of(folder), old, license, pipeline)
 
 
-def push_adapters(
+def push_text_to_image(
     folder: Path,
     repo_id: str,
+    source: str | None,
     about: dict,
     commit_message: str | None = None,
     private: bool | None = None,
@@ -45,29 +46,44 @@ def push_adapters(
     *,
     create_pr: bool = False,
 ) -> str:
-    """Uploads LoRA weights without the record of a training, with a card; returns the URL of the commit.
+    """Uploads LoRA weights, or a whole pipeline, with a card; returns the URL of the commit.
 
     Args:
         folder: folder of the weights; the card is written there.
-        repo_id: user/name, or a name of the token's user; created if necessary.
-        about: what is known of them, as in reg_config.json.
+        repo_id: user/name, or a name of the token's user.
+        source: output folder of the training, of which the records are uploaded if it has these weights; or None.
+        about: what is known of them without a record, as in reg_config.json.
         commit_message, private, token, create_pr: see `RegDDPMPipeline.push_to_hub`.
 
     Raises:
-        ValueError: as in `repository.open_repository` and `check_kind`.
+        ValueError: as in `repository.open_repository` and `check_kind`, or there is a link out of `source`.
         HfHubHTTPError: there is no network, or no write access.
     """
-    api = HfApi(token=token)
+    api, is_adapter = HfApi(token=token), (folder / LORA_FILE).is_file()
+    check_source(source)
     repo_id = open_repository(api, repo_id, private, write=not create_pr)
-    check_kind(api, repo_id, is_adapter=True)
-    _write_card(folder, repo_id, replace(facts_of(folder), record=about), remote_card(api, repo_id))
+    check_kind(api, repo_id, is_adapter=is_adapter)
+    if source and not is_adapter:
+        fetch_evidence(api, source, folder)
+    elif source and _holds(Path(source), folder / LORA_FILE):
+        copy_evidence(Path(source), folder)
+    facts = facts_of(folder)
+    _write_card(folder, repo_id, replace(facts, record={**about, **facts.record}), remote_card(api, repo_id))
     return api.upload_folder(
         repo_id=repo_id,
         folder_path=folder,
-        commit_message=commit_message or "Upload LoRA weights",
+        commit_message=commit_message or f"Upload {'LoRA weights' if is_adapter else 'the pipeline'}",
         create_pr=create_pr,
         delete_patterns=list(STALE),
     )
+
+
+def _holds(source: Path, weights: Path) -> bool:
+    """Whether a folder holds the same LoRA weights, which peft writes with another header each time."""
+    if not (source / LORA_FILE).is_file():
+        return False
+    there, here = load_file(source / LORA_FILE), load_file(weights)
+    return there.keys() == here.keys() and all(torch.equal(there[name], here[name]) for name in here)
 
 
 def _write_card(
@@ -76,11 +92,11 @@ def _write_card(
     facts: CardFacts,
     old: ModelCard | None,
     license: str | None = None,
-    pipeline: str = "",
 ) -> None:
-    """Writes the card; `pipeline` is the class of the pipeline, "" for LoRA weights."""
+    is_lora = (folder / LORA_FILE).is_file()
+    pipeline = "" if is_lora else read_json(folder / "model_index.json").get("_class_name", "")
     text = f"{BEGIN}\n\n{_text(facts, repo_id, pipeline)}\n\n{END}"
-    write_merged(folder, as_card(_metadata(facts, repo_id, license, is_lora=not pipeline), text), old)
+    write_merged(folder, as_card(_metadata(facts, repo_id, license, is_lora=is_lora), text), old)
 
 
 def _metadata(facts: CardFacts, repo_id: str, license: str | None, *, is_lora: bool) -> ModelCardData:

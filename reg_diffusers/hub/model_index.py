@@ -25,6 +25,7 @@ __all__ = [
 
 _PRIVATE_KEY = "_reg_diffusers"
 _OWN_ENTRIES = ("normalization", "class_names", "white")
+_NOT_SAVED = (*_OWN_ENTRIES, "_name_or_path")  # the latter may be a path on this machine
 MOST_TIMESTEPS = 1_000_000  # of a training schedule: a thousand times the usual number, with tables of 4 MB
 
 
@@ -35,7 +36,7 @@ def as_saved(config: dict) -> dict:
     """
     in_latents = (config.get("vqvae") or [None])[0] is not None
     known = {
-        name: value for name, value in config.items() if name not in _OWN_ENTRIES and (in_latents or name != "vqvae")
+        name: value for name, value in config.items() if name not in _NOT_SAVED and (in_latents or name != "vqvae")
     }
     saved = {**known, "_class_name": "LDMPipeline" if in_latents else "DDPMPipeline"}
     return with_own_entries(saved, config)

@@ -15,7 +15,7 @@ from diffusers import DiffusionPipeline
 from torch import Tensor, nn
 
 from ..autoencoder import downsampling
-from ..hub.lora_card import push_adapters
+from ..hub.lora_card import push_text_to_image
 from ..sampling.call_inputs import refuse_keywords
 from ..sampling.conditioned_network import checked_guidance_scale
 from ..sampling.sampler import add_weights
@@ -201,7 +201,8 @@ class RegTextToImagePipeline(LatentPipeline):
     ) -> str:
         """Uploads the LoRA weights with a model card, which names their base if it was loaded from the Hub.
 
-        Records and measurements of a training are in its output folder: `hf upload` that, or train with --push_to_hub.
+        In a training of the whole network, uploads the whole pipeline. Records and measurements of a training are
+        uploaded, too, with what `train` returned, as long as its weights are those in the output folder.
 
         Args:
             repo_id: user/name, or a name of the token's user; created if necessary.
@@ -214,20 +215,16 @@ class RegTextToImagePipeline(LatentPipeline):
             The URL of the commit.
 
         Raises:
-            ValueError: the network has no LoRA weights, or several; the base is unknown; the repository holds a whole
-                pipeline; or `private` is True but the existing repository is public.
+            ValueError: the network has no LoRA weights, or several; the repository holds the other kind of model; or
+                `private` is True but the existing repository is public.
             HfHubHTTPError: there is no network, or no write access.
         """
-        if self._encoder is None:
-            raise ValueError(
-                "this pipeline does not know its base: upload the output folder of its training by hf upload"
-                f" {repo_id} FOLDER, or train with --push_to_hub"
-            )
-        base = self._encoder.name_or_path
+        base = self._encoder and self._encoder.name_or_path
+        about = {"base_model": None if not base or Path(base).exists() else base}
         with TemporaryDirectory() as folder:
             self.save_pretrained(folder)
-            about = {"base_model": None if not base or Path(base).exists() else base}
-            return push_adapters(Path(folder), repo_id, about, commit_message, private, token, create_pr=create_pr)
+            where = repo_id, self.name_or_path, about
+            return push_text_to_image(Path(folder), *where, commit_message, private, token, create_pr=create_pr)
 
     def set_timesteps(self, steps: int, size: tuple[int, int] | None = None) -> None:
         """As in `RegDDPMPipeline`, with the shift for the size of the image that some schedules need."""

@@ -122,6 +122,7 @@ class Saves:
             self._checkpoints.save(step)
         self._sampled.finish()
         self._save_pipeline()
+        self.pipeline.register_to_config(_name_or_path=str(self._output_dir.absolute()))  # for `push_to_hub`
         if self._validation:
             self._validation.finish()
         self._training.accelerator.wait_for_everyone()
