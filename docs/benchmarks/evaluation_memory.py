@@ -21,6 +21,7 @@ import numpy as np
 import psutil
 import torch
 
+from reg_diffusers import Term
 from reg_diffusers.cli.bench import Bench
 from reg_diffusers.cli.judged import judge_models
 from reg_diffusers.evaluation.features import Features, pixels
@@ -82,7 +83,8 @@ def measure(path: str, kind: str, number: int) -> None:
     thread = threading.Thread(target=watch)
     thread.start()
     began = time.process_time()
-    judge_models(arguments, {}, samples, bench, features, {"total_variation": total_variation}, "cpu")
+    terms = {"total_variation": Term(total_variation, 1.0)}
+    judge_models(arguments, {}, samples, bench, features, terms, "cpu")
     seconds = time.process_time() - began
     done.set()
     thread.join()

@@ -14,6 +14,7 @@ __all__ = ["Judged", "judge_models"]
 
 _IMAGES_OF_LOSS = 256
 _BATCH_SIZE = 64
+_SEARCHED_AT_A_TIME = 2**22  # numbers: small blocks cost seven times the time, because each reads all queries
 
 
 @dataclass
@@ -176,7 +177,8 @@ def _copies(features, samples: dict, bench: Bench, vectors: dict, device) -> dic
         searched = [vectors["data"]]
     else:
         queries = [_vectors(features, read, places, device, title) for title, (read, places) in reads.items()]
-        searched = _blocks(features, bench.images, range(bench.searched), device, "data, searched")
+        size = max(_SEARCHED_AT_A_TIME // width, _BATCH_SIZE)
+        searched = _blocks(features, bench.images, range(bench.searched), device, "data, searched", size)
     itself = torch.cat([torch.tensor(own), torch.full((compared * len(samples),), -1)]).to(device)
     distances, indices = nearest(torch.cat(queries), searched, itself)
     of_data, *parts = distances.split([len(own), *[compared] * len(samples)])
@@ -194,13 +196,13 @@ def _vectors(features, read, places: range, device, title: str):
     return torch.cat(list(_blocks(features, read, places, device, title)))
 
 
-def _blocks(features, read, places: range, device, title: str):
+def _blocks(features, read, places: range, device, title: str, batch_size: int = _BATCH_SIZE):
     """Yields the same a few images at a time."""
     import torch
     from tqdm import tqdm
 
     batches = tqdm(
-        range(places.start, places.stop, _BATCH_SIZE),
+        range(places.start, places.stop, batch_size),
         desc=f"features of {title}",
         unit="batch",
         dynamic_ncols=True,
@@ -209,4 +211,4 @@ def _blocks(features, read, places: range, device, title: str):
     )
     for start in batches:
         with torch.no_grad():
-            yield features.extract(read(range(start, min(start + _BATCH_SIZE, places.stop))).to(device))
+            yield features.extract(read(range(start, min(start + batch_size, places.stop))).to(device))
