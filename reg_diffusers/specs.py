@@ -203,7 +203,12 @@ def _instance(found: Callable, values: list, keywords: dict, kind: str, spec: st
     if missing:
         raise ValueError(f"{kind} {spec!r} needs {', '.join(missing)}: it is {usage}")
     _check_numbers(signature, bound, kind, spec)
-    instance = found(*values, **keywords)
+    try:
+        instance = found(*values, **keywords)
+    except OSError as error:  # such as a network that is neither a folder nor on the Hub
+        if ":" in name_of(spec):  # in the user's own code, whose traceback helps
+            raise
+        raise ValueError(f"{kind} {spec!r}: {' '.join(str(error).split())}") from error
     if not callable(instance):
         raise ValueError(f"{kind} {spec!r} is a {found.__name__}, which cannot be called")
     return instance

@@ -218,6 +218,12 @@ def test_perceptual_is_loaded_by_the_name_of_its_network(tmp_path):
         load_regularizer("perceptual('net', sizes=16)")
 
 
+def test_a_network_that_cannot_be_loaded_is_named_with_the_reason(tmp_path):
+    transformers.Dinov2Config().save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=r"^regularizer \"perceptual\('.*'\)\": Error no file named model"):
+        load_regularizer(f"perceptual('{tmp_path}')")
+
+
 def test_the_record_of_a_model_cannot_load_a_network(tmp_path):
     """A downloaded reg_config.json must not cause another download, nor the reading of a file."""
     specs = [
