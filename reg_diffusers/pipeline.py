@@ -253,11 +253,15 @@ class RegDDPMPipeline(ImageSpace, ConditionedNetwork, DiffusionPipeline):
             push_to_hub: then upload by `push_to_hub`, to `repo_id` or else the folder's name.
             **kwargs: `repo_id`, `commit_message`, `private`, `token`, `create_pr` for the upload.
         """
-        super().save_pretrained(str(save_directory), safe_serialization, variant, max_shard_size)
-        Path(save_directory, "pipeline.py").write_text(standalone_source(), encoding="utf-8")
+        self._save_files(Path(save_directory), safe_serialization, variant, max_shard_size)
         if push_to_hub:
             repo_id = kwargs.pop("repo_id", None) or Path(save_directory).resolve().name
             self.push_to_hub(repo_id, safe_serialization=safe_serialization, variant=variant, **kwargs)
+
+    def _save_files(self, folder: Path, *how) -> None:
+        """Saves the pipeline to a folder; `how` are the arguments of `save_pretrained` of diffusers."""
+        super().save_pretrained(str(folder), *how)
+        (folder / "pipeline.py").write_text(standalone_source(), encoding="utf-8")
 
     def push_to_hub(
         self,

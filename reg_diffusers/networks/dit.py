@@ -237,26 +237,14 @@ class RegDiTPipeline(LatentPipeline):
         pipeline.register_to_config(_name_or_path=source)
         return pipeline
 
-    def save_pretrained(
-        self,
-        save_directory: str | Path,
-        safe_serialization: bool = True,
-        variant: str | None = None,
-        max_shard_size: int | str | None = None,
-        push_to_hub: bool = False,
-        **kwargs,
-    ) -> None:
-        """Saves a DiTPipeline with the names of the classes, which diffusers loads; see `RegDDPMPipeline`."""
-        stock = DiTPipeline(self.unet, self.vqvae, self.scheduler)
-        stock.save_pretrained(str(save_directory), safe_serialization, variant, max_shard_size)
-        path = Path(save_directory, "model_index.json")
+    def _save_files(self, folder: Path, *how) -> None:
+        """Saves a DiTPipeline with the names of the classes, which diffusers loads."""
+        DiTPipeline(self.unet, self.vqvae, self.scheduler).save_pretrained(str(folder), *how)
+        path = folder / "model_index.json"
         index = with_own_entries(json.loads(path.read_text()), self.config)
         if names := self.config.class_names:
             index["id2label"] = {str(label): name for label, name in enumerate(names)}
         path.write_text(json.dumps(index, indent=2, sort_keys=True) + "\n")
-        if push_to_hub:
-            repo_id = kwargs.pop("repo_id", None) or Path(save_directory).resolve().name
-            self.push_to_hub(repo_id, safe_serialization=safe_serialization, variant=variant, **kwargs)
 
     @property
     def num_classes(self) -> int:
