@@ -5,6 +5,7 @@ import gc
 import os
 import subprocess
 import sys
+from functools import partial
 
 import numpy as np
 import PIL.Image
@@ -17,8 +18,9 @@ from runs import QUICK, ROOT, load_script, reset
 from reg_diffusers.cli import main
 from reg_diffusers.data import looks
 from reg_diffusers.data.training_data import load_training_data
+from reg_diffusers.networks.computation import CompiledForBatches
 from reg_diffusers.settings.arguments import parse_args
-from reg_diffusers.training import report
+from reg_diffusers.training import preparation, report
 
 
 def pytest_addoption(parser):
@@ -138,6 +140,27 @@ def train(tmp_path, monkeypatch, tiny_unet):
     run.script = script
     yield run
     torch.set_num_threads(threads)
+
+
+@pytest.fixture
+def compiled(monkeypatch):
+    """Inside, --compile runs the graphs of the network as they are, without a compiler; a list of the graphs."""
+
+    @contextlib.contextmanager
+    def context():
+        graphs = []
+
+        def noting(graph, example_inputs):
+            graphs.append(graph)
+            return graph.forward
+
+        torch._dynamo.reset()
+        with monkeypatch.context() as patch:
+            patch.setattr(preparation, "CompiledForBatches", partial(CompiledForBatches, backend=noting))
+            yield graphs
+        torch._dynamo.reset()
+
+    return context
 
 
 @pytest.fixture(scope="module")

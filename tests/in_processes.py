@@ -21,6 +21,12 @@ FLAGS = (
     " --model_config_name_or_path tiny --mixed_precision no --num_threads 1 --lr_warmup_steps 0 --no-compare"
 ).split()
 
+SAME_STEPS = (
+    "--max_train_steps 3 --num_threads 1 --no-compare --no-use_ema --lr_warmup_steps 0 --mixed_precision no"
+    " --resolution 16 --regularizer total_variation --reg_weighting constant --learning_rate 1e-2 --adam_epsilon 1e-3"
+    " --eval_batch_size 1 --ddpm_num_inference_steps 1"
+).split()
+
 IMAGES = 32
 _PATIENCE = 300  # seconds
 
@@ -72,6 +78,20 @@ def run_script(folder, *flags, prepare=lambda script: None, **launch):
         file.unlink()
     in_processes(_run_script, folder, [*FLAGS, *map(str, flags)], prepare, **launch)
     return [int(file.read_text()) for file in sorted(folder.glob("exit-*"))]
+
+
+def by_one_and_two(folder, flags, prepare, read, images=4):
+    """What `read` finds in the outputs of three steps by one process and by two, of that many images each in all.
+
+    A large adam_epsilon, because AdamW makes a step of full length from the rounding of a gradient of 0.
+    """
+    found = []
+    for number in (1, 2):
+        of_run = ("--train_batch_size", images // number, "--output_dir", number)
+        in_processes(_run_script, folder, [*SAME_STEPS, *map(str, (*flags, *of_run))], prepare, number=number)
+        assert [path.read_text() for path in folder.glob("exit-*")] == ["0"] * number
+        found.append(read(folder / str(number)))
+    return found
 
 
 def free_port():
@@ -151,4 +171,9 @@ class FedLoss(RegularizedLoss):
 
 def feed(script):
     torch.set_default_dtype(torch.float64)
+    script.RegularizedLoss = FedLoss
+
+
+def feed_noise(script):
+    """As `feed`, in the precision of the run."""
     script.RegularizedLoss = FedLoss

@@ -15,7 +15,7 @@ import PIL.Image
 import pytest
 import torch
 from diffusers import DDPMScheduler, EDMEulerScheduler, FlowMatchEulerDiscreteScheduler, UNet2DModel
-from tiny_pipelines import save_stable_diffusion
+from tiny_pipelines import autoencoder, save_stable_diffusion
 
 from reg_diffusers import RegDDPMPipeline, RegTextToImagePipeline
 from reg_diffusers.cli import demo as command
@@ -51,7 +51,7 @@ def sampled(pipeline, scale, seed=0, steps=20, number=4, regularizer=total_varia
     return output.scores["score"].mean().item()
 
 
-def sampled_from_text(pipeline, text, scale, label=None, number=1, steps=20):
+def sampled_in_latents(pipeline, text, scale, label=None, number=1, steps=20):
     """L' of images of a text-to-image pipeline, or of classes in latents."""
     drawing = pipeline.with_parts(scheduler=fast_scheduler(pipeline.scheduler))
     drawing.set_progress_bar_config(disable=True)
@@ -141,12 +141,22 @@ def test_a_text_to_image_model_shows_decoded_images_of_its_text(text_model):
         settings = DemoSettings(make, total_variation, steps=3, number=1, prompt=text, regularizer_scale=2.0)
         *_, (plain, guided) = watch(text_model, settings)
         for run, scale in ((plain, 0.0), (guided, 2.0)):
-            assert run.score == pytest.approx(sampled_from_text(text_model, text, scale, steps=3), rel=1e-4)
+            assert run.score == pytest.approx(sampled_in_latents(text_model, text, scale, steps=3), rel=1e-4)
             assert run.images.shape == (1, 3, 16, 16) and len(run.values) == 3
         # x0_hat of the last step is the sample
         assert plain.values[-1] == pytest.approx(plain.score, rel=1e-3)
         found[text] = plain.score
     assert len(set(found.values())) == 2 and text_model.scheduler is scheduler
+
+
+def test_a_model_in_latents_shows_decoded_images_of_its_class(tiny_unet):
+    unet = tiny_unet(channels=4, num_class_embeds=3).eval()
+    pipeline = RegDDPMPipeline(unet, DDPMScheduler(), vqvae=autoencoder(latent_channels=4))
+    settings = settings_for(pipeline, steps=3, number=2, class_label=2, regularizer_scale=2.0)
+    *_, (plain, guided) = watch(pipeline, settings)
+    for run, scale in ((plain, 0.0), (guided, 2.0)):
+        expected = sampled_in_latents(pipeline, None, scale, label=2, number=2, steps=3)
+        assert run.score == pytest.approx(expected, rel=1e-4) and run.images.shape == (2, 3, 16, 16)
 
 
 # What is shown
@@ -500,14 +510,14 @@ def test_the_page_of_a_text_to_image_model_has_a_field_for_its_text(text_model, 
     with served(tmp_path / "text") as url:
         browser.get(url)
         page = Page(browser)
-        page.shows(*(sampled_from_text(text_model, "a dog", scale) for scale in (0.0, 0.05)))  # the recorded text
+        page.shows(*(sampled_in_latents(text_model, "a dog", scale) for scale in (0.0, 0.05)))  # the recorded text
         assert "Class label" not in page.text("body")
         field = browser.find_element("css selector", "#controls [data-testid='textbox']")
         assert field.get_attribute("value") == "a dog"
         field.send_keys(Keys.CONTROL, "a", Keys.NULL, "a cat", Keys.ENTER)
-        page.shows(*(sampled_from_text(text_model, "a cat", scale) for scale in (0.0, 0.05)))
+        page.shows(*(sampled_in_latents(text_model, "a cat", scale) for scale in (0.0, 0.05)))
         page.type("Regularizer scale", 0.5)  # other controls keep the text
-        page.shows(*(sampled_from_text(text_model, "a cat", scale) for scale in (0.0, 0.5)))
+        page.shows(*(sampled_in_latents(text_model, "a cat", scale) for scale in (0.0, 0.5)))
         assert [entry for entry in browser.get_log("browser") if entry["level"] == "SEVERE"] == []
 
 

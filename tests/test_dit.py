@@ -9,7 +9,7 @@ import PIL.Image
 import pytest
 import torch
 from diffusers import DDIMScheduler, DDPMScheduler, DiTPipeline, DiTTransformer2DModel
-from in_processes import _run_script, feed, in_processes
+from in_processes import by_one_and_two, feed
 from runs import differ, load_script, metrics, refusal, reset
 from safetensors.torch import load_file
 from tiny_pipelines import autoencoder
@@ -267,17 +267,19 @@ def test_more_classes_than_stock_diffusers_knows_need_a_larger_embedding():
 def test_two_processes_train_the_network_of_one(finished, tmp_path):
     folder = finished.parent
     names = ("--model_config_name_or_path", folder / "dit", "--vae", folder / "vae")
-    names += ("--train_data_dir", folder / "photos", "--cache_dir", folder / "cache")
-    flags = "--resolution 16 --class_conditional --max_train_steps 3 --num_threads 1 --no-compare --no-use_ema"
-    flags += " --regularizer total_variation --reg_weighting constant --learning_rate 1e-2"
-    flags += " --eval_batch_size 1 --ddpm_num_inference_steps 1 --lr_warmup_steps 0 --mixed_precision no"
-    found = {}
-    for number in (1, 2):
-        of_run = ("--train_batch_size", 4 // number, "--output_dir", number)
-        arguments = [*map(str, names + of_run), *flags.split()]
-        in_processes(_run_script, tmp_path, arguments, feed, number=number)
-        assert [path.read_text() for path in tmp_path.glob("exit-*")] == ["0"] * number
-        found[number] = weights(tmp_path / str(number))
-    for name, value in found[1].items():
-        torch.testing.assert_close(found[2][name], value, rtol=1e-6, atol=1e-8)
-    assert found[1]["proj_out_2.weight"].abs().max() > 1e-3  # 0 at the start
+    names += ("--train_data_dir", folder / "photos", "--cache_dir", folder / "cache", "--class_conditional")
+    one, two = by_one_and_two(tmp_path, names, feed, weights)
+    for name, value in one.items():
+        torch.testing.assert_close(two[name], value, rtol=1e-6, atol=1e-8)
+    assert one["proj_out_2.weight"].abs().max() > 1e-3  # 0 at the start
+
+
+@pytest.mark.slow
+def test_a_compiled_training_is_the_plain_one(with_classes, compiled):
+    flags = ("--condition_dropout", 0.5, "--random_flip")
+    plain = weights(with_classes(*flags, output="plain"))
+    with compiled() as graphs:
+        found = weights(with_classes(*flags, "--compile"))
+    assert len(graphs) == 1
+    for name, value in found.items():
+        torch.testing.assert_close(value, plain[name], rtol=0, atol=1e-6)

@@ -8,12 +8,13 @@ from pathlib import Path
 import pytest
 import torch
 from diffusers import StableDiffusionPipeline
+from in_processes import by_one_and_two, feed
 from runs import differ, metrics, refusal, weights
 from safetensors.torch import load_file
 from tiny_pipelines import autoencoder, save_stable_diffusion, write_photos
 
 from reg_diffusers.autoencoder import encoded
-from reg_diffusers.data import streaming
+from reg_diffusers.data import streamed_latents, streaming
 from reg_diffusers.training.batches import batches_of
 
 pytestmark = pytest.mark.training
@@ -130,3 +131,21 @@ def test_bad_rows_of_a_stream_are_one_line(with_texts, capsys, monkeypatch):
     monkeypatch.setattr(streaming, "_EXAMPLES", 1)  # so that the others are read during the training
     error = refusal(with_texts, capsys, "--overwrite_output_dir")
     assert "--caption_column text: row 0 of piece " in error and "has no text: add one, or give one" in error
+
+
+def feed_one_by_one(script):
+    """As `feed`; each image is encoded alone, because the rounding of its latents could depend on the others."""
+    feed(script)
+    streamed_latents.AT_A_TIME = 1
+
+
+@pytest.mark.slow
+def test_two_processes_train_the_network_of_one(train, tmp_path):
+    """A step takes all images of a pass over the data, so that one and two processes see the same ones in it."""
+    write_photos()
+    torch.manual_seed(0)
+    autoencoder().save_pretrained("vae")
+    flags = "--streaming --train_data_dir photos --vae vae --model_config_name_or_path tiny --cache_dir cache".split()
+    one, two = by_one_and_two(tmp_path, flags, feed_one_by_one, weights, images=8)
+    for name, value in one.items():
+        torch.testing.assert_close(two[name], value, rtol=1e-6, atol=1e-9)

@@ -10,7 +10,7 @@ import PIL.Image
 import pytest
 import torch
 from diffusers import DDIMScheduler, DDPMPipeline, DiffusionPipeline, StableDiffusionPipeline
-from in_processes import FedLoss, _run_script, in_processes
+from in_processes import by_one_and_two, feed_noise
 from runs import load_script, reset
 from safetensors.torch import load_file
 from tiny_pipelines import (
@@ -248,25 +248,13 @@ def test_a_sweep_measures_lora_runs(lora, command):
     assert len(losses) == 2 and all(loss > 0 for loss in losses)
 
 
-def feed_noise(script):
-    """Each image has its own noise and timestep, in whatever batch of whatever process it comes."""
-    script.RegularizedLoss = FedLoss
-
-
 @pytest.mark.slow
 def test_two_processes_train_the_adapters_of_one(lora, tmp_path):
-    """A large adam_epsilon, because AdamW makes a step of full length from the rounding of a gradient of 0."""
     names = ("--pretrained_model_name_or_path", lora.parent / "base", "--train_data_dir", lora.parent / "photos")
-    flags = "--resolution 16 --caption_column text --lora_rank 2 --max_train_steps 3 --num_threads 1 --no-compare"
-    flags += " --regularizer total_variation --reg_weighting constant --learning_rate 1e-2 --adam_epsilon 1e-3"
-    flags += " --eval_batch_size 1 --ddpm_num_inference_steps 1 --lr_warmup_steps 0 --mixed_precision no --no-use_ema"
-    adapters = {}
-    for number in (1, 2):
-        of_run = ("--cache_dir", lora.parent / "cache", "--train_batch_size", 4 // number, "--output_dir", number)
-        arguments = [*map(str, names + of_run), *flags.split()]
-        in_processes(_run_script, tmp_path, arguments, feed_noise, number=number)
-        assert [path.read_text() for path in tmp_path.glob("exit-*")] == ["0"] * number
-        adapters[number] = load_file(tmp_path / str(number) / "pytorch_lora_weights.safetensors")
-    for name, value in adapters[1].items():
-        torch.testing.assert_close(adapters[2][name], value, rtol=1e-4, atol=1e-6)
-    assert max(value.abs().max() for name, value in adapters[1].items() if "lora_B" in name or "up" in name) > 1e-4
+    names += ("--cache_dir", lora.parent / "cache", "--caption_column", "text", "--lora_rank", 2)
+    one, two = by_one_and_two(
+        tmp_path, names, feed_noise, lambda out: load_file(out / "pytorch_lora_weights.safetensors")
+    )
+    for name, value in one.items():
+        torch.testing.assert_close(two[name], value, rtol=1e-4, atol=1e-6)
+    assert max(value.abs().max() for name, value in one.items() if "lora_B" in name or "up" in name) > 1e-4

@@ -10,7 +10,7 @@ import pytest
 import torch
 from diffusers import DDIMScheduler, DiffusionPipeline
 from huggingface_hub import ModelCard
-from in_processes import FedLoss, _run_script, in_processes
+from in_processes import by_one_and_two, feed_noise
 from runs import differ, load_script, metrics, refusal, reset
 from safetensors.torch import load_file
 from tiny_pipelines import (
@@ -210,26 +210,12 @@ def test_a_sweep_measures_whole_pipelines(whole, command):
     assert len([title for title in found["rows"] if title != "data"]) == 2
 
 
-def feed_noise(script):
-    """Each image has its own noise and timestep, in whatever batch of whatever process it comes."""
-    script.RegularizedLoss = FedLoss
-
-
 @pytest.mark.slow
 def test_two_processes_train_the_network_of_one(whole, tmp_path):
-    """A large adam_epsilon, because AdamW makes a step of full length from the rounding of a gradient of 0."""
     names = ("--pretrained_model_name_or_path", whole.parent / "base", "--train_data_dir", whole.parent / "photos")
-    flags = "--resolution 16 --caption_column text --max_train_steps 3 --num_threads 1 --no-compare --no-use_ema"
-    flags += " --regularizer total_variation --reg_weighting constant --learning_rate 1e-2 --adam_epsilon 1e-3"
-    flags += " --eval_batch_size 1 --ddpm_num_inference_steps 1 --lr_warmup_steps 0 --mixed_precision no"
-    found = {}
-    for number in (1, 2):
-        of_run = ("--cache_dir", whole.parent / "cache", "--train_batch_size", 4 // number, "--output_dir", number)
-        arguments = [*map(str, names + of_run), *flags.split()]
-        in_processes(_run_script, tmp_path, arguments, feed_noise, number=number)
-        assert [path.read_text() for path in tmp_path.glob("exit-*")] == ["0"] * number
-        found[number] = weights(tmp_path / str(number))
+    names += ("--cache_dir", whole.parent / "cache", "--caption_column", "text")
+    one, two = by_one_and_two(tmp_path, names, feed_noise, weights)
+    for name, value in one.items():
+        torch.testing.assert_close(two[name], value, rtol=1e-4, atol=1e-6)
     before = weights(whole.parent / "base")
-    for name, value in found[1].items():
-        torch.testing.assert_close(found[2][name], value, rtol=1e-4, atol=1e-6)
-    assert all((found[1][name] - value).abs().max() > 1e-5 for name, value in before.items())
+    assert all((one[name] - value).abs().max() > 1e-5 for name, value in before.items())
