@@ -56,7 +56,7 @@ def load_pipeline(model: str, device=None, *, mixed_precision: str = "no"):
         elif is_family:
             pipeline = load_whole_pipeline(model, dtype=dtype)
         else:
-            is_dit = index["_class_name"] == "DiTPipeline"
+            is_dit = index.get("_class_name") == "DiTPipeline"
             pipeline = (RegDiTPipeline if is_dit else RegDDPMPipeline).from_pretrained(model)
     except UsageError as error:
         raise UsageError(f"{named}: {error}") from error
