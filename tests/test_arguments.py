@@ -87,6 +87,14 @@ def test_a_yaml_file_is_read_first_and_flags_win(tmp_path):
     assert (optimization.seed, optimization.use_ema, optimization.learning_rate) == (4, False, 1e-3)
 
 
+def test_a_yaml_file_may_name_the_home_folder_as_a_shell_does(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", "/home/somebody")
+    path = tmp_path / "run.yaml"
+    path.write_text("output_dir: ~/runs/a\ntrain_data_dir: a~/photos\n")
+    settings = parse_args([str(path)])
+    assert (settings.output.output_dir, settings.data.train_data_dir) == ("/home/somebody/runs/a", "a~/photos")
+
+
 @pytest.mark.parametrize("word", ["no", "false", "off", "'no'", "False"])
 def test_a_yaml_word_for_no_means_no(tmp_path, word):
     path = tmp_path / "run.yaml"
@@ -113,6 +121,7 @@ def test_resolved_settings_are_a_valid_yaml_file_with_the_same_meaning(tmp_path)
     "content, message",
     [
         ("sead: 3", "unknown entry 'sead'; did you mean 'seed'"),
+        ("seed: 3\nresolution: 8\nseed: 4", "'seed' is given twice: keep one of the two"),
         ("- 3", "entries like"),
         ("a: [", "not YAML"),
         ("seed: x", "--seed: 'x' is not a whole number"),

@@ -186,3 +186,11 @@ def test_previews_of_the_plain_model_have_the_same_captions(train, image_folder,
 def test_zero_keeps_all_checkpoints(train, image_folder):
     flags = ("--train_data_dir", image_folder(), *CACHE, "--max_train_steps", 10, "--checkpoints_total_limit", 0)
     assert len(list(train(*flags).glob("checkpoint-*"))) == 5
+
+
+def test_a_batch_that_exceeds_the_data_is_estimated_as_all_images(train, image_folder, monkeypatch, capsys):
+    from reg_diffusers.training import estimate
+
+    monkeypatch.setattr(estimate, "measure_speed", lambda *_, **__: estimate.Speed(1.0, 0.0))
+    train("--train_data_dir", image_folder(), *CACHE, "--max_train_steps", 1, "--train_batch_size", 10**9)
+    assert lines_of(capsys.readouterr().out)["time"] == "about 8 s: 1 step of 8 s, a preview"

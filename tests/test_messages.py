@@ -14,7 +14,7 @@ from tqdm import tqdm
 
 from reg_diffusers import RegDDPMPipeline
 from reg_diffusers.cli import main
-from reg_diffusers.runtime.errors import warn
+from reg_diffusers.runtime.errors import exit_on_usage_error, warn
 from reg_diffusers.runtime.messages import bars_are_hidden, detail, say, show_messages
 
 pytestmark = pytest.mark.training
@@ -124,3 +124,15 @@ def test_quiet_hides_the_bars_of_diffusers(tiny_unet, tmp_path, capsys):
     show_messages(quiet=True)
     RegDDPMPipeline.from_pretrained(tmp_path)
     assert capsys.readouterr().err == ""
+
+
+def test_full_memory_is_one_line_with_what_to_change(capsys):
+    @exit_on_usage_error
+    def run():
+        np.empty(2**60, np.uint8)
+
+    with pytest.raises(SystemExit, match="2"):
+        run()
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1 and "error: not enough memory (Unable to allocate" in error
+    assert "use smaller or fewer images, or smaller batches" in error

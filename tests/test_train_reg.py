@@ -414,6 +414,7 @@ def test_a_folder_that_cannot_be_written_is_named(train, capsys, tmp_path):
     (tmp_path / "file").write_text("")
     assert "cannot be written" in refusal(train, capsys, output="file/out")
     assert "is a file" in refusal(train, capsys, output="file")
+    assert "cannot be written: File name too long" in refusal(train, capsys, output="n" * 300)
 
 
 def test_a_given_model_that_does_not_fit_is_refused(train, capsys, tmp_path):

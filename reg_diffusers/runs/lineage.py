@@ -90,7 +90,7 @@ def find_checkpoint(settings: OutputSettings, output_dir: Path, tell=lambda line
     for folder in reversed(found):
         if not (problem := damage(folder)):
             lost = step_of(found[-1]) - step_of(folder)
-            tell(f"continuing from {folder}" + (f": {lost} steps are lost" if lost else ""))
+            tell(f"continuing from {folder}" + (f": {lost} step{'s are' if lost > 1 else ' is'} lost" if lost else ""))
             return folder
         tell(f"skipping {folder}, which is damaged: {problem}")
     raise UsageError(
@@ -179,4 +179,4 @@ def _report(line: str) -> None:
 
 
 def _shown(value) -> str:
-    return " ".join(map(str, value)) if isinstance(value, list) else str(value)
+    return " ".join(map(str, value)) or "none" if isinstance(value, list) else str(value)

@@ -28,7 +28,7 @@ class DataError(UsageError):
 
 
 def exit_on_usage_error(main):
-    """Decorates a script's `main`: a `UsageError` or a full disk becomes one line on stderr and exit status 2."""
+    """Decorates a script's `main`: a `UsageError`, full memory or a full disk becomes one line and exit status 2."""
 
     @functools.wraps(main)
     def guarded(*args, **kwargs):
@@ -40,6 +40,14 @@ def exit_on_usage_error(main):
                 if error.show_cause:
                     traceback.print_exception(error.__cause__)
                 print(f"{os.path.basename(sys.argv[0])}: error: {_line(error)}", file=sys.stderr)
+            sys.exit(2)
+        except MemoryError as error:
+            needed = f" ({error})" if str(error) else ""
+            print(
+                f"{os.path.basename(sys.argv[0])}: error: not enough memory{needed}: use smaller or fewer images, or"
+                " smaller batches",
+                file=sys.stderr,
+            )
             sys.exit(2)
         except OSError as error:
             if error.errno not in (errno.ENOSPC, errno.EDQUOT):

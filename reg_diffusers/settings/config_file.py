@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 from pathlib import Path
 
 import yaml
@@ -38,13 +39,16 @@ def split_file(argv: list[str]) -> tuple[str | None, list[str]]:
 def flags_of_file(path: str, parser: argparse.ArgumentParser) -> list[str]:
     """Converts the entries of a YAML file to command-line flags, so one parser checks both."""
     try:
-        settings = yaml.safe_load(Path(path).read_text()) or {}
+        text = Path(path).read_text()
+        settings = yaml.safe_load(text) or {}
     except OSError as error:
         raise UsageError(f"{path!r} is neither a flag nor a readable YAML file: {error.strerror}") from None
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise UsageError(f"{path}: not YAML: {' '.join(str(error).split())}") from None
     if not isinstance(settings, dict):
         raise UsageError(f"{path}: must hold entries like 'resolution: 32'")
+    if repeated := _repeated(text):
+        raise UsageError(f"{path}: {repeated[0]!r} is given twice: keep one of the two")
     known = {name.lstrip("-"): action for action in parser._actions for name in action.option_strings if name != _FLAG}
     flags = []
     for name, value in settings.items():
@@ -70,8 +74,21 @@ def _as_flag(action: argparse.Action, value) -> list[str]:
     if isinstance(value, bool | dict):
         raise ValueError(f"{str(value).lower()} is not a valid value of {flag}")
     if isinstance(value, list):
-        return [flag, *map(str, value)]
-    return [f"{flag}={value}"]
+        return [flag, *map(_word, value)]
+    return [f"{flag}={_word(value)}"]
+
+
+def _word(value) -> str:
+    """Converts a value to a word of a command line, with the home folder in the place of ~/ as by a shell."""
+    word = str(value)
+    return os.path.expanduser(word) if word.startswith("~/") else word
+
+
+def _repeated(text: str) -> list[str]:
+    """Returns the names that occur more than once in YAML, whose reader keeps only the last value of each."""
+    entries = yaml.compose(text, Loader=yaml.SafeLoader)
+    names = [name.value for name, _ in entries.value] if entries is not None else []
+    return [name for name in names if names.count(name) > 1]
 
 
 def _switch(value) -> bool:

@@ -216,7 +216,9 @@ def _time(
         trained = f"{' and '.join(f'{number:,}' for number in left)} of {trained} left"
     if isinstance(speed, str):
         return f"{trained}; not estimated: {speed}"
-    of_a_step = speed.step * optimization.train_batch_size * optimization.gradient_accumulation_steps
+    images = optimization.train_batch_size  # a batch larger than the data holds all of them
+    images = images if data.number is None else min(images, math.ceil(data.number / processes))
+    of_a_step = speed.step * images * optimization.gradient_accumulation_steps
     interval = output.preview_steps or output.save_images_epochs * per_epoch
     previews = [steps // interval - min(before, steps) // interval + 1 for before in done]
     calls = output.ddpm_num_inference_steps * (sum(previews) * output.eval_batch_size + models * measured)

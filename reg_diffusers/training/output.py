@@ -38,7 +38,11 @@ def claim_output_dir(output: OutputSettings) -> RunLock:
     """
     folder = Path(output.output_dir)
     flag = f"--output_dir {folder}"
-    if folder.exists() and not folder.is_dir():
+    try:
+        is_file = folder.exists() and not folder.is_dir()
+    except OSError as error:  # a name that the file system refuses
+        raise UsageError(f"{flag} cannot be written: {error.strerror}") from error
+    if is_file:
         raise UsageError(f"{flag} is a file: name another")
     holds_files = folder.is_dir() and any(path.name != LOCK_FILE for path in folder.iterdir())
     if holds_files and not (folder / SETTINGS_FILE).is_file():
