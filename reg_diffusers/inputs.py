@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Set
 from numbers import Real
 
 import torch
@@ -14,7 +14,7 @@ from .prediction import NoiseLevel, tensor_of
 from .term import Term, checked_weights
 
 __all__ = ["checked_loss_weight", "checked_mask", "checked_scheduler", "checked_snr_gamma", "handed_over"]
-__all__ += ["one_per_image", "refuse_other_images", "refuse_unknown", "weightings_of"]
+__all__ += ["one_per_image", "refuse_other_images", "refuse_unknown", "used_by", "weightings_of"]
 
 _PARAMETERS = ("model_output", "timesteps", "sample", "x0_hat", "model", "model_kwargs", "noise", "loss_weight")
 _PARAMETERS += ("image_mask", "training_step")
@@ -55,14 +55,14 @@ def refuse_other_images(original_samples: Tensor, noise: Tensor | None) -> None:
     if not isinstance(original_samples, Tensor) or not original_samples.is_floating_point():
         got = original_samples.dtype if isinstance(original_samples, Tensor) else type(original_samples).__name__
         raise TypeError(f"original_samples must be a floating-point tensor, images (B, C, ...) in [-1, 1], not {got}")
-    if not len(original_samples):
+    if original_samples.shape[0] == 0:
         raise ValueError("original_samples is a batch of 0 images: leave this step out")
     if noise is not None and noise.shape != original_samples.shape:
         raise ValueError(f"noise has shape {tuple(noise.shape)}, original_samples {tuple(original_samples.shape)}")
 
 
-def refuse_unknown(context: dict, terms: Iterable[Term]) -> None:
-    """Raises TypeError for a keyword that is neither a parameter nor used by a term, with the closest match.
+def used_by(terms: Iterable[Term]) -> frozenset[str]:
+    """Returns the names of the arguments that the terms of a loss may be given in its context.
 
     `original_images` are used by a term with a view that needs `original_samples`.
     """
@@ -71,6 +71,11 @@ def refuse_unknown(context: dict, terms: Iterable[Term]) -> None:
         known.update(term.needs)
         if term.view is not None and "original_samples" in term.needs:
             known.add("original_images")
+    return frozenset(known)
+
+
+def refuse_unknown(context: dict, known: Set[str]) -> None:
+    """Raises TypeError for a keyword that is neither a parameter nor `used_by` the terms, with the closest match."""
     for name in context:
         if name not in known:
             close = difflib.get_close_matches(name, [*known, *_PARAMETERS], n=1)
@@ -127,7 +132,11 @@ def one_per_image(timesteps, batch_size: int) -> Tensor:
 
 
 def weightings_of(
-    terms: Iterable[Term], level: NoiseLevel, image_mask: Tensor | None, factors: Mapping[str, float]
+    terms: Iterable[Term],
+    level: NoiseLevel,
+    image_mask: Tensor | None,
+    factors: Mapping[str, float],
+    known: Mapping[str, Tensor],
 ) -> dict[str, Tensor]:
     """Computes the weighting of each image by term, (B,), 0 where `image_mask` or a schedule leaves it out.
 
@@ -136,15 +145,18 @@ def weightings_of(
         level: noise levels of the batch.
         image_mask: (B,) bool, or None for all images.
         factors: by term with a schedule, its factor; a term with factor 0 is left out without calling its weighting.
+        known: by term, weightings that need not be computed.
 
     Raises:
         TermError: a weighting does not return a finite (B,) tensor.
         ValueError: the mask has another dtype or shape.
     """
-    lambdas = {
-        term.name: torch.zeros_like(level.snr) if factors.get(term.name) == 0 else checked_weights(term, level)
-        for term in terms
-    }
+    lambdas = {}
+    for term in terms:
+        if factors.get(term.name) == 0:
+            lambdas[term.name] = torch.zeros_like(level.snr)
+        else:
+            lambdas[term.name] = known[term.name] if term.name in known else checked_weights(term, level)
     if image_mask is None:
         return lambdas
     mask = checked_mask(image_mask, level)

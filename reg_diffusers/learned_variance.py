@@ -49,6 +49,8 @@ def without_learned_variance(scheduler, model_output: Tensor, sample: Tensor) ->
     Raises:
         ValueError: the shapes do not match.
     """
+    if model_output.shape == sample.shape:
+        return model_output
     learned = learns_variance(scheduler.config)
     if learned and model_output.ndim > 1 and model_output.shape[1] == 2 * sample.shape[1]:
         model_output = model_output[:, : sample.shape[1]]

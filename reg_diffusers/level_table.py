@@ -16,11 +16,11 @@ from torch import Tensor
 from .precision import version_of
 from .schedule import has_fixed_levels
 
-__all__ = ["levels_at", "looked_up"]
+__all__ = ["LevelTable", "levels_at", "looked_up", "table_of"]
 
 
 @dataclass(frozen=True)
-class _Table:
+class LevelTable:
     """Noise levels of a schedule, and what they were computed from, which a scheduler replaces to change it.
 
     Attributes:
@@ -45,9 +45,18 @@ class _Table:
             and getattr(scheduler, "timesteps", None) is self.schedule
         )
 
+    def at(self, timesteps: Tensor) -> tuple[Tensor, ...] | None:
+        """Returns the columns at timesteps, K tensors (B,); None if they are not int64 or one is out of range."""
+        if timesteps.dtype != torch.int64:
+            return None
+        try:
+            return self.levels.index_select(1, timesteps).unbind(0)
+        except (IndexError, RuntimeError):  # which one depends on the version of PyTorch
+            return None
+
 
 # By scheduler and device.
-_TABLES: weakref.WeakKeyDictionary[Any, dict[torch.device, _Table]] = weakref.WeakKeyDictionary()
+_TABLES: weakref.WeakKeyDictionary[Any, dict[torch.device, LevelTable]] = weakref.WeakKeyDictionary()
 
 
 def looked_up(scheduler, timesteps) -> tuple[Tensor, ...] | None:
@@ -60,13 +69,10 @@ def looked_up(scheduler, timesteps) -> tuple[Tensor, ...] | None:
     Returns:
         None if there is no up-to-date table, the timesteps are something else, or one is out of range.
     """
-    if not isinstance(timesteps, Tensor) or timesteps.dtype != torch.int64 or timesteps.ndim != 1:
+    if not isinstance(timesteps, Tensor) or timesteps.ndim != 1:
         return None
-    levels = _table(scheduler, timesteps)
-    try:
-        return None if levels is None else levels.index_select(1, timesteps).unbind(0)
-    except (IndexError, RuntimeError):  # which one depends on the version of PyTorch
-        return None
+    table = table_of(scheduler, timesteps)
+    return None if table is None else table.at(timesteps)
 
 
 def levels_at(scheduler, timesteps: Tensor, compute: Callable[[Tensor], Tensor]) -> tuple[Tensor, ...] | None:
@@ -83,8 +89,8 @@ def levels_at(scheduler, timesteps: Tensor, compute: Callable[[Tensor], Tensor])
         None if the levels are not those of integers from 0 to T - 1, the scheduler is not hashable, or in a compiled
         program.
     """
-    levels = _table(scheduler, timesteps)
-    if levels is None:
+    table = table_of(scheduler, timesteps)
+    if table is None:
         is_possible = not (torch.compiler.is_compiling() or timesteps.is_meta) and _is_key(scheduler)
         if not (is_possible and has_fixed_levels(scheduler)):
             return None
@@ -92,13 +98,13 @@ def levels_at(scheduler, timesteps: Tensor, compute: Callable[[Tensor], Tensor])
         with torch.inference_mode(False), torch.no_grad():
             levels = compute(torch.arange(len(scheduler.alphas_cumprod), device=device))
         alpha_bar, schedule = scheduler.alphas_cumprod, getattr(scheduler, "timesteps", None)
-        table = _Table(levels, scheduler.config, alpha_bar, schedule, version_of(alpha_bar))
+        table = LevelTable(levels, scheduler.config, alpha_bar, schedule, version_of(alpha_bar))
         _TABLES.setdefault(scheduler, {})[device] = table
-    return levels.index_select(1, timesteps.long()).unbind(0)
+    return table.levels.index_select(1, timesteps.long()).unbind(0)
 
 
-def _table(scheduler, timesteps: Tensor) -> Tensor | None:
-    """Returns the table of the scheduler on the device of the timesteps, (K, T); None if it must be made."""
+def table_of(scheduler, timesteps: Tensor) -> LevelTable | None:
+    """Returns the table of a scheduler on the device of the timesteps; None if it must be made."""
     if torch.compiler.is_compiling() or timesteps.is_meta:
         return None
     try:
@@ -106,7 +112,7 @@ def _table(scheduler, timesteps: Tensor) -> Tensor | None:
     except TypeError:  # it cannot be a key
         return None
     table = None if tables is None else tables.get(timesteps.device)
-    return table.levels if table is not None and table.is_of(scheduler) else None
+    return table if table is not None and table.is_of(scheduler) else None
 
 
 def _is_key(scheduler) -> bool:

@@ -87,10 +87,11 @@ class NonFiniteGuard:
         self._steps += 1
         own = threading.get_ident()
         for (thread, name), call in list(self._last.items()):
-            due = not call.waits or self._steps % self.check_interval == 0
-            # Non-finite gradients of a step are known only in the next step.
-            if thread != own or not due:
+            if thread != own or call.is_clean:
                 continue
+            if call.waits and self._steps % self.check_interval != 0:
+                continue
+            # Non-finite gradients of a step are known only in the next step.
             in_a_row = max(int(call.in_a_row), int(call.before))
             if in_a_row >= self.max_steps:
                 images, timesteps = int(self.dropped[name]), self.last_timesteps(name)
@@ -140,6 +141,11 @@ class GuardedCall:
         self._given: Tensor | None = None  # (n,) whether the input of L' was finite; None if all was
         self._find_given: Callable[[], Tensor | None] | None = None  # computes it when it is needed
         self._dropped: Tensor | None = None  # (n,) whether L' made it non-finite
+
+    @property
+    def is_clean(self) -> bool:
+        """Whether this step and the one before are known to have dropped nothing: counts are tensors if not."""
+        return isinstance(self.in_a_row, int) and isinstance(self.before, int)
 
     @property
     def waits(self) -> bool:
@@ -259,7 +265,7 @@ def _are_known_finite(values: Tensor) -> bool:
     if values.device.type != "cpu" or torch.compiler.is_compiling():
         return False
     try:
-        return math.isfinite(values.sum(dtype=full_precision(values.dtype)).item())
+        return math.isfinite(values.sum().item())
     except RuntimeError:  # values cannot be read under vmap
         return False
 

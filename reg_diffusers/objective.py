@@ -27,11 +27,8 @@ from .loss_output import Denoising, LossOutput, alias
 from .precision import full_precision, input_dtype, version_of
 from .prediction import (
     NoiseLevel,
-    add_noise,
     factors_like,
-    noise_level,
     output_weight,
-    prediction_target,
     prediction_type,
     refuse_own_noise,
     refuse_zero_terminal_snr,
@@ -40,7 +37,7 @@ from .prediction import (
     without_learned_variance,
 )
 from .regularization import X0Regularization
-from .schedule import FirstTimesteps, is_affine, is_edm, unit_of_time
+from .schedule import FirstTimesteps, is_edm, unit_of_time
 from .term import Term, TermError
 
 __all__ = ["LossOutput", "RegularizedLoss", "Term", "TermError", "X0Regularization", "draw_timesteps"]
@@ -139,7 +136,7 @@ class RegularizedLoss(nn.Module):
             FloatingPointError: L' was non-finite for `max_nonfinite_steps` steps in a row.
         """
         regularization, scheduler = self.regularization, self.scheduler
-        refuse_unknown(context, regularization.terms)
+        refuse_unknown(context, regularization.used)
         refuse_other_images(original_samples, noise)
         batch_size = original_samples.shape[0]
         if noise is None:
@@ -147,28 +144,32 @@ class RegularizedLoss(nn.Module):
         if timesteps is None:
             timesteps = draw_timesteps(scheduler, batch_size)
         timesteps = one_per_image(timesteps, batch_size)
-        self._first_timesteps.check(scheduler, timesteps)
-        level = noise_level(scheduler, timesteps)
-        at = factors_like(scheduler, level, original_samples)
-        noisy_samples = add_noise(scheduler, original_samples, noise, at)
+        if not self._first_timesteps.is_done:
+            self._first_timesteps.check(scheduler, timesteps)
+        level, factor, known, kind = regularization.table.at(timesteps)
+        at = factors_like(scheduler, level, original_samples, kind)
+        noisy_samples = at.alpha * original_samples + at.sigma * noise
         model_input = scale_model_input(scheduler, noisy_samples, at)
         on_device = timesteps.to(original_samples.device, non_blocking=True)
         model_input = model_input.to(input_dtype(model, original_samples))
-        model_output = alias(tensor_of(model(model_input, on_device, **unwrap(model_kwargs or {}))))
-        target = prediction_target(scheduler, original_samples, noise, at)
-        in_training = regularization.in_training(level)
+        keywords = unwrap(model_kwargs) if model_kwargs else {}
+        model_output = alias(tensor_of(model(model_input, on_device, **keywords)))
+        target = kind.target(original_samples, noise, at)
         if self.loss_weighting is not None:
-            in_training = level.weighted_by(level.denoising_weight * self.loss_weighting(level))
-        denoising = self._denoising(model_output, target, level, in_training)
+            weight = level.denoising_weight * self.loss_weighting(level)
+            factor = weight / output_weight(scheduler, level)
+            level, known = level.weighted_by(weight), {}
+        denoising = self._denoising(model_output, target, factor)
         prediction = Prediction(
             scheduler, model_output, timesteps, noisy_samples, model, model_kwargs, noise, original_samples
         )
         context["original_samples"] = original_samples
         with self.section():
             return regularization.at_level(
-                in_training,
+                level,
                 prediction,
                 context,
+                known,
                 denoising=denoising,
                 # Timesteps may be more precise than the float32 of a noise level.
                 at=None if noisy_samples.dtype == torch.float64 else at,
@@ -176,29 +177,21 @@ class RegularizedLoss(nn.Module):
                 training_step=training_step,
             )
 
-    def _denoising(
-        self, model_output: Tensor, target: Tensor, level: NoiseLevel, in_training: NoiseLevel
-    ) -> Denoising:
+    def _denoising(self, model_output: Tensor, target: Tensor, factor: Tensor | None) -> Denoising:
         """Computes the denoising loss.
-
-        Min-SNR, `loss_weighting` and an `AffineSchedule` have weights of their own; else the weight is 1 and not
-        multiplied.
 
         Args:
             model_output, target: (B, C, ...).
-            level: noise levels of the batch.
-            in_training: the same with the weight of this training's denoising loss.
+            factor: (B,) factor of each image's squared error; None: 1, and not multiplied.
         """
         model_output = without_learned_variance(self.scheduler, model_output, target)
         model_output = model_output.to(full_precision(target.dtype))
         target = target.to(model_output.dtype)
-        is_weighted = self.snr_gamma is not None or self.loss_weighting is not None
-        if not is_weighted and not (is_affine(self.scheduler) and self.scheduler.denoising_weight):
+        if factor is None:
             count = target.shape[0]
             return Denoising(F.mse_loss(model_output, target), _errors_later(model_output, target), count)
-        weights = in_training.denoising_weight / output_weight(self.scheduler, level)
         squared_error = F.mse_loss(model_output, target, reduction="none").flatten(1).mean(1)
-        per_image = weights.to(squared_error, non_blocking=True) * squared_error
+        per_image = factor.to(squared_error, non_blocking=True) * squared_error
         return Denoising(per_image.mean(), per_image.detach, per_image.shape[0])
 
 

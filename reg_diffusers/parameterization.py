@@ -7,6 +7,7 @@ that broadcasts against the images.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -16,29 +17,32 @@ from .schedule import is_affine, is_edm, is_variance_exploding, prediction_type
 __all__ = ["Factors", "Parameterization", "edm_preconditioning", "parameterization"]
 
 
-@dataclass(frozen=True)
-class Factors:
+class Factors(NamedTuple):
     """The noise level of each image, in a shape that broadcasts against the images.
 
     Attributes:
         timesteps: timesteps t; may be None, except for an `AffineSchedule`.
         alpha: factor of the image in x_t = alpha x_0 + sigma eps.
         sigma: factor of the noise.
+        kind: the meaning of the network's output, if it is known already.
     """
 
     timesteps: Tensor | None
     alpha: Tensor
     sigma: Tensor
+    kind: Parameterization | None = None
 
 
 class Parameterization:
     """The meaning of a network's output o.
 
     Attributes:
-        target_uses_level: whether the target depends on the noise level; else `target` takes None in its place.
+        target_uses_level: whether the target depends on the noise level; else `target` also takes None in its place.
+        divides_by_alpha: whether x0_hat is undefined where alpha is 0.
     """
 
     target_uses_level = True
+    divides_by_alpha = False
 
     def x0_hat(self, output: Tensor, sample: Tensor, at: Factors) -> Tensor:
         """Converts an output to the image that it implies."""
@@ -59,6 +63,7 @@ class Parameterization:
 
 class _Epsilon(Parameterization):
     target_uses_level = False
+    divides_by_alpha = True
 
     def x0_hat(self, output, sample, at):
         return (sample - at.sigma * output) / at.alpha

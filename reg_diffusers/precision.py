@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import functools
 import math
+from collections.abc import Iterable
 
 import torch
 from torch import Tensor, nn
 
-__all__ = ["all_finite", "full_precision", "input_dtype", "promoted", "version_of"]
+__all__ = ["all_finite", "full_precision", "input_dtype", "promoted", "version_of", "versions_of"]
 
 
 @functools.cache  # torch.promote_types is an operation of its own in every step
@@ -54,3 +55,8 @@ def all_finite(values: Tensor) -> bool:
 def version_of(tensor: Tensor) -> int:
     """Returns a number that changes when a tensor is modified in place."""
     return 0 if tensor.is_inference() else tensor._version
+
+
+def versions_of(tensors: Iterable[Tensor]) -> list[int]:
+    """Returns `version_of` each tensor."""
+    return [0 if tensor.is_inference() else tensor._version for tensor in tensors]

@@ -38,7 +38,7 @@ from torch import Tensor
 
 from .learned_variance import image_channels, learns_variance, output_for_step, without_learned_variance
 from .level_table import levels_at, looked_up
-from .parameterization import Factors, parameterization
+from .parameterization import Factors, Parameterization, parameterization
 from .precision import full_precision
 from .schedule import alpha_sigma, checked_timesteps, is_affine, is_edm, is_variance_exploding, prediction_type
 
@@ -158,12 +158,14 @@ def predict_original_sample(scheduler, model_output, timesteps, sample: Tensor) 
             Timesteps are checked on the CPU only.
         TypeError: `model_output` contains no tensor.
     """
-    if prediction_type(scheduler) == "epsilon":
+    at = timesteps if isinstance(timesteps, Factors) else None
+    kind = parameterization(scheduler) if at is None or at.kind is None else at.kind
+    if kind.divides_by_alpha:
         refuse_zero_terminal_snr(scheduler)
     model_output = without_learned_variance(scheduler, tensor_of(model_output), sample)
     dtype = full_precision(model_output.dtype, sample.dtype)
     model_output, sample = model_output.to(dtype), sample.to(dtype)
-    return parameterization(scheduler).x0_hat(model_output, sample, factors_like(scheduler, timesteps, sample))
+    return kind.x0_hat(model_output, sample, factors_like(scheduler, timesteps, sample) if at is None else at)
 
 
 def model_output_for(scheduler, x0_hat: Tensor, timesteps, sample: Tensor) -> Tensor:
@@ -267,22 +269,20 @@ def scale_model_input(scheduler, sample: Tensor, timesteps) -> Tensor:
     return sample / (1 + factors_like(scheduler, timesteps, sample).sigma ** 2).sqrt()
 
 
-def factors_like(scheduler, timesteps, sample: Tensor) -> Factors:
+def factors_like(scheduler, timesteps, sample: Tensor, kind: Parameterization | None = None) -> Factors:
     """Returns the factors of shape (B, 1, ...), on the device and in the precision of `sample`, at least float32.
 
     The result can be passed to the functions of this module in place of the timesteps, for images of that shape. A
-    scalar timestep gives (1, 1, ...).
+    scalar timestep gives (1, 1, ...). `kind` is part of the result, for callers that know it.
     """
     if isinstance(timesteps, Factors):
         return timesteps
-    level, shape = _level_of(scheduler, timesteps, sample), (-1,) + (1,) * (sample.ndim - 1)
-    dtype = full_precision(sample.dtype)
-
-    def like(factor: Tensor) -> Tensor:
-        return factor.to(sample.device, dtype, non_blocking=True).reshape(shape)
-
-    time = like(level.timesteps) if is_affine(scheduler) else None
-    return Factors(time, like(level.alpha), like(level.sigma))
+    level = _level_of(scheduler, timesteps, sample)
+    device, dtype, shape = sample.device, full_precision(sample.dtype), (-1,) + (1,) * (sample.ndim - 1)
+    alpha = level.alpha.to(device, dtype, non_blocking=True).reshape(shape)
+    sigma = level.sigma.to(device, dtype, non_blocking=True).reshape(shape)
+    time = level.timesteps.to(device, dtype, non_blocking=True).reshape(shape) if is_affine(scheduler) else None
+    return Factors(time, alpha, sigma, kind)
 
 
 def _level_of(scheduler, timesteps, sample: Tensor) -> Factors | NoiseLevel:

@@ -9,7 +9,7 @@ share it:
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import replace
 
@@ -26,6 +26,7 @@ from .inputs import (
     checked_snr_gamma,
     handed_over,
     refuse_unknown,
+    used_by,
     weightings_of,
 )
 from .loss_output import Denoising, LossOutput, Records, alias
@@ -38,6 +39,7 @@ from .term import Term, checked_terms
 from .term_values import TermValues
 from .watching import Watched, watched
 from .weight_schedules import factors_of
+from .weight_table import Weighted, WeightTable
 from .wiring.check import FirstBatch, verify
 
 __all__ = ["X0Regularization"]
@@ -88,6 +90,8 @@ class X0Regularization(nn.Module):
         self.adaptive = AdaptiveWeights(self.terms)
         self.nonfinite = NonFiniteGuard(max_nonfinite_steps, views={term.name: term.view for term in self.terms})
         self._sharing = sharing(self.terms)
+        self.used = used_by(self.terms)
+        self.table = WeightTable(scheduler, self.terms, snr_gamma)
         self._separate = tuple(term.name for term in self.terms if calls_model(term.estimator))
         self._values = TermValues(self.nonfinite)
         self._warned = False
@@ -154,11 +158,14 @@ class X0Regularization(nn.Module):
                 weighting does not return a finite (B,) tensor.
             FloatingPointError: L' was non-finite for `max_nonfinite_steps` steps in a row.
         """
-        refuse_unknown(context, self.terms)
+        refuse_unknown(context, self.used)
         needs_sample = any(term.estimator is not one_step for term in self.terms)
         given, timesteps = handed_over(model_output, timesteps, sample, x0_hat, needs_sample=needs_sample)
         self._first_batch.check(self.scheduler, timesteps, sample, context.get("original_samples"), noise, image_mask)
-        level = self.noise_level(timesteps, loss_weight, is_image=x0_hat is not None)
+        if loss_weight is None:
+            level, _, known, _ = self._weighted(timesteps, is_image=x0_hat is not None)
+        else:
+            level, known = self.noise_level(timesteps, loss_weight, is_image=x0_hat is not None), {}
         prediction = Prediction(
             self.scheduler,
             alias(given),
@@ -170,7 +177,7 @@ class X0Regularization(nn.Module):
             context.get("original_samples"),
         )
         how = {"image_mask": image_mask, "is_image": x0_hat is not None, "training_step": training_step}
-        output = self.at_level(level, prediction, context, **how)
+        output = self.at_level(level, prediction, context, known, **how)
         if given.requires_grad and not output.loss.requires_grad:  # no active image
             output = replace(output, loss=output.loss + given[:0].float().sum())
         return output
@@ -226,6 +233,7 @@ class X0Regularization(nn.Module):
         level: NoiseLevel,
         prediction: Prediction,
         context: dict,
+        known: Mapping[str, Tensor],
         *,
         denoising: Denoising | None = None,
         at: Factors | None = None,
@@ -239,6 +247,7 @@ class X0Regularization(nn.Module):
             level: noise level of the timesteps, (B,).
             prediction: for the whole batch; with `is_image`, its model_output is x0_hat.
             context: at least the arguments in the regularizers' `needs`.
+            known: by term, its weighting of each image, of those that need not be computed.
             denoising: the denoising loss, to be the first part of the output; None if the loop has it.
             at: the same noise level in the shape of the images; None: computed from the timesteps.
             image_mask, training_step: as in `forward`.
@@ -249,7 +258,7 @@ class X0Regularization(nn.Module):
         if prediction.noise is not None:
             context["noise"] = prediction.noise
         dtype = full_precision(prediction.model_output.dtype)
-        lambdas = weightings_of(self.terms, level, image_mask, factors)
+        lambdas = weightings_of(self.terms, level, image_mask, factors, known)
         shown = show(self._sharing, lambdas, prediction, context, at=at, is_image=is_image, tried=self._values.tried)
         terms, per_image, counts = {}, {}, {}
         if denoising is not None:
@@ -270,11 +279,12 @@ class X0Regularization(nn.Module):
             "separate": self._separate,
             "factors": factors,
         }
-        adaptive = self.adaptive
+        adaptive = self.adaptive  # looked up once: a module finds its parts slowly
         if adaptive.has_rules:
             adaptive.update(LossOutput(None, **parts), prediction, level, context, is_image)
-        weights = {name: weight * factors.get(name, 1) for name, weight in adaptive.current().items()}
-        loss = None
+        weights, loss = adaptive.current(), None
+        for name, factor in factors.items():
+            weights[name] = weights[name] * factor
         for term in self.terms:
             weighted = weights[term.name] * terms[term.name]
             loss = weighted if loss is None else loss + weighted
@@ -297,20 +307,18 @@ class X0Regularization(nn.Module):
         """
         level = noise_level(self.scheduler, timesteps)
         if loss_weight is None:
-            if is_image and self.snr_gamma is None:
-                self._warn_of_unknown_weight()
-            return self.in_training(level)
+            return self.table.in_training(level)
         if self.snr_gamma is not None:
             raise ValueError("loss_weight and snr_gamma both specify the weight of the denoising loss: pass only one")
         loss_weight = checked_loss_weight(loss_weight, level)
         of_output = torch.ones_like(level.snr) if is_image else output_weight(self.scheduler, timesteps)
         return level.weighted_by(loss_weight * of_output)
 
-    def in_training(self, level: NoiseLevel) -> NoiseLevel:
-        """Returns a noise level with the weight of this training's denoising loss."""
-        if self.snr_gamma is None:
-            return level
-        return level.weighted_by(level.snr.clamp(max=self.snr_gamma))
+    def _weighted(self, timesteps: Tensor, is_image: bool) -> Weighted:
+        """Returns noise levels and weights for a loop that gives no weight of its own loss."""
+        if is_image and self.snr_gamma is None:
+            self._warn_of_unknown_weight()
+        return self.table.at(timesteps)
 
     def describe(self, timesteps, loss_weight: Tensor | float | None = None) -> str:
         """Describes the effect of each term for a draw of timesteps, one line per term.

@@ -103,11 +103,14 @@ class FirstTimesteps:
     A single timestep between 0 and 1 is valid in flow matching: about one in a thousand if sigma is drawn uniformly
     from [0, 1]. Two different ones before any timestep above 1 occur by chance in about one of a million runs, and are
     refused.
+
+    Attributes:
+        is_done: whether there is nothing left to check.
     """
 
     def __init__(self):
-        self._fractions: set[float] | None = set()  # None after a timestep above 1
-        self._is_begun = False
+        self.is_done = False
+        self._fractions: set[float] = set()
 
     def check(self, scheduler, timesteps: Tensor) -> None:
         """Checks the timesteps of one batch: on an accelerator of the first, on the CPU until one is above 1.
@@ -116,18 +119,16 @@ class FirstTimesteps:
             ValueError: on an accelerator, a timestep is out of the scheduler's range; on the CPU, this is the second
                 different timestep between 0 and 1.
         """
-        if torch.compiler.is_compiling():
+        if self.is_done or torch.compiler.is_compiling():
             return
         if timesteps.device.type != "cpu":
-            if not (self._is_begun or timesteps.is_meta or _is_captured(timesteps)):
-                self._is_begun = True
+            if not (timesteps.is_meta or _is_captured(timesteps)):
+                self.is_done = True
                 checked_timesteps(scheduler, timesteps.cpu())
-            return
-        if self._fractions is None:
             return
         unit = unit_of_time(scheduler)
         if unit not in ("flow", "interpolated") or (timesteps > 1).any():
-            self._fractions = None
+            self.is_done = True
             return
         self._fractions.update(value for value in timesteps.tolist() if 0 < value < 1)
         if len(self._fractions) > 1:

@@ -28,7 +28,7 @@ class SeedGuard:
         self._calls: dict[tuple[int, str], int] = {}
         self._last: dict[tuple[int, str], tuple[list[Tensor], list[Tensor]]] = {}
 
-    def before(self, name: str, device: torch.device) -> tuple[list[int], list[Tensor]]:
+    def before(self, name: str, device: torch.device) -> tuple[tuple[int, ...], list[Tensor]]:
         """Returns the seeds of the generators before a call, and their states, or [] if they are not compared.
 
         Args:
@@ -38,10 +38,9 @@ class SeedGuard:
         key = threading.get_ident(), name
         calls = self._calls.get(key, 0)
         self._calls[key] = calls + 1
-        generators = _generators(device)
-        return _seeds(generators), _states(generators) if calls < _FIRST_CALLS else []
+        return _seeds(device), _states(device) if calls < _FIRST_CALLS else []
 
-    def check(self, name: str, before: tuple[list[int], list[Tensor]], device: torch.device) -> None:
+    def check(self, name: str, before: tuple[tuple[int, ...], list[Tensor]], device: torch.device) -> None:
         """Checks the generators after a call of the regularizer of a term.
 
         Args:
@@ -53,11 +52,11 @@ class SeedGuard:
             TermError: the generators end in the same state as after the last call, although they started in another
                 one.
         """
-        (seeds, states), generators = before, _generators(device)
-        is_seeded = seeds != _seeds(generators)
+        seeds, states = before
+        is_seeded = seeds != _seeds(device)
         if not (states or is_seeded):
             return
-        after = _states(generators)
+        after = _states(device)
         if _same(states, after):
             return
         key = threading.get_ident(), name
@@ -72,18 +71,16 @@ class SeedGuard:
             self._calls[key] = 0
 
 
-def _generators(device: torch.device) -> list[torch.Generator]:
-    """Returns the global generators for images on this device."""
-    of_device = [torch.cuda.default_generators[device.index]] if device.type == "cuda" else []
-    return [torch.default_generator, *of_device]
+def _seeds(device: torch.device) -> tuple[int, ...]:
+    """Returns the seeds of the global generators for images on this device."""
+    seed = torch.default_generator.initial_seed()
+    return (seed, torch.cuda.default_generators[device.index].initial_seed()) if device.type == "cuda" else (seed,)
 
 
-def _seeds(generators: list[torch.Generator]) -> list[int]:
-    return [generator.initial_seed() for generator in generators]
-
-
-def _states(generators: list[torch.Generator]) -> list[Tensor]:
-    return [generator.get_state() for generator in generators]
+def _states(device: torch.device) -> list[Tensor]:
+    """Returns the states of the same generators."""
+    of_device = [torch.cuda.default_generators[device.index].get_state()] if device.type == "cuda" else []
+    return [torch.default_generator.get_state(), *of_device]
 
 
 def _same(states: list[Tensor], others: list[Tensor]) -> bool:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Sequence, Set
 from dataclasses import dataclass, replace
 from functools import partial
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -21,7 +22,38 @@ __all__ = ["Shown", "checked_estimate", "sharing", "show"]
 
 
 @dataclass(frozen=True)
-class Shown:
+class Looking:
+    """Terms that share an estimator and a view, and so their input.
+
+    Attributes:
+        terms: the terms.
+        view: their view, or None.
+        is_paired: whether one of them needs `original_samples`.
+    """
+
+    terms: Sequence[Term]
+    view: Callable[[Tensor], Tensor] | None
+    is_paired: bool
+
+
+@dataclass(frozen=True)
+class Estimating:
+    """Terms that share an estimator, and so x0_hat.
+
+    Attributes:
+        estimator: their estimator.
+        draws: number of its estimates of each image.
+        terms: the terms.
+        by_view: the same, grouped by view.
+    """
+
+    estimator: Callable[[Prediction], Tensor]
+    draws: int
+    terms: Sequence[Term]
+    by_view: Sequence[Looking]
+
+
+class Shown(NamedTuple):
     """The input of the terms that share an estimator and a view.
 
     Attributes:
@@ -43,9 +75,7 @@ class Shown:
     draws: int = 1
 
     def to(self, weights: Tensor) -> Shown:
-        """Selects the images with non-zero weighting in one term, given its weightings, (B,)."""
-        if not self.is_shared:
-            return self
+        """Selects the images with non-zero weighting in one of several terms, given its weightings, (B,)."""
         among, count = weights[self.places].nonzero().flatten(), len(self.places)
         images = _cut_draws(self.images, among, count, self.draws)
         originals = None if self.original_samples is None else cut(self.original_samples, among, count)
@@ -59,20 +89,18 @@ class Shown:
             context: for the whole batch.
             batch_size: B.
         """
-        count, originals = self.places.shape[0], self.original_samples
-        own = term_context(term, context if originals is None else {**context, "original_samples": originals})
-        found = {}
-        for name, value in own.items():
+        if not term.needs:
+            return {}
+        index, draws, originals = positions(self.places, batch_size), self.draws, self.original_samples
+        found = term_context(term, context if originals is None else {**context, "original_samples": originals})
+        for name, value in found.items():
             if name == "original_samples" and originals is not None:
-                found[name] = _repeated(value, self.draws, count)
+                found[name] = value if draws == 1 else repeat(value, draws, self.places.shape[0])
+            elif draws == 1:
+                found[name] = cut(value, index, batch_size, name)
             else:
-                repeated = _repeated(value, self.draws, batch_size)
-                found[name] = _cut_draws(repeated, positions(self.places, batch_size), batch_size, self.draws, name)
+                found[name] = _cut_draws(repeat(value, draws, batch_size), index, batch_size, draws, name)
         return found
-
-    def by_image(self) -> Tensor:
-        """Returns an alias of the images with the draws of an image together, (n, draws, C', ...)."""
-        return by_image(self.images, self.draws)
 
     def guard_with(self, call: GuardedCall) -> Callable[[], Tensor | None]:
         """Reports gradients that the view makes non-finite to the guard of a term.
@@ -101,10 +129,6 @@ def by_draw(images: Tensor, draws: int) -> Tensor:
     return images if draws == 1 else images.transpose(0, 1).flatten(0, 1)
 
 
-def _repeated(value, draws: int, batch_size: int):
-    return value if draws == 1 else repeat(value, draws, batch_size)
-
-
 def _cut_draws(value, index: Tensor | None, batch_size: int, draws: int, name: str = "context"):
     """Selects images from several draws of a batch, draws outermost."""
     if draws == 1 or index is None:
@@ -113,9 +137,16 @@ def _cut_draws(value, index: Tensor | None, batch_size: int, draws: int, name: s
     return cut(value, every.flatten(), draws * batch_size, name)
 
 
-def sharing(terms: Iterable[Term]) -> list[list[list[Term]]]:
+def sharing(terms: Iterable[Term]) -> list[Estimating]:
     """Groups the terms of a loss by estimator, and those of an estimator by view."""
-    return [_grouped(of_estimator, "view") for of_estimator in _grouped(terms, "estimator")]
+    groups = []
+    for theirs in _grouped(terms, "estimator"):
+        by_view = [
+            Looking(looking, looking[0].view, any("original_samples" in term.needs for term in looking))
+            for looking in _grouped(theirs, "view")
+        ]
+        groups.append(Estimating(theirs[0].estimator, _draws(theirs[0].estimator), theirs, by_view))
+    return groups
 
 
 def _grouped(terms: Iterable[Term], name: str) -> list[list[Term]]:
@@ -131,7 +162,7 @@ def _grouped(terms: Iterable[Term], name: str) -> list[list[Term]]:
 
 
 def show(
-    groups: Sequence[Sequence[Sequence[Term]]],
+    groups: Sequence[Estimating],
     lambdas: dict[str, Tensor],
     prediction: Prediction,
     context: dict,
@@ -152,22 +183,21 @@ def show(
         tried: names of the terms of earlier calls. A view that no term has used before is checked in the backward
             pass, which waits for an accelerator.
     """
-    found, drawn = {}, []
-    for by_view in groups:
-        estimator = by_view[0][0].estimator
-        draws, places = _draws(estimator), _active(lambdas, [term for looking in by_view for term in looking])
-        x0_hat = _estimate(estimator, prediction, at, places, is_image)
-        for looking in by_view:
-            theirs, images, view = places, x0_hat, looking[0].view
-            if len(by_view) > 1:
-                among = _is_active(lambdas, looking)[places].nonzero().flatten()
+    found, drawn, batch_size = {}, [], len(prediction)
+    for group in groups:
+        draws, places = group.draws, _active(lambdas, group.terms)
+        x0_hat = _estimate(group.estimator, prediction, at, places, is_image)
+        for looking in group.by_view:
+            theirs, images, view = places, x0_hat, looking.view
+            if len(group.by_view) > 1:
+                among = _is_active(lambdas, looking.terms)[places].nonzero().flatten()
                 theirs, images = places[among], _cut_draws(x0_hat, among, len(places), draws)
             if view is not None and theirs.shape[0] > 0 and view not in drawn:
                 draw(view, images)
                 drawn.append(view)
-            is_new = tried.isdisjoint(term.name for term in looking)
-            part = _look(looking, theirs, images, context, len(prediction), is_new, draws)
-            found |= {term.name: part for term in looking}
+            shown = _look(looking, theirs, images, context, batch_size, tried, draws)
+            for term in looking.terms:
+                found[term.name] = shown
     return found
 
 
@@ -199,15 +229,14 @@ def _estimate(
     if places.shape[0] == 0:
         return output.detach()[:0].to(dtype)
     if estimator is one_step:  # it uses a part of the prediction, and only that is indexed
-        chosen = positions(places, count)
-        output = cut(output, chosen, count)
+        sample, chosen = prediction.sample, positions(places, count)
+        levels = prediction.timesteps if at is None else at
+        if chosen is not None:
+            output, sample = cut(output, chosen, count), cut(sample, chosen, count)
+            levels = cut(levels, chosen, count) if at is None else _cut_factors(at, chosen, count)
         if is_image:
             return output.to(dtype)
-        if at is None:
-            levels = cut(prediction.timesteps, chosen, count)
-        else:
-            levels = at if chosen is None else _cut_factors(at, chosen, count)
-        return predict_original_sample(prediction.scheduler, output, levels, cut(prediction.sample, chosen, count))
+        return predict_original_sample(prediction.scheduler, output, levels, sample)
     if not calls_model(estimator):
         prediction = replace(prediction, model=None, model_kwargs=None)
     chosen = prediction[places]
@@ -218,7 +247,7 @@ def _estimate(
 
 
 def _cut_factors(at: Factors, index: Tensor | None, batch_size: int) -> Factors:
-    return Factors(*(cut(part, index, batch_size) for part in (at.timesteps, at.alpha, at.sigma)))
+    return at._replace(**{name: cut(getattr(at, name), index, batch_size) for name in ("timesteps", "alpha", "sigma")})
 
 
 def checked_estimate(estimator: Callable[[Prediction], Tensor], prediction: Prediction) -> Tensor:
@@ -243,25 +272,24 @@ def checked_estimate(estimator: Callable[[Prediction], Tensor], prediction: Pred
 
 
 def _look(
-    terms: Sequence[Term], places: Tensor, x0_hat: Tensor, context: dict, batch_size: int, is_new: bool, draws: int
+    looking: Looking, places: Tensor, x0_hat: Tensor, context: dict, batch_size: int, tried: Set[str], draws: int
 ) -> Shown:
     """Computes the input of terms with the same view: x0_hat of their images, and x_0 if one of them needs it."""
     if places.shape[0] == 0:
         return Shown(places, x0_hat, None, draws=draws)
-    view, guard = terms[0].view, None
-    if view is not None:
+    terms, images, originals, guard = looking.terms, x0_hat, None, None
+    if looking.view is not None:
         apart = by_image(x0_hat, draws)  # an alias: the guard does not change the gradients of other views
         x0_hat = by_draw(apart, draws)
-    images, originals = viewed(terms[0], x0_hat), None
-    if view is not None:
+        images = viewed(terms[0], x0_hat)
+        is_new = tried.isdisjoint(term.name for term in terms)
         if is_new and images.requires_grad and x0_hat.requires_grad:
             _check_gradient(terms[0], x0_hat, images)
         guard = ViewGuard(apart, images)
-    is_paired = any("original_samples" in term.needs for term in terms)
-    if is_paired and view is not None and "original_images" in context:
+    if looking.is_paired and looking.view is not None and "original_images" in context:
         given = cut(context["original_images"], positions(places, batch_size), batch_size, "original_images")
         originals = _cropped(terms[0], given, x0_hat.detach(), images.detach())
-    elif is_paired and "original_samples" in context:
+    elif looking.is_paired and "original_samples" in context:
         given = cut(context["original_samples"], positions(places, batch_size), batch_size, "original_samples")
         with torch.no_grad():
             originals = viewed(terms[0], given)

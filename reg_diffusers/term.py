@@ -19,7 +19,7 @@ from torch import Tensor
 
 from .context import tensors_in, unwrap
 from .estimators import Prediction, one_step
-from .precision import all_finite, full_precision, version_of
+from .precision import all_finite, full_precision, versions_of
 from .prediction import NoiseLevel
 from .regularizers.contract import Regularizer, TermError, needs_of, regularizer_name
 from .weight_rules import AutoWeight, Target, rule_of
@@ -41,6 +41,7 @@ __all__ = [
 ]
 
 _NORMALIZATIONS = ("batch", "active")
+_AS_IT_IS = nullcontext()
 
 
 @dataclass(frozen=True)
@@ -234,14 +235,15 @@ def checked_values(term: Term, images: Tensor, context: dict, *, compare: bool =
         TermError: the regularizer does not return an (n,) tensor attached to the images, or modifies its arguments in
             place, which would affect the other terms and the caller.
     """
-    given = [images, *tensors_in(context)]
-    versions = [version_of(tensor) for tensor in given]
+    given = [images]
+    for value in context.values():
+        given += [value] if isinstance(value, Tensor) else tensors_in(value)
+    versions = versions_of(given)
     copies = [tensor.detach().clone() for tensor in given] if compare else []
     with _outside_autocast(images.device):
         # An alias, because a regularizer may differentiate with respect to its argument.
         values = term.regularizer(images.view_as(images), **context)
-    unchanged = all(_same(*pair) for pair in zip(copies, given, strict=False))
-    if not unchanged or versions != [version_of(tensor) for tensor in given]:
+    if versions != versions_of(given) or (compare and not all(map(_same, copies, given))):
         raise TermError(
             f"regularizer {term.name!r} modifies its arguments in place, which affects other terms and the caller: use"
             " the functions without a trailing underscore (clamp for clamp_), and x = x + 1 for x += 1"
@@ -266,14 +268,14 @@ def term_context(term: Term, context: Mapping[str, Any]) -> dict:
     Raises:
         TermError: an entry is missing.
     """
-    needs = term.needs
-    if missing := [name for name in needs if name not in context]:
-        given = ", ".join(name for name in context if name != "timesteps")  # always present
-        raise TermError(
-            f"regularizer {term.name!r} needs {', '.join(missing)}, but the loss was given {given or 'nothing'}:"
-            " pass it as a keyword argument"
-        )
-    return {name: context[name] for name in needs}
+    if context.keys() >= set(term.needs):
+        return {name: context[name] for name in term.needs}
+    missing = ", ".join(name for name in term.needs if name not in context)
+    given = ", ".join(name for name in context if name != "timesteps")  # always present
+    raise TermError(
+        f"regularizer {term.name!r} needs {missing}, but the loss was given {given or 'nothing'}:"
+        " pass it as a keyword argument"
+    )
 
 
 def score(term: Term, samples: Tensor, context: Mapping[str, Any] | None = None) -> Tensor:
@@ -327,7 +329,7 @@ def _outside_autocast(device: torch.device):
     is_available = torch.amp.is_autocast_available(device.type)
     if is_available and torch.is_autocast_enabled(device.type):
         return torch.autocast(device.type, enabled=False)
-    return nullcontext()
+    return _AS_IT_IS
 
 
 def _same(one: Tensor, other: Tensor) -> bool:

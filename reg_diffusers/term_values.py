@@ -7,11 +7,11 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from .context import cut, positions
+from .context import positions
 from .estimators import mean_of_draws
 from .nonfinite import NonFiniteGuard
 from .seeding import SeedGuard
-from .shown import Shown, by_draw
+from .shown import Shown, by_draw, by_image
 from .term import Term, checked_values
 
 __all__ = ["TermValues"]
@@ -39,12 +39,15 @@ class TermValues:
 
         Also returns a function for L' of each image of the batch, (B,), nan if the image was left out or dropped.
         """
-        shown = shown.to(weights)
         batch_size = weights.shape[0]
-        active = positions(shown.places, batch_size)
+        if shown.is_shared:
+            shown = shown.to(weights)
         if shown.places.shape[0] == 0:
             empty = shown.images.detach()
             return empty.new_zeros(()), lambda: empty.new_full((batch_size,), torch.nan)
+        active = positions(shown.places, batch_size)
+        if active is not None:
+            weights = weights[active]
         own = shown.context_of(term, context, batch_size)
         values, active_values = self._evaluate(term, shown, own, timesteps)
 
@@ -55,14 +58,14 @@ class TermValues:
             found[active.to(found.device, non_blocking=True)] = active_values
             return found
 
-        return (cut(weights, active, batch_size).to(values, non_blocking=True) * values).sum(), per_image
+        return (weights.to(values, non_blocking=True) * values).sum(), per_image
 
     def _evaluate(self, term: Term, shown: Shown, context: dict, timesteps: Tensor) -> tuple[Tensor, Tensor]:
         """Computes L' of each image in full precision, (n,), 0 where non-finite; and detached, nan there.
 
         L' is averaged over the draws of an image, which are dropped together.
         """
-        images = shown.by_image()  # an alias: zeroing its gradients leaves the other terms alone
+        images = by_image(shown.images, shown.draws)  # an alias: zeroing its gradients leaves the other terms alone
         guarded = self._nonfinite.begin(term.name, timesteps, shown.places)
         if images.requires_grad:
             images.register_hook(guarded.drop_gradients)

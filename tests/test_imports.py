@@ -36,6 +36,7 @@ LAYERS = [
         "schedule",
         "adaptive_weights",
         "level_table",
+        "weight_table",
         "precision",
         "conflict_free",
         "weight_rules",

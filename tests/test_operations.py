@@ -2,6 +2,7 @@
 
 import gc
 import weakref
+from functools import partial
 from types import SimpleNamespace
 
 import pytest
@@ -17,6 +18,7 @@ from reg_diffusers import (
     Paired,
     RegularizedLoss,
     Term,
+    TermError,
     X0Regularization,
     balance,
     noise_level,
@@ -29,7 +31,8 @@ from reg_diffusers.prediction import _level_parts
 from reg_diffusers.regularizers import isotropic_total_variation, spectrum, total_variation
 from reg_diffusers.training.loss_parts import LossParts
 from reg_diffusers.views import Affine
-from reg_diffusers.weighting import constant
+from reg_diffusers.weight_table import WeightTable
+from reg_diffusers.weighting import alpha_bar, constant, gated, low_noise, matched, snr
 
 pytestmark = pytest.mark.loss
 
@@ -48,7 +51,7 @@ class Operations(TorchDispatchMode):
 
 @pytest.mark.parametrize(
     "kind, terms, most",
-    [("epsilon", 1, (57, 39)), ("v_prediction", 1, (60, 38)), ("epsilon", 0, (9, 4)), ("sample", 0, (9, 4))],
+    [("epsilon", 1, (46, 39)), ("v_prediction", 1, (49, 38)), ("epsilon", 0, (9, 4)), ("sample", 0, (9, 4))],
 )
 def test_a_step_around_the_network_dispatches_few_operations(kind, terms, most):
     terms = [Term(total_variation, 0.1)] * terms
@@ -130,6 +133,58 @@ def test_the_table_does_not_keep_its_scheduler_and_serves_inference_and_training
     del scheduler
     gc.collect()
     assert held() is None
+
+
+class Counted:
+    """A weighting with a state."""
+
+    calls = 0
+
+    def __call__(self, level):
+        self.calls += 1
+        return level.snr * self.calls
+
+
+@pytest.mark.parametrize("snr_gamma", [None, 5.0])
+def test_the_table_of_a_loss_has_the_bits_of_its_weightings(snr_gamma):
+    scheduler, timesteps = DDIMScheduler(prediction_type="v_prediction"), torch.arange(1000).flip(0)[::3]
+    weightings = [constant, matched, gated(0.2), alpha_bar, partial(matched, snr0=1.0), low_noise]
+    terms = [Term(total_variation, 0.1, weighting, name=str(n)) for n, weighting in enumerate(weightings)]
+    table = WeightTable(scheduler, terms, snr_gamma)
+    computed = table.at(timesteps)  # the first call makes the table of the scheduler
+    looked_up = table.at(timesteps)
+    assert computed.weightings == {} and list(looked_up.weightings) == [term.name for term in terms]
+    assert (looked_up.factor is None) == (snr_gamma is None) == (computed.factor is None)
+    assert snr_gamma is None or torch.equal(looked_up.factor, computed.factor)
+    assert all(torch.equal(*pair) for pair in zip(levels_of(looked_up), levels_of(computed), strict=True))
+    for term in terms:
+        assert torch.equal(looked_up.weightings[term.name], term.weighting(computed.level))
+    scheduler.register_to_config(prediction_type="epsilon")
+    level = table.in_training(noise_level(scheduler, timesteps))
+    assert torch.equal(table.at(timesteps).weightings["1"], matched(level))
+
+
+def levels_of(weighted):
+    level = weighted.level
+    return level.timesteps, level.alpha, level.sigma, level.snr, level.denoising_weight
+
+
+def test_a_weighting_of_ones_own_is_called_for_each_batch():
+    counted, images, timesteps = Counted(), torch.randn(2, 1, 4, 4), torch.tensor([10, 500])
+    loss_fn = RegularizedLoss(DDPMScheduler(), [Term(total_variation, 0.1, counted)])
+    for calls in (1, 2, 3):
+        found = loss_fn(lambda sample, timesteps: sample, images, timesteps=timesteps).weightings["total_variation"]
+        assert counted.calls == calls
+        assert torch.equal(found, calls * noise_level(DDPMScheduler(), timesteps).snr)
+
+
+def test_a_weighting_that_is_not_finite_everywhere_is_checked_in_each_batch():
+    scheduler, images = DDPMScheduler(trained_betas=[0.0, 0.1, 0.2]), torch.randn(2, 1, 4, 4)
+    loss_fn = RegularizedLoss(scheduler, [Term(total_variation, 0.1, snr)])
+    for _ in range(3):
+        loss_fn(lambda sample, timesteps: sample, images, timesteps=torch.tensor([1, 2]))
+        with pytest.raises(TermError, match="the weighting of 'total_variation' is not finite at timesteps 0 to 0"):
+            loss_fn(lambda sample, timesteps: sample, images, timesteps=torch.tensor([0, 2]))
 
 
 # Records

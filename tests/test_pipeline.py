@@ -318,7 +318,7 @@ def test_the_single_file_is_short_and_documents_the_pipeline_alone():
     folder = Path(standalone.__file__).parent
     source = standalone.standalone_source()
     whole = sum(len((folder / f"{module}.py").read_text().splitlines()) for module in standalone._MODULES)
-    assert len(source.splitlines()) < min(0.65 * whole, 3375)
+    assert len(source.splitlines()) < min(0.65 * whole, 3400)
     assert source.startswith('"""RegDDPMPipeline of reg_diffusers ') and "licence: Apache-2.0" in source[:200]
     assert "# reg_diffusers.guidance\n" in source and "class MonteCarlo" not in source
     documented = {
