@@ -6,7 +6,6 @@ import json
 from pathlib import Path
 
 from huggingface_hub import (
-    _CACHED_NO_EXIST,
     constants,
     get_hf_file_metadata,
     hf_hub_download,
@@ -21,6 +20,7 @@ from huggingface_hub.errors import (
     LocalEntryNotFoundError,
     RepositoryNotFoundError,
 )
+from huggingface_hub.file_download import repo_folder_name
 
 from ..runtime.errors import UsageError
 
@@ -50,7 +50,8 @@ def pipeline_index(name: str, named: str, cache_dir: str | None = None) -> dict 
 def saved_file(name: str, file: str, named: str, cache_dir: str | None = None) -> Path | None:
     """Returns a file of a saved model, downloaded if that is on the Hub; None if the model has no such file.
 
-    Without a network, a file that was downloaded before is returned, and other names are refused without a wait.
+    Without a network, a model that was downloaded before has the files that were, and other names are refused without
+    a wait.
 
     Args:
         name: folder or Hub id.
@@ -66,11 +67,9 @@ def saved_file(name: str, file: str, named: str, cache_dir: str | None = None) -
         return path if path.is_file() else None
     if Path(name).exists():
         raise UsageError(f"{named}: is a file: name the folder of the model")
-    cached = None
     try:
-        cached = try_to_load_from_cache(name, file, cache_dir=cache_dir)
-        if not isinstance(cached, str):  # a download would try for 23 s to reach the Hub
-            _request(name, file)
+        if not isinstance(try_to_load_from_cache(name, file, cache_dir=cache_dir), str):
+            _request(name, file)  # a download would try for 23 s to reach the Hub
         return Path(hf_hub_download(name, file, cache_dir=cache_dir))
     except GatedRepoError as error:
         raise UsageError(f"{named}: on the Hub, you have to accept its terms first: {_reason(error)}") from error
@@ -87,8 +86,8 @@ def saved_file(name: str, file: str, named: str, cache_dir: str | None = None) -
     except HfHubHTTPError as error:
         raise UsageError(f"{named}: the Hub answers: {_reason(error)}") from error
     except Exception as error:  # without a network; their types differ between versions of the client
-        if cached is _CACHED_NO_EXIST:
-            return None
+        if Path(cache_dir or constants.HF_HUB_CACHE, repo_folder_name(repo_id=name, repo_type="model")).is_dir():
+            return None  # of a model that was downloaded before
         raise _unreachable(name, named, error) from error
 
 
