@@ -119,7 +119,7 @@ def command_line(tmp_path):
 
 
 @pytest.fixture
-def train(tmp_path, monkeypatch, tiny_unet):
+def train(tmp_path, tmp_path_factory, monkeypatch, tiny_unet):
     """Runs the script's main in this process with a tiny network, in an empty folder; returns the output folder."""
     script = load_script()
     monkeypatch.chdir(tmp_path)
@@ -137,7 +137,7 @@ def train(tmp_path, monkeypatch, tiny_unet):
         script.main(arguments)
         return tmp_path / output
 
-    run.script = script
+    run.script, run.folder, run.kept = script, tmp_path, tmp_path_factory.getbasetemp() / "finished_runs"
     yield run
     torch.set_num_threads(threads)
 

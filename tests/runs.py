@@ -61,9 +61,17 @@ def resumed(train, *flags, **kwargs):
     return train(*FLAGS, "--resume", "auto", *flags, **kwargs)
 
 
+def finished(train, out="out"):
+    """A run of FLAGS; it is trained once, and copied after that."""
+    kept = train.kept / out
+    if not kept.is_dir():
+        shutil.copytree(train(*FLAGS, output=out), kept)
+    return shutil.copytree(kept, train.folder / out, dirs_exist_ok=True)
+
+
 def cut(train, out="out"):
     """A finished run without what came after its sixth step."""
-    folder = train(*FLAGS, output=out)
+    folder = finished(train, out)
     shutil.rmtree(folder / "checkpoint-9")
     shutil.rmtree(folder / "unet")
     return folder

@@ -9,7 +9,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from runs import FLAGS, checkpoints, cut, flip_a_bit, metrics, refusal, resumed
+from runs import FLAGS, checkpoints, cut, finished, flip_a_bit, metrics, refusal, resumed
 
 from reg_diffusers.runs import manifest
 from reg_diffusers.runs.lineage import find_checkpoint
@@ -82,7 +82,7 @@ def test_a_limit_never_deletes_what_was_just_saved(train):
 
 
 def test_checkpoints_of_an_older_version_go_by_their_steps(train):
-    out = train(*FLAGS)
+    out = finished(train)
     for folder in out.glob("checkpoint-*"):
         content = json.loads((folder / "manifest.json").read_text())
         for name in ("run", "resumed_from", "sha256"):
@@ -93,7 +93,7 @@ def test_checkpoints_of_an_older_version_go_by_their_steps(train):
 
 
 def test_what_was_set_aside_is_never_replaced(train, tmp_path):
-    out = train(*FLAGS)
+    out = finished(train)
     content = (out / "checkpoint-9" / "model.safetensors").read_bytes()
     for _ in range(2):
         train(*FLAGS, "--resume_from_checkpoint", "checkpoint-6")

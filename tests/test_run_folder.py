@@ -1,6 +1,7 @@
 """The folder of a run: --overwrite_output_dir deletes what a run leaves and nothing else; no path leads out of it."""
 
 import os
+import shutil
 from fnmatch import fnmatch
 
 import pytest
@@ -18,13 +19,20 @@ def contents(folder):
     return {path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
+@pytest.fixture(scope="module")
+def kept(tmp_path_factory):
+    return tmp_path_factory.mktemp("kept") / "out"
+
+
 @pytest.fixture
-def run(train):
-    """A run that left one of everything."""
-    held_out = ("--validation_split", 0.002, "--validation_steps", 2, "--keep_best")
-    out = train(*SHORT, *held_out, "--compare", "--logger", "tensorboard", "--logging_dir", "a/b", "--profile", 1)
-    (out / "bad_steps.jsonl").write_text('{"step": 1}\n')
-    return out
+def run(train, kept):
+    """A run that left one of everything: a copy of one and the same."""
+    if not kept.is_dir():
+        held_out = ("--validation_split", 0.002, "--validation_steps", 2, "--keep_best")
+        out = train(*SHORT, *held_out, "--compare", "--logger", "tensorboard", "--logging_dir", "a/b", "--profile", 1)
+        (out / "bad_steps.jsonl").write_text('{"step": 1}\n')
+        shutil.copytree(out, kept)
+    return shutil.copytree(kept, train.folder / "out", dirs_exist_ok=True)
 
 
 def test_the_table_knows_every_file_of_a_run(run):

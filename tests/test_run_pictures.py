@@ -48,7 +48,7 @@ def test_evaluate_and_diagnose_leave_them_out_alike(train, photos, capsys, monke
     told = capsys.readouterr().err
     assert "are in run/, the folder of a training run" in told and "are in a/, the folder of an evaluation" in told
     data = ["--train_data_dir", str(photos), "--resolution", "8", "--regularizer", "total_variation"]
-    main(["diagnose", *data, "--output", str(tmp_path / "diagnosis")])
+    main(["diagnose", *data, "--num_levels", "2", "--output", str(tmp_path / "diagnosis")])
     assert "are in run/, the folder of a training run" in capsys.readouterr().err
     torch.set_num_threads(threads)
 
