@@ -144,8 +144,7 @@ class RegularizedLoss(nn.Module):
         if timesteps is None:
             timesteps = draw_timesteps(scheduler, batch_size)
         timesteps = one_per_image(timesteps, batch_size)
-        if not self._first_timesteps.is_done:
-            self._first_timesteps.check(scheduler, timesteps)
+        self._first_timesteps.check(scheduler, timesteps)
         level, factor, known, kind = regularization.table.at(timesteps)
         at = factors_like(scheduler, level, original_samples, kind)
         noisy_samples = at.alpha * original_samples + at.sigma * noise

@@ -103,13 +103,10 @@ class FirstTimesteps:
     A single timestep between 0 and 1 is valid in flow matching: about one in a thousand if sigma is drawn uniformly
     from [0, 1]. Two different ones before any timestep above 1 occur by chance in about one of a million runs, and are
     refused.
-
-    Attributes:
-        is_done: whether there is nothing left to check.
     """
 
     def __init__(self):
-        self.is_done = False
+        self._done: set[str] = set()  # types of devices with nothing left to check
         self._fractions: set[float] = set()
 
     def check(self, scheduler, timesteps: Tensor) -> None:
@@ -119,16 +116,17 @@ class FirstTimesteps:
             ValueError: on an accelerator, a timestep is out of the scheduler's range; on the CPU, this is the second
                 different timestep between 0 and 1.
         """
-        if self.is_done or torch.compiler.is_compiling():
+        device = timesteps.device.type
+        if device in self._done or torch.compiler.is_compiling():
             return
-        if timesteps.device.type != "cpu":
+        if device != "cpu":
             if not (timesteps.is_meta or _is_captured(timesteps)):
-                self.is_done = True
+                self._done.add(device)
                 checked_timesteps(scheduler, timesteps.cpu())
             return
         unit = unit_of_time(scheduler)
         if unit not in ("flow", "interpolated") or (timesteps > 1).any():
-            self.is_done = True
+            self._done.add(device)
             return
         self._fractions.update(value for value in timesteps.tolist() if 0 < value < 1)
         if len(self._fractions) > 1:
