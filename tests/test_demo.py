@@ -19,6 +19,7 @@ from tiny_pipelines import autoencoder, save_stable_diffusion
 
 from reg_diffusers import RegDDPMPipeline, RegTextToImagePipeline
 from reg_diffusers.cli import demo as command
+from reg_diffusers.cli import main
 from reg_diffusers.demo import build_demo
 from reg_diffusers.demo.sampling import DemoSettings, Run, watch
 from reg_diffusers.demo.view import show
@@ -548,3 +549,9 @@ def test_the_controls_follow_the_model_and_the_method(tiny_unet, browser):
         assert page.field("Regularizer scale").get_attribute("max") == "20"
     finally:
         demo.close()
+
+
+def test_a_port_that_does_not_exist_is_named(capsys):
+    with pytest.raises(SystemExit, match="2"):
+        main(["demo", "--port", "99999"])
+    assert "argument --port: '99999' is not a port from 0 to 65535" in capsys.readouterr().err

@@ -610,3 +610,14 @@ def test_arguments_of_a_diagnosis_that_cannot_be_meant_are_refused_by_name(chang
     given = {"term": Term(regularizers.total_variation, 0.1), "original_samples": torch.randn(30, 1, 4, 4)}
     with pytest.raises(error, match=message):
         diagnose(DDPMScheduler(), **(given | change))
+
+
+@pytest.mark.parametrize("inside", ["", "figures/here"])
+@pytest.mark.parametrize("flag", ["--train_data_dir", "--dataset_name"])
+def test_figures_are_not_written_where_a_training_would_read_them(image_folder, capsys, flag, inside):
+    folder = image_folder()
+    before = sorted(folder.rglob("*"))
+    with pytest.raises(SystemExit, match="2"):
+        main(["diagnose", flag, str(folder), "--output", str(folder / inside)])
+    assert f"lies in {flag} {folder}, where a training would read the figures as images" in capsys.readouterr().err
+    assert sorted(folder.rglob("*")) == before

@@ -509,6 +509,8 @@ def test_what_cannot_work_is_one_line(folder, evaluate, tiny_unet, monkeypatch):
     assert "--regularizer my_loss:of_noise needs noise, which neither" in refusal(*flags, "my_loss:of_noise")
     assert "regularizer 'my_loss:one' must return one value per image" in refusal(*flags, "my_loss:one")
     assert "--regularizer: unknown regularizer 'no'" in refusal(*flags, "no")
+    error = refusal(*flags, "symmetry(dim=9)")
+    assert "--regularizer symmetry(dim=9): dim must be a dimension of each image" in error and "Trace" not in error
     assert "--scheduler Foo: this model can be sampled with" in refusal("--model", "A", *PIXELS, "--scheduler", "Foo")
     assert "--fid: the Frechet inception distance needs torch-fidelity" in refusal("--model", "A", *PIXELS, "--fid")
     save_model(tiny_unet(channels=3), "plain", terms=())

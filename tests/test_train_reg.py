@@ -369,6 +369,12 @@ def test_a_bad_regularizer_is_found_before_the_first_step(train, capsys, tmp_pat
     assert not (tmp_path / "out").exists()
 
 
+def test_a_wrong_argument_of_a_built_in_loss_is_one_line(train, capsys):
+    error = refusal(train, capsys, "--regularizer", "symmetry(dim=9)")
+    assert "error: --regularizer symmetry: dim must be a dimension of each image" in error
+    assert "Traceback" not in error and "raised" not in error
+
+
 @pytest.mark.parametrize(
     "needs, message",
     [

@@ -6,6 +6,7 @@ import argparse
 import socket
 
 from ..runtime.messages import say
+from ..settings.flag_values import port
 from .bench import load_data
 from .judging_flags import DATA_FLAGS
 from .model import add_model_flag, load_pipeline
@@ -47,7 +48,7 @@ def add_parser(subparsers) -> argparse.ArgumentParser:
         help="address to serve the page at; 0.0.0.0 opens it to a phone, and to everybody else in the network"
         " (default: %(default)s, this machine only)",
     )
-    parser.add_argument("--port", type=int, help="port of the page (default: the first free port from 7860)")
+    parser.add_argument("--port", type=port, help="port of the page (default: the first free port from 7860)")
     parser.set_defaults(run=run)
     return parser
 

@@ -216,6 +216,13 @@ def _check_output(output: Path, names: list[str], args) -> None:
     from ..runtime.errors import UsageError
 
     check_folder(output)
+    for flag in ("train_data_dir", "dataset_name"):
+        folder = getattr(args, flag)
+        if folder and Path(folder).is_dir() and output.resolve().is_relative_to(Path(folder).resolve()):
+            raise UsageError(
+                f"--output {output} lies in --{flag} {folder}, where a training would read the figures as images: name"
+                " a folder outside"
+            )
     for name in names:
         there = [file for suffix in ("json", "png", "svg") if (file := output / f"{name}.{suffix}").exists()]
         if not there:

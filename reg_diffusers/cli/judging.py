@@ -184,6 +184,7 @@ def check_regularizers(regularizers: dict, bench: Bench, models: dict, device, r
     from accelerate.utils import send_to_device
 
     from ..objective import X0Regularization
+    from ..regularizers.contract import is_built_in
     from ..runtime.errors import UsageError
     from ..term import Term, TermError, score
     from ..training.terms import in_units
@@ -204,9 +205,9 @@ def check_regularizers(regularizers: dict, bench: Bench, models: dict, device, r
             )
         try:
             score(term, images, send_to_device({need: given[need][:2] for need in term.needs}, device))
-        except TermError as error:
-            raise UsageError(f"--regularizer {name}: {error}") from error
         except Exception as error:
+            if isinstance(error, TermError) or (isinstance(error, ValueError) and is_built_in(term.regularizer)):
+                raise UsageError(f"--regularizer {name}: {error}") from error
             raised = f"--regularizer {name} raised {type(error).__name__} on two images of the data: {error}"
             usage_error = UsageError(raised)
             usage_error.show_cause = True

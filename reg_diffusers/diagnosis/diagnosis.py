@@ -97,7 +97,7 @@ def diagnose(
     if calls_model(term.estimator):
         raise ValueError(
             f"term {term.name!r}: diagnose has no network for {term.estimator!r}, which calls it again: omit"
-            " estimator= to diagnose the term with one_step"
+            " estimator= (--reg_estimator) to diagnose the term with one_step"
         )
     if len(original_samples) < _FEWEST_IMAGES:
         raise ValueError(f"{len(original_samples)} images are too few: diagnose needs at least {_FEWEST_IMAGES}")

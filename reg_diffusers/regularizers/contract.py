@@ -8,8 +8,8 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-__all__ = ["Regularizer", "TermError", "at_least_float32", "masks_of", "needs_of", "refuse_another_size"]
-__all__ += ["regularizer_name"]
+__all__ = ["Regularizer", "TermError", "at_least_float32", "is_built_in", "masks_of", "needs_of"]
+__all__ += ["refuse_another_size", "regularizer_name"]
 
 
 class Regularizer(Protocol):
@@ -30,6 +30,12 @@ def regularizer_name(regularizer: Regularizer) -> str:
     if isinstance(regularizer, partial):
         return regularizer_name(regularizer.func)
     return getattr(regularizer, "__name__", type(regularizer).__name__)
+
+
+def is_built_in(regularizer: Regularizer) -> bool:
+    """Whether a regularizer belongs to this package, so that its ValueError is about its arguments or images."""
+    func = regularizer.func if isinstance(regularizer, partial) else regularizer
+    return str(func.__module__).startswith(f"{__package__}.")
 
 
 class TermError(ValueError):

@@ -11,7 +11,7 @@ from ..weight_rules import AutoWeight
 from .weights import NamedTarget, parse_target, parse_weight
 
 __all__ = ["auto", "duration", "fraction", "inner_folder", "natural", "noise_levels", "nonnegative", "positive"]
-__all__ += ["positive_int", "prediction_type", "renaming", "seed", "share", "target", "weight"]
+__all__ += ["port", "positive_int", "prediction_type", "renaming", "seed", "share", "target", "weight"]
 
 _LARGEST_SEED = 2**32 - 2**16  # numpy seeds have 32 bits, and each process of a launch adds its index
 
@@ -29,6 +29,11 @@ def nonnegative(text: str) -> float:
 def fraction(text: str) -> float:
     """Parses a number from 0 to below 1."""
     return _number(text, float, lambda value: 0 <= value < 1, "a number from 0 to below 1")
+
+
+def port(text: str) -> int:
+    """Parses the number of a port."""
+    return _number(text, int, lambda value: 0 <= value <= 65535, "a port from 0 to 65535")
 
 
 def share(text: str) -> float:

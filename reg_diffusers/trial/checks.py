@@ -24,6 +24,7 @@ from ..estimators import Prediction, calls_model, one_step
 from ..networks.conditions import Conditions
 from ..objective import X0Regularization
 from ..prediction import add_noise, prediction_target
+from ..regularizers.contract import is_built_in
 from ..runtime.errors import UsageError, warn
 from ..shown import checked_estimate
 from ..term import Term, TermError, checked_values, checked_weights, term_context, viewed
@@ -302,8 +303,7 @@ def _named(name: str, network: nn.Module) -> str:
 
 
 def _own_error(term: Term, error: Exception, data: TrainingData) -> UsageError:
-    module = str(getattr(term.regularizer, "func", term.regularizer).__module__)  # .func: of a partial
-    if isinstance(error, ValueError) and module.startswith("reg_diffusers.regularizers"):  # about its arguments
+    if isinstance(error, ValueError) and is_built_in(term.regularizer):
         return UsageError(f"--regularizer {term.name}: {error}")
     columns = [str(column) for column in data.columns if column.name in term.needs]
     usage_error = UsageError(
