@@ -90,10 +90,12 @@ class LossOutput:
     def metrics(self) -> dict[str, float]:
         """Returns the loss and its parts as plain numbers, for a logger; waits for the device.
 
-        "loss"; for each part, by its name, the mean as in `terms`; and for each term, by "raw/" and its name, the mean
-        of L' over the images that took part, without weighting, nan where none did, and by "weight/" its weight.
+        "loss"; for each part, by its name, the mean as in `terms` (for a term named "loss", the total stays); and for
+        each term, by "raw/" and its name, the mean of L' over the images that took part, without weighting, nan where
+        none did, and by "weight/" its weight.
         """
-        found = {"loss": self.loss.item(), **{name: term.item() for name, term in self.terms.items()}}
+        found = {"loss": None, **{name: term.item() for name, term in self.terms.items()}}
+        found["loss"] = self.loss.item()
         for name in self.weightings:
             found[f"raw/{name}"] = self.per_image[name].nanmean().item()
             found[f"weight/{name}"] = float(self.weights[name])

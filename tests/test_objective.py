@@ -441,6 +441,9 @@ def test_metrics_are_plain_numbers_with_the_raw_loss_among_them():
     assert all(isinstance(value, float) for value in found.values())
     assert found["loss"] == pytest.approx(found["denoising"] + 0.1 * found["mean_square"])
     assert found["raw/mean_square"] == pytest.approx(output.per_image["mean_square"][:2].mean().item())
+    named_loss = RegularizedLoss(scheduler_of(), [Term(mean_square, weight=0.1, name="loss")])
+    output = named_loss(lambda sample, t: sample, original, timesteps=timesteps)
+    assert output.metrics()["loss"] == output.loss.item() != output.terms["loss"].item()
 
 
 @pytest.mark.parametrize(

@@ -23,7 +23,8 @@ from reg_diffusers.data.training_data import make_dataloader
 from reg_diffusers.networks.attention import use_explicit_attention
 from reg_diffusers.networks.computation import Choice, CompiledForBatches, Computation
 from reg_diffusers.runs.checkpoint import Progress
-from reg_diffusers.runtime.hardware import allow_tf32
+from reg_diffusers.runtime.errors import UsageError
+from reg_diffusers.runtime.hardware import allow_tf32, set_threads
 from reg_diffusers.runtime.profiling import SECTIONS, WARM_UP_STEPS, StepProfile
 from reg_diffusers.settings import MachineSettings, OptimizationSettings
 from reg_diffusers.training import preparation
@@ -376,3 +377,8 @@ def test_sections_count_what_is_theirs_alone(tmp_path, monkeypatch):
     shares = {line.split()[0]: line.split()[1] for line in lines[1:]}
     assert shares == dict.fromkeys(SECTIONS, "0.0%") | {"forward": "37.5%", "auxiliary": "12.5%", "rest": "50.0%"}
     assert profile.step() == [] and profile.around("forward", forward) is forward
+
+
+def test_far_more_threads_than_cores_are_refused():
+    with pytest.raises(UsageError, match=r"--num_threads 99999: this process has .* cores: name at most that number"):
+        set_threads(99999)

@@ -13,6 +13,7 @@ from .errors import UsageError
 __all__ = ["allow_tf32", "choose_mixed_precision", "cpu_is_wanted", "frozen_precision", "is_left_to_timing"]
 __all__ += ["keep_freed_memory", "precision_reason", "set_threads", "threads_reason"]
 
+_MOST_THREADS_PER_CORE = 16
 _SUPPORTED = "supported by the hardware"
 
 # Parameters of mallopt, from glibc's malloc.h.
@@ -24,10 +25,15 @@ def set_threads(asked: int | None = None) -> int:
 
     `accelerate launch` sets OMP_NUM_THREADS=1 if the user did not set it, which leaves all other cores idle. So this
     overrides 1 and keeps any other number.
+
+    Raises:
+        UsageError: far more threads are asked for than there are cores, so that starting them takes minutes.
     """
     declared = _declared_threads()
     processes = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    if asked and asked > _MOST_THREADS_PER_CORE * cores:
+        raise UsageError(f"--num_threads {asked}: this process has {cores} cores: name at most that number")
     threads = asked or (declared if declared > 1 else max(cores // processes, 1))
     torch.set_num_threads(threads)
     return threads
