@@ -117,20 +117,22 @@ def standalone_source() -> str:
 
 def _reached(statements: list[_Statement], roots: set[str]) -> list[_Statement]:
     """Those that define a root or what a reached one uses, and those that define nothing, such as calls."""
-    homes = {name: statement for statement in statements for name in statement.defines}
+    homes = defaultdict(list)  # of a name that += extends, each statement
+    for statement in statements:
+        for name in statement.defines:
+            homes[name].append(statement)
     found = [statement for statement in statements if not statement.defines or statement.defines & roots]
     for statement in found:  # which grows
-        found += {homes[name] for name in statement.uses if name in homes}.difference(found)
+        found += {home for name in statement.uses for home in homes[name]}.difference(found)
     return [statement for statement in statements if statement in found]
 
 
 def _defined(node: ast.stmt) -> frozenset[str]:
     if isinstance(node, ast.FunctionDef | ast.ClassDef):
         return frozenset({node.name})
-    targets = (
-        node.targets if isinstance(node, ast.Assign) else [node.target] if isinstance(node, ast.AnnAssign) else []
-    )
-    return frozenset().union(*map(_used, targets))
+    if isinstance(node, ast.AnnAssign | ast.AugAssign):  # such as __all__ += [...]
+        return _used(node.target)
+    return frozenset().union(*map(_used, node.targets)) if isinstance(node, ast.Assign) else frozenset()
 
 
 def _used(node: ast.AST) -> frozenset[str]:

@@ -347,7 +347,7 @@ def parse(*flags):
 
 
 def test_what_cannot_work_is_said_by_the_command(tiny_unet, tmp_path):
-    with pytest.raises(UsageError, match=r"--model \S+nothing: no folder"):
+    with pytest.raises(UsageError, match=r"--model \S+nothing: no such folder"):
         command.run(parse("--model", tmp_path / "nothing"))
     with pytest.raises(UsageError, match="--regularizer: unknown regularizer 'nothing'"):
         command.run(parse("--regularizer", "nothing"))

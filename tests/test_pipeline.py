@@ -305,7 +305,8 @@ def test_the_single_file_has_the_code_of_the_package_and_is_complete():
     assert not any(getattr(node, "level", 0) for node in ast.walk(tree))
 
     bound = {alias.asname or alias.name.split(".")[0] for node in imports for alias in node.names} | set(dir(builtins))
-    for node in ast.walk(tree):
+    extended = [node.target for node in ast.walk(tree) if isinstance(node, ast.AugAssign)]
+    for node in (node for node in ast.walk(tree) if node not in extended):
         bound |= {node.name} if isinstance(node, ast.FunctionDef | ast.ClassDef | ast.ExceptHandler) else set()
         bound |= {node.arg} if isinstance(node, ast.arg) else set()
         bound |= {node.id} if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store) else set()
