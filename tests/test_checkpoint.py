@@ -165,7 +165,7 @@ def test_a_flag_that_an_earlier_version_did_not_have_changes_nothing_while_it_is
     assert lineage.changed_settings(folder, settings | {"--new": 3}) == ["--new None -> 3"]
     assert lineage.changed_settings(folder, settings | {"--new": ["a", "b"]}) == ["--new None -> a b"]
     settings["--regularizer"] = []
-    assert lineage.changed_settings(folder, settings) == ["--regularizer total_variation -> none"]
+    assert lineage.changed_settings(folder, settings) == ["--regularizer near_background -> none"]
 
 
 def test_what_is_no_mathematics_may_change(train, undisturbed, tmp_path):
