@@ -27,7 +27,7 @@ from reg_diffusers.settings import DataSettings
 from reg_diffusers.training.preview import draw_samples
 
 ROOT = Path(__file__).parents[2]
-RATES = {"before": (1e-4, 500), "1e-3": (1e-3, 100), "2e-3": (2e-3, 100)}
+RATES = {"before": (1e-4, 500), "1e-3": (1e-3, 100)}
 PHOTOS, IMAGES, STEPS = 240, 120, 50
 
 
