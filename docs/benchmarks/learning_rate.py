@@ -1,4 +1,4 @@
-"""Which learning rate does the small default network need, if a training has 1,000 steps?
+"""Which learning rate does the small default network need if a training has 1,000 steps?
 
     python docs/benchmarks/learning_rate.py [--output FOLDER] [--threads N]
 
