@@ -94,8 +94,8 @@ class LossOutput:
         each term, by "raw/" and its name, the mean of L' over the images that took part, without weighting, nan where
         none did, and by "weight/" its weight.
         """
-        found = {"loss": None, **{name: term.item() for name, term in self.terms.items()}}
-        found["loss"] = self.loss.item()
+        parts = {name: term.item() for name, term in self.terms.items() if name != "loss"}
+        found = {"loss": self.loss.item(), **parts}
         for name in self.weightings:
             found[f"raw/{name}"] = self.per_image[name].nanmean().item()
             found[f"weight/{name}"] = float(self.weights[name])

@@ -252,7 +252,7 @@ def _prepared(unet, machine: MachineSettings):
 def new_unet_config(resolution: int, is_large: bool = False) -> dict:
     """Returns a UNet2DModel config for a resolution, with attention at the second coarsest level and 64-channel heads.
 
-    Up to 64 pixels, the network is small. From 65 pixels on, the channels are those of diffusers'
+    Up to 64 pixels, the network is small enough for a CPU. From 65 pixels on, the channels are those of diffusers'
     training script; the large network has them from 64 pixels on.
 
     Args:
